@@ -1,0 +1,227 @@
+"""Scenes: a seed gives a picture, its caption, and exactly what is where.
+
+Everything random about a scene comes from one `random.Random`, seeded with a string that names the
+split and the seed, and everything drawn is integer arithmetic: the same seed gives the same bytes
+on every machine.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from .atlas import sprite
+from .captions import caption_for
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    FULL,
+    OBJECTS,
+    RELATIONS,
+    SIZE_STEP,
+    SIZES,
+    World,
+    is_held_out,
+)
+
+SIDE = 128              # native width and height of a picture, in pixels
+MARGIN = 2              # pixels that stay free along the edge
+SPLITS = ("train", "test", "held_out")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object in a scene. `box` is left, top, right, bottom in pixels; the nearest has depth 0."""
+
+    name: str
+    kind: str
+    colour: str | None      # None: the object's natural look
+    size: str               # a key of SIZES
+    box: tuple[int, int, int, int]
+    depth: int
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene and everything that can be asked about it; pictures are made when asked for."""
+
+    seed: int
+    split: str
+    caption: str
+    objects: tuple[Placed, ...]
+    background: str
+    background_rgb: tuple[int, int, int]
+    relation: str | None            # of the first object to the second, when there are two of them
+    count: int                      # how many of the same object; 1 when they differ
+    side: int = SIDE
+
+    @property
+    def held_out(self) -> bool:
+        return is_held_out(self.count, tuple(o.name for o in self.objects), tuple(o.colour for o in self.objects))
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """uint8 (side, side, 3)."""
+        canvas = np.empty((self.side, self.side, 3), np.uint16)
+        canvas[:] = self.background_rgb
+        for placed, rgba in self._sprites():
+            left, top, right, bottom = placed.box
+            below = canvas[top:bottom, left:right]
+            # colour + (1 - opacity) below, rounded; colours are premultiplied
+            below[:] = rgba[..., :3] + (below * (255 - rgba[..., 3:].astype(np.uint16)) + 127) // 255
+        return canvas.astype(np.uint8)
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """What of each object can be seen, bool (objects, side, side)."""
+        masks = np.zeros((len(self.objects), self.side, self.side), bool)
+        for placed, rgba in self._sprites():
+            left, top, right, bottom = placed.box
+            shown = rgba[..., 3] > 127
+            masks[:, top:bottom, left:right] &= ~shown
+            masks[self.objects.index(placed), top:bottom, left:right] |= shown
+        return masks
+
+    @cached_property
+    def depth_map(self) -> np.ndarray:
+        """Nearness, uint8 (side, side): 0 the ground, 255 the nearest object."""
+        shades = np.array([255 - 60 * placed.depth for placed in self.objects], np.uint8)
+        return (self.masks * shades[:, None, None]).max(axis=0).astype(np.uint8)
+
+    @cached_property
+    def edge_map(self) -> np.ndarray:
+        """Outlines, uint8 (side, side) of 0 and 255: where brightness or an object's border jumps."""
+        grey = self.image.astype(np.int32) @ np.array([77, 150, 29])            # 256 times luminance
+        jump = np.zeros((self.side, self.side), bool)
+        jump[:, 1:] |= np.abs(np.diff(grey, axis=1)) > 256 * 40
+        jump[1:] |= np.abs(np.diff(grey, axis=0)) > 256 * 40
+        labels = (self.masks * np.arange(1, len(self.objects) + 1)[:, None, None]).sum(axis=0)
+        jump[:, 1:] |= np.diff(labels, axis=1) != 0
+        jump[1:] |= np.diff(labels, axis=0) != 0
+        return jump.astype(np.uint8) * 255
+
+    def _sprites(self):
+        """Placed objects and their sprites, farthest first."""
+        for placed in sorted(self.objects, key=lambda o: -o.depth):
+            left, top, right, bottom = placed.box
+            yield placed, sprite(placed.name, placed.colour, max(right - left, bottom - top))
+
+
+def scene(seed: int, split: str = "train", world: World = FULL) -> Scene:
+    """The scene of a seed. `split` is "train", "test" (unseen scenes of the same kind) or "held_out"
+    (only combinations that training never shows)."""
+    if split not in SPLITS:
+        raise ValueError(f"there is no split '{split}'; choose one of {', '.join(SPLITS)}")
+    rng = random.Random(f"sdlearn {split} {seed}")
+    while True:
+        drawn = _draw(rng, seed, split, world)
+        if drawn.held_out == (split == "held_out"):
+            return replace(drawn, caption=caption_for(drawn, rng))
+
+
+def scenes(start: int, count: int, split: str = "train", world: World = FULL):
+    """Scenes of the seeds `start` to `start + count - 1`, one after the other."""
+    return (scene(seed, split, world) for seed in range(start, start + count))
+
+
+def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
+    forms = ("single", "count", "pair", "triple")
+    form = rng.choices(forms, [getattr(world, form) for form in forms])[0]
+    number = {"single": 1, "count": rng.choice(tuple(COUNTS)), "pair": 2, "triple": 3}[form]
+    relation = rng.choice(RELATIONS) if form == "pair" else None
+    if form == "count":
+        names = [rng.choice(world.objects)] * number
+        colours = [_colour(rng, names[0])] * number
+        sizes = [rng.choice(("small", "medium"))] * number
+    else:
+        names = rng.sample(world.objects, number)
+        colours = [_colour(rng, name) for name in names]
+        sizes = [_size(rng, number) for _ in names]
+        if number == 2 and sizes == ["large", "large"]:
+            sizes[rng.randrange(2)] = "medium"
+    boxes = _place(rng, names, colours, sizes, relation)
+    depths = rng.sample(range(number), number)
+    background = rng.choice(tuple(BACKGROUNDS))
+    shade = rng.randint(-8, 8)
+    rgb = tuple(min(255, max(0, value + shade)) for value in BACKGROUNDS[background])
+    objects = tuple(Placed(name, OBJECTS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
+                    in zip(names, colours, sizes, boxes, depths, strict=True))
+    return Scene(seed, split, "", objects, background, rgb, relation, number if form == "count" else 1)
+
+
+def _colour(rng: random.Random, name: str) -> str | None:
+    if OBJECTS[name].tintable and rng.random() < 0.6:
+        return rng.choice(tuple(COLOURS))
+    return None
+
+
+def _size(rng: random.Random, number: int) -> str:
+    weights = {1: (2, 4, 4), 2: (3, 5, 2), 3: (5, 5, 0)}[number]
+    return rng.choices(tuple(SIZES), weights)[0]
+
+
+def _extent(rng: random.Random, name: str, colour: str | None, size: str, number: int) -> tuple[int, int]:
+    low, high = SIZES[size]
+    high = min(high, {1: 100, 2: 76, 3: 48}[number])
+    pixels = rng.randrange(low, high + 1, SIZE_STEP)
+    height, width = sprite(name, colour, pixels).shape[:2]
+    return width, height
+
+
+def _place(rng, names, colours, sizes, relation) -> list[tuple[int, int, int, int]]:
+    """Boxes for the objects. Things of one count are all of one size."""
+    number = len(names)
+    alike = number > 1 and len(set(names)) == 1
+    extents = [_extent(rng, *what, number) for what in zip(names, colours, sizes, strict=True)]
+    if alike:
+        extents = extents[:1] * number
+    if relation:
+        return _place_pair(rng, extents, relation)
+    for _ in range(200):
+        boxes = [_free_box(rng, extent) for extent in extents]
+        if all(_overlap(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i]):
+            return boxes
+    # Crowded: a row, each in a third of the width, none wider than 48 pixels.
+    return [(x, y, x + w, y + h) for i, (w, h) in enumerate(extents)
+            for x, y in [(min(SIDE - MARGIN - w, MARGIN + i * (SIDE - 2 * MARGIN) // number),
+                          rng.randint(MARGIN, SIDE - MARGIN - h))]]
+
+
+def _place_pair(rng, extents, relation) -> list[tuple[int, int, int, int]]:
+    """Two boxes side by side (or one above the other), first object first as `relation` says."""
+    across = relation in ("left", "right")
+    swap = relation in ("right", "below")
+    first, second = [(w, h) if across else (h, w) for w, h in extents][::-1 if swap else 1]
+    room = SIDE - 2 * MARGIN - first[0] - second[0]             # negative: they overlap by that much
+    lead = rng.randint(0, max(0, room))
+    gap = rng.randint(0, room - lead) if room > 0 else room
+    start = MARGIN + lead
+    middle = rng.randint(MARGIN + max(first[1], second[1]) // 2, SIDE - MARGIN - (max(first[1], second[1]) + 1) // 2)
+    boxes = []
+    for (length, breadth), a in ((first, start), (second, start + first[0] + gap)):
+        b = middle - breadth // 2 + rng.randint(-10, 10)
+        b = min(max(b, MARGIN), SIDE - MARGIN - breadth)
+        boxes.append((a, b, a + length, b + breadth) if across else (b, a, b + breadth, a + length))
+    return boxes[::-1] if swap else boxes
+
+
+def _free_box(rng: random.Random, extent: tuple[int, int]) -> tuple[int, int, int, int]:
+    width, height = extent
+    left = rng.randint(MARGIN, SIDE - MARGIN - width)
+    top = rng.randint(MARGIN, SIDE - MARGIN - height)
+    return left, top, left + width, top + height
+
+
+def _overlap(a, b) -> float:
+    """Area that two boxes share, as a share of the smaller one."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    area = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return max(0, width) * max(0, height) / area
