@@ -128,10 +128,12 @@ MINI = ModelConfig(
     "mini",
     # Channels are spent where cells are few: on a CPU the 16x16 level costs most per channel.
     unet=UNetConfig(channels=(64, 128, 256), attention=(False, True, True), layers_per_block=1,
-                    heads=4, context_dim=192),
-    vae=VAEConfig(channels=(16, 32, 64, 128), layers_per_block=1, groups=8, scaling_factor=1.0),
+                    heads=4, context_dim=192, groups=8),
+    # GroupNorm over two channels of a flat patch keeps only their order, so a flat colour is lost in it:
+    # with few channels, few groups.
+    vae=VAEConfig(channels=(16, 32, 64, 160), layers_per_block=1, groups=2, scaling_factor=1.0),
     text=TextConfig(vocab_size=2048, dim=192, layers=3, heads=6, mlp_dim=768, projection_dim=192),
-    vision=VisionConfig(image_size=128, patch_size=16, dim=192, layers=4, heads=6, mlp_dim=768,
+    vision=VisionConfig(image_size=128, patch_size=16, dim=128, layers=4, heads=4, mlp_dim=512,
                         projection_dim=192),
     noise=NoiseConfig(prediction="v_prediction", zero_terminal_snr=True),
     image_size=128,

@@ -49,7 +49,7 @@ def _render(svg: str, width: int, height: int, view: str = "0 0 72 72") -> np.nd
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))                       # H W 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def _view_box(kind: ObjectType) -> tuple[float, float, float, float]:
     """x, y, width, height of what the SVG shows, in its 72 units."""
     ys, xs = np.nonzero(_render(svg_text(kind), _PROBE, _PROBE)[..., 3] > 8)

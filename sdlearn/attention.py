@@ -1,0 +1,229 @@
+"""Attention, and the transformer that lets a picture's cells read the text.
+
+B  batch            N  queries (cells h*w)     C  channels = H * D
+H  heads            M  keys (cells or tokens)  D  channels of one head
+h, w  rows and columns of the feature map      T  channels of one text token
+
+Parameter names are those of diffusers' `Transformer2DModel`, so its weights load by name.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention, softmax(q k^T / sqrt(D)) v, by PyTorch's fused kernel.
+
+    q is (B, N, C), k and v are (B, M, C); the result is (B, N, C). `mask` broadcasts to
+    (B, H, N, M): boolean, True where a query may look (`nn.MultiheadAttention` means the
+    opposite), or floating, added to the scores; each query must be left at least one key.
+    Raises ValueError for sizes that do not fit. Vaswani et al. 2017, "Attention is all you need".
+    """
+    _check(q, k, v, heads, mask)
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))            # (B, H, N|M, D)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))     # (B, N, C)
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) itself: how much each query takes from each key.
+
+    Arguments as for `attend`; the result is (B, H, N, M), and every row sums to 1.
+    """
+    _check(q, k, k, heads, mask)
+    q, k = split_heads(q, heads), split_heads(k, heads)
+    # Scaled before the product: in half precision the unscaled scores can overflow.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                 # (B, H, N, M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H*D) -> (B, H, N, D), without a copy."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H*D)."""
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+class CrossAttention(nn.Module):
+    """Queries from the picture, keys and values from `context`; self-attention without one.
+
+    dim: C. context_dim: T, or None for self-attention. C must be a multiple of `heads`.
+    """
+
+    def __init__(self, dim: int, context_dim: int | None = None, heads: int = 8):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"{dim} channels cannot be split into {heads} heads: choose a divisor")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))    # a Sequential for its key, to_out.0
+        self.watch = None           # set by `record_attention`: called with every attention map
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, C), context (B, M, T) -> (B, N, C)."""
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if self.watch is None:
+            return self.to_out(attend(q, k, v, self.heads, mask))
+        weights = attention_map(q, k, self.heads, mask)                      # (B, H, N, M)
+        self.watch(weights)
+        return self.to_out(merge_heads(weights @ split_heads(v, self.heads)))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit, value * GELU(gate), with the exact GELU. Shazeer 2020.
+
+    One linear layer makes both; its first half is the value, its second half the gate.
+    """
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., hidden)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """What every cell does by itself between attentions: widen, gate, narrow."""
+
+    def __init__(self, dim: int, mult: int = 4):
+        super().__init__()
+        # Place 1 was dropout when Stable Diffusion was trained; it keeps the key net.2.
+        self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Identity(), nn.Linear(mult * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Cells look at each other, then at the text, then think alone; each step is residual."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = CrossAttention(dim, heads=heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, C), context (B, M, T) -> (B, N, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class TokenConv(nn.Conv2d):
+    """A 1x1 convolution over a list of tokens: a linear layer whose weight is (out, in, 1, 1)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, inputs) -> (B, N, outputs)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block on a feature map: cells become tokens and go back to their places.
+
+    linear: whether proj_in and proj_out hold linear weights (SD 2.x) or those of 1x1
+    convolutions (SD 1.x), which is the same arithmetic. proj_out starts at zero, as in the
+    training of Stable Diffusion: a fresh transformer changes nothing.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, *,
+                 linear: bool = False, groups: int = 32):
+        super().__init__()
+        project = nn.Linear if linear else TokenConv
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = project(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, C, h, w), context (B, M, T) -> (B, C, h, w)."""
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = self.proj_in(tokens)                                        # (B, N, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = self.proj_out(tokens)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])   # (B, C, h, w)
+
+
+@dataclass
+class AttentionRecord:
+    """Attention maps by layer name, each (B, H, N, M), of the latest forward pass."""
+
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+    def watcher(self, name: str):
+        """A function that files a map under `name`."""
+        def watch(weights: Tensor) -> None:
+            self.maps[name] = weights
+        return watch
+
+
+@contextmanager
+def record_attention(model: nn.Module, only: str = "") -> Iterator[AttentionRecord]:
+    """Record the attention maps of `model` inside a `with` block.
+
+        with record_attention(unet, only="attn2") as record:
+            unet(x, t, context)
+        record.maps["mid_block.attentions.0.transformer_blocks.0.attn2"]    # (B, H, N, M)
+
+    only: record the layers whose name contains this; "attn2" are those that read the text,
+    and leaving out "attn1" saves memory, N * N numbers for each head. Those layers compute
+    softmax(q k^T) openly instead of in the fused kernel, with equal results. The record
+    stays valid after the block; afterwards the model is as it was, whatever happened.
+    Raises ValueError if no layer's name contains `only`.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CrossAttention) and only in name}
+    if not layers:
+        raise ValueError(f"nothing to record: no attention layer of this {type(model).__name__} "
+                         f"has {only!r} in its name")
+    record = AttentionRecord()
+    before = {name: layer.watch for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.watch = record.watcher(name)
+        yield record
+    finally:
+        for name, layer in layers.items():
+            layer.watch = before[name]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> None:
+    shapes = f"q is {tuple(q.shape)}, k is {tuple(k.shape)}, v is {tuple(v.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(f"attention needs (batch, tokens, channels) each, but {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape != v.shape:
+        raise ValueError(f"q, k, v need one batch and width, and k as many tokens as v, but {shapes}")
+    if heads < 1 or q.shape[2] % heads:
+        raise ValueError(f"{q.shape[2]} channels cannot be split into {heads} heads: choose a divisor")
+    if mask is None:
+        return
+    full = (q.shape[0], heads, q.shape[1], k.shape[1])
+    fits = mask.ndim <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False))
+    if not fits:
+        raise ValueError(f"the mask is {tuple(mask.shape)}, but must broadcast to {full}, which is "
+                         "(batch, heads, queries, keys)")

@@ -1,0 +1,203 @@
+"""A whole model as a folder, in the layout of diffusers' StableDiffusionPipeline.
+
+    model_index.json        which library reads which part
+    unet/                   config.json, diffusion_pytorch_model.safetensors
+    vae/                    config.json, diffusion_pytorch_model.safetensors
+    text_encoder/           config.json, model.safetensors
+    tokenizer/              vocab.json, merges.txt and what transformers wants beside them
+    scheduler/              scheduler_config.json: the noise schedule and what the U-Net predicts
+    vision/                 ours: CLIP's vision tower, both projections and the logit scale
+    world.json              ours: {"objects": [...], "words": [...]}, what the model was taught
+
+The last two may be missing; diffusers passes over them. Nothing about a model's size is assumed:
+every module is built from the config.json that lies beside its tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..clip import CLIP, TextTower
+from ..config import ModelConfig
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+from . import configs
+from .errors import CheckpointError
+from .files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+
+DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+OPTIONAL = ("vision/config.json", f"vision/{TRANSFORMERS_FILE}", "world.json", "tokenizer/tokenizer.json")
+DIFFUSERS_VERSION = "0.36.0"        # the oldest whose classes take all the keys that are written here
+
+
+@dataclass
+class Parts:
+    """The parts of a model, in memory. `clip` shares its text tower with `text`."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    text: TextTower
+    vae: VAE
+    unet: UNet
+    clip: CLIP | None = None
+    world: dict[str, list[str]] | None = None
+
+
+def load_folder(folder: str | Path, *, device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.float32) -> Parts:
+    """Every part of a model folder, on `device`; files of any precision are cast to `dtype`.
+
+    Raises CheckpointError, in one sentence that names the file, for whatever is missing or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no model_index.json; "
+                              "give a folder that diffusers or sdlearn has written.")
+    tokenizer = read_tokenizer(folder)
+    config = read_config(folder, tokenizer)
+    place = {"device": device, "dtype": dtype}
+    text = load_module(lambda: TextTower(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
+                       rename=text_name, **place)
+    vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE, **place)
+    unet = load_module(lambda: UNet(config.unet), folder / "unet" / DIFFUSERS_FILE, **place)
+    clip = load_clip(config, text, folder / "vision" / TRANSFORMERS_FILE, **place) if config.vision else None
+    return Parts(config, tokenizer, text, vae, unet, clip, read_world(folder))
+
+
+def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a model folder that `load_folder` and diffusers open; floating-point tensors in `dtype`.
+
+    All of it is written beside and then renamed. A folder that exists is updated; files in it that are
+    no part of a model, such as a model card, stay. Raises CheckpointError when it cannot be written.
+    """
+    folder = Path(folder).absolute()
+    with written_beside(folder) as beside:
+        _write_configs(beside, parts)
+        write_tensors(beside / "unet" / DIFFUSERS_FILE, parts.unet.state_dict(), dtype)
+        write_tensors(beside / "vae" / DIFFUSERS_FILE, parts.vae.state_dict(), dtype)
+        # With the prefix, which every version of transformers reads; without it, only the newest.
+        text = {f"text_model.{name}": tensor for name, tensor in parts.text.state_dict().items()}
+        write_tensors(beside / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
+        if parts.clip is not None:
+            write_tensors(beside / "vision" / TRANSFORMERS_FILE, beside_text(parts.clip.state_dict()), dtype)
+        parts.tokenizer.save(beside / "tokenizer")
+        written = {path.relative_to(beside) for path in beside.rglob("*") if path.is_file()}
+    for name in OPTIONAL:
+        if Path(name) not in written:               # of another model that the folder held before
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _write_configs(folder: Path, parts: Parts):
+    config, tokenizer = parts.config, parts.tokenizer
+    noise = configs.noise_to_dict(config.noise)
+    write_json(folder / "model_index.json", model_index(noise["_class_name"]))
+    write_json(folder / "scheduler" / "scheduler_config.json", noise)
+    write_json(folder / "unet" / "config.json", configs.unet_to_dict(config.unet, config.latent_size))
+    write_json(folder / "vae" / "config.json", configs.vae_to_dict(config.vae, config.image_size))
+    write_json(folder / "text_encoder" / "config.json",
+               configs.text_to_dict(config.text, tokenizer.start, tokenizer.end))
+    if parts.clip is not None:
+        write_json(folder / "vision" / "config.json", configs.vision_to_dict(config.vision))
+    if parts.world is not None:
+        write_json(folder / "world.json", parts.world)
+
+
+# --- the parts --------------------------------------------------------------------------------------
+
+def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
+    """The configs of all parts, as one; the name is the folder's."""
+    noise = _read(folder / "scheduler" / "scheduler_config.json", configs.noise_from_dict)
+    vae = _read(folder / "vae" / "config.json", configs.vae_from_dict)
+    unet_file, text_file = folder / "unet" / "config.json", folder / "text_encoder" / "config.json"
+    unet = _read(unet_file, configs.unet_from_dict)
+    text = _read(text_file, lambda values: configs.text_from_dict(values, tokenizer.pad_with_end))
+    vision_file = folder / "vision" / "config.json"
+    vision = _read(vision_file, configs.vision_from_dict) if vision_file.exists() else None
+    if unet.context_dim != text.dim:
+        raise CheckpointError(f"{unet_file} asks for text {unet.context_dim} wide, but the text tower "
+                              f"beside it is {text.dim} wide; the parts must come from one model.")
+    if tokenizer.vocab_size > text.vocab_size:
+        raise CheckpointError(f"{text_file} has room for {text.vocab_size} tokens, but the tokenizer beside "
+                              f"it knows {tokenizer.vocab_size}; the parts must come from one model.")
+    side = _read(unet_file, lambda values: int(values["sample_size"])) * vae.factor
+    return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_world(folder: Path) -> dict[str, list[str]] | None:
+    """What the model was taught, or None for a model that does not say."""
+    file = folder / "world.json"
+    if not file.exists():
+        return None
+    world = read_json(file)
+    for key in ("objects", "words"):
+        if not isinstance(world.get(key), list) or not all(isinstance(word, str) for word in world[key]):
+            raise CheckpointError(f"{file} has no list of {key}; copy or save it again.")
+    return world
+
+
+def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name: name, **place) -> nn.Module:
+    """A module without its random first weights (it is made on the meta device), filled from a file."""
+    with torch.device("meta"):
+        module = make()
+    tensors = read_tensors(file, shapes(module), rename=rename, **place)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval()
+
+
+def load_clip(config: ModelConfig, text: TextTower, file: Path, **place) -> CLIP:
+    """CLIP around a text tower that is there already."""
+    with torch.device("meta"):
+        clip = CLIP(config.text, config.vision)
+    rest = read_tensors(file, beside_text(shapes(clip)), **place)
+    clip.text_model = text
+    clip.load_state_dict({**clip.state_dict(keep_vars=True), **rest}, strict=True, assign=True)
+    return clip.eval()
+
+
+def beside_text(tensors: dict) -> dict:
+    """What CLIP has beside its text tower."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("text_model.")}
+
+
+def text_name(name: str) -> str | None:
+    """transformers wrote text towers with and without a prefix, and old ones with their positions 0...76."""
+    return None if name.endswith("embeddings.position_ids") else name.removeprefix("text_model.")
+
+
+def model_index(scheduler: str) -> dict:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _read(file: Path, read: Callable):
+    """A config file through one of `configs`' functions; its errors name the file."""
+    values = read_json(file)
+    try:
+        return read(values)
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}; it is not the config of this part.") from error
+    except (CheckpointError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error

@@ -1,0 +1,303 @@
+"""Stable Diffusion as one object: a prompt becomes pictures.
+
+B  batch            C, h, w  channels, rows and columns of the latent
+M, T  text tokens and their width            H, W  pixels
+
+    prompt ── tokenizer ── text tower ── context (B, M, T)
+                                              │
+    seed ── noise (B, C, h, w) ── sampler: U-Net, guidance, step ── latent ── VAE decoder ── pictures
+
+`steps` is the generator that does the work; `text2img` runs it to its end. Picture i of a batch has a
+random generator of its own, seeded with seed + i, so it is the picture that this seed gives alone.
+"""
+
+import difflib
+import math
+import re
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import CheckpointError, Parts, load_folder
+from .guidance import predict_x0
+from .samplers import SAMPLERS, grid_for
+from .schedule import SPACINGS, NoiseSchedule
+
+SHIPPED = Path(__file__).parent / "weights"     # models that come with the package, a folder each
+MAX_SIDE = 2048         # pixels; beyond it attention takes hours and all memory
+MAX_BATCH = 256         # pictures at once
+
+
+class SettingsError(ValueError):
+    """A setting that no picture can be made with; the message says what to give instead."""
+
+
+class NotFinite(FloatingPointError):
+    """The latent or the picture holds NaN or infinity, which would be shown as black."""
+
+
+class PromptWarning(UserWarning):
+    """The prompt runs, but not all of it will be heard."""
+
+
+class UnknownWordWarning(PromptWarning):
+    """The prompt has a word that the model was never taught."""
+
+
+class LongPromptWarning(PromptWarning):
+    """The prompt has more tokens than the text tower has places, and was cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a picture is made, beside its prompt. Raises SettingsError for values that cannot be."""
+
+    steps: int = 20
+    sampler: str = "dpmpp_2m"           # a key of samplers.SAMPLERS
+    guidance: float = 5.0               # w in u + w (c - u); 1 is no guidance
+    rescale: float = 0.0                # of the guided output's contrast, 0...1 (Lin et al. 2023)
+    spacing: str | None = None          # of the timesteps, one of schedule.SPACINGS; None: the sampler's own
+    size: int | tuple[int, int] | None = None   # pixels, a side or (width, height); None: the model's own
+    batch: int = 1                      # pictures
+    seed: int = 0                       # of the first picture; the next ones have seed + 1, seed + 2 ...
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise SettingsError(f"there is no sampler '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
+        if self.spacing not in (None, *SPACINGS):
+            raise SettingsError(f"there is no spacing '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
+        for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
+            if not _whole(value := getattr(self, name), low, high):
+                raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
+        if not math.isfinite(self.guidance):
+            raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, "
+                                "5 for a prompt well heard")
+        if not 0 <= self.rescale <= 1:
+            raise SettingsError(f"rescale is {self.rescale}; give a number from 0, off, to 1")
+
+
+@dataclass(frozen=True)
+class SamplingStep:
+    """One step on the way to the pictures."""
+
+    index: int                  # 0 ... of - 1
+    of: int
+    t: float                    # the timestep that the step started from
+    latent: Tensor              # (B, C, h, w) after the step
+    x0: Tensor                  # (B, C, h, w) the clean latent that the network saw at t
+    decode: Callable[[Tensor], list[Image.Image]]
+
+    def images(self) -> list[Image.Image]:
+        """What the network saw at this step, decoded when asked for: pictures of the predicted x0."""
+        return self.decode(self.x0)
+
+    def noisy_images(self) -> list[Image.Image]:
+        """The latent itself as pictures, with the noise still in it."""
+        return self.decode(self.latent)
+
+
+class StableDiffusion:
+    """A text tower, a U-Net, a VAE and a noise schedule that were trained for one another.
+
+    The parts are attributes, to be looked at and exchanged: `tokenizer`, `text`, `unet`, `vae`,
+    `schedule`, `config`; `clip` and `world`, what the model was taught, are None where a folder has none.
+    """
+
+    def __init__(self, parts: Parts):
+        self.config, self.world = parts.config, parts.world
+        self.tokenizer, self.text, self.clip = parts.tokenizer, parts.text, parts.clip
+        self.unet, self.vae = parts.unet, parts.vae
+        self.schedule = NoiseSchedule(parts.config.noise)
+
+    @classmethod
+    def load(cls, source: str | Path = "mini", *, device: str | torch.device | None = None,
+             dtype: torch.dtype = torch.float32) -> "StableDiffusion":
+        """A shipped model by name, or a model folder by path.
+
+        `device` is a GPU where there is one and the CPU elsewhere, unless given. In the default float32
+        a seed gives the same picture on every machine, up to rounding. Raises CheckpointError, in one
+        sentence, for a model that is unknown, missing or damaged, SettingsError for a missing device.
+        """
+        folder = SHIPPED / source if source in shipped() else Path(source)
+        if not folder.is_dir():
+            known = ", ".join(shipped()) or "none: the package was installed without its weights"
+            raise CheckpointError(f"there is no model '{source}'; give the path of a model folder, or "
+                                  f"the name of a shipped model ({known})")
+        return cls(load_folder(folder, device=_device(device), dtype=dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def text2img(self, prompt: str, negative_prompt: str = "", *, latent: Tensor | None = None,
+                 **settings) -> list[Image.Image]:
+        """Pictures of a prompt; arguments and errors as in `steps`.
+
+            model.text2img("a red apple on a yellow background", steps=20, guidance=5, seed=0)
+        """
+        for step in self._start(prompt, negative_prompt, latent, settings):
+            last = step
+        return last.noisy_images()      # the latent after the last step: its noise is gone
+
+    def steps(self, prompt: str, negative_prompt: str = "", *, latent: Tensor | None = None,
+              **settings) -> Iterator[SamplingStep]:
+        """The steps of `text2img`, one by one, for whoever wants to watch.
+
+        prompt: any text; "" is the unconditional model. negative_prompt: what to go away from.
+        settings: the fields of `Settings`. latent: the noise to begin with, (B, C, h, w) of variance 1,
+        in place of the seed's. Warns of words the model was never taught (UnknownWordWarning) and of a
+        prompt that is cut (LongPromptWarning). Raises, in a sentence each, SettingsError before anything
+        is computed, and NotFinite and MemoryError.
+        """
+        return self._start(prompt, negative_prompt, latent, settings)
+
+    def _start(self, prompt: str, negative_prompt: str, latent: Tensor | None, settings: dict):
+        chosen = self.checked(settings)
+        for kind, message in self.doubts(prompt, negative_prompt):
+            warnings.warn(message, kind, stacklevel=3)
+        width, height = self.size(chosen.size)
+        generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
+        shape = self.latent_shape(chosen)
+        if latent is not None and latent.shape != shape:
+            raise SettingsError(f"the latent is {tuple(latent.shape)}; {chosen.batch} of {width}x{height} "
+                                f"pixels need {shape}")
+        with memory_told(f"{chosen.batch} of {width}x{height}"):
+            # Drawn on the CPU, each picture's from its own generator: the same for every device and batch.
+            x = torch.stack([torch.randn(shape[1:], generator=one) for one in generators])
+        return self._run([prompt, negative_prompt], x if latent is None else latent, generators, chosen)
+
+    @torch.no_grad()
+    def _run(self, prompts: list[str], x: Tensor, generators: list[torch.Generator], chosen: Settings):
+        grid = grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
+        with memory_told(f"{len(x)} at once"):
+            context, uncond = self.encode(prompts)[:, None]                                  # each (1, M, T)
+            denoise = predict_x0(self.unet, self.schedule, context.expand(len(x), -1, -1), uncond,
+                                 scale=chosen.guidance, rescale=chosen.rescale)
+            sample = SAMPLERS[chosen.sampler]
+            for step in sample(denoise, x.to(self.device), grid, self.schedule, generator=generators):
+                if step.index == len(grid) - 1 and not bool(step.x.isfinite().all()):
+                    raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
+                                    f"{chosen.guidance}); lower the guidance, or load the model in float32")
+                yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
+
+    def checked(self, settings: dict) -> Settings:
+        """Settings that this model can make pictures with, or SettingsError; nothing is computed."""
+        known = [field.name for field in fields(Settings)]
+        if strange := sorted(settings.keys() - set(known)):
+            raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join(known)}")
+        chosen = Settings(**settings)
+        self.size(chosen.size)
+        _told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
+        return chosen
+
+    def size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """(width, height) in pixels, both multiples of the VAE's factor: the U-Net takes odd latents too."""
+        factor = self.config.vae.factor
+        size = self.config.image_size if size is None else size
+        sides = (size, size) if isinstance(size, Integral) else tuple(size)
+        shown = "x".join(map(str, sides))
+        if len(sides) != 2 or not all(_whole(side, factor, MAX_SIDE) for side in sides):
+            raise SettingsError(f"size {shown} cannot be made; give sides of {factor} to {MAX_SIDE} pixels")
+        if any(side % factor for side in sides):
+            near = "x".join(str(max(1, round(side / factor)) * factor) for side in sides)
+            raise SettingsError(f"size {shown} is not a multiple of {factor} pixels; the nearest is {near}")
+        return sides
+
+    def latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        """(B, C, h, w)"""
+        width, height = self.size(settings.size)
+        factor, channels = self.config.vae.factor, self.config.unet.out_channels
+        return settings.batch, channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """What the U-Net attends to: (B, M, T)."""
+        ids = _told(self.tokenizer, prompts, self.config.text.length)                        # (B, M)
+        return self.text(ids.to(self.device)).hidden
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> list[Image.Image]:
+        """Scaled latents (B, C, h, w) as PIL pictures. Raises NotFinite, MemoryError."""
+        with memory_told(f"{len(latent)} at once"):
+            pixels = self.vae.to_pixels(latent.to(self.dtype), at_once=1)           # (B, 3, H, W)
+        if not bool(pixels.isfinite().all()):
+            raise NotFinite("the VAE decoded to NaN or infinity, which would be a black picture; "
+                            "load the model in float32")
+        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def doubts(self, *prompts: str) -> Iterator[tuple[type[PromptWarning], str]]:
+        """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
+        for prompt in prompts:
+            if lost := _told(self.tokenizer.truncated, prompt, self.config.text.length):
+                yield LongPromptWarning, (
+                    f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
+                    f"\"{textwrap.shorten(lost, 300, placeholder=' ...')}\"")
+        if self.world is not None and (unknown := unknown_words(" ".join(prompts), self.world["words"])):
+            yield UnknownWordWarning, (
+                f"the model was never taught {', '.join(unknown)}; it will guess. "
+                f"It knows {len(self.world['objects'])} objects, listed in model.world")
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/model_index.json"))
+
+
+def unknown_words(text: str, known: list[str]) -> list[str]:
+    """The words and pictographs of a text that are not in `known`, quoted, with what may have been meant."""
+    found = []
+    for word in re.findall(r"\w+|[^\w\s]", re.sub(r"['’]s\b", "", text.lower())):
+        told = word[0].isalnum() or (not word.isascii() and unicodedata.category(word[0])[0] == "S")
+        if told and word not in known and word not in found:
+            found.append(word)
+    near = {word: difflib.get_close_matches(word, known, n=1, cutoff=0.75) for word in found}
+    return [f"'{word}'" + (f" (did you mean '{near[word][0]}'?)" if near[word] else "") for word in found]
+
+
+@contextmanager
+def memory_told(what: str):
+    """Turns the ways in which PyTorch runs out of memory into one MemoryError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise MemoryError(f"not enough memory for the pictures ({what}); "
+                              "ask for fewer or smaller ones") from error
+        raise
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:     # PyTorch without CUDA raises the latter
+        raise SettingsError(f"there is no device '{name}' here; leave it out for the best there is, "
+                            "or give 'cpu'") from error
+
+
+def _told(function: Callable, *arguments):
+    """A call whose ValueError says what is wrong with a setting."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _whole(value, low: int, high: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high

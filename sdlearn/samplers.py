@@ -1,0 +1,197 @@
+"""Samplers: from noise to a clean latent, in steps.
+
+B  batch    C, h, w  channels, rows and columns of the latent
+
+Each sampler is a generator over one contract, `denoise(x, t) -> x0`, where
+
+    x       (B, C, h, w), variance preserving: x = alpha x0 + sigma eps, with the schedule's alpha, sigma
+    t       a Python number, the timestep; fractions on some grids
+    x0      (B, C, h, w), the clean latent that the network sees in x
+
+and walks a grid of pairs (t, t_prev) from `schedule.timesteps`. What the network predicts, and its
+guidance, are hidden in `denoise` (`guidance.predict_x0`). x begins as noise of variance 1.
+
+Papers that work with sigma/alpha = s and X = x/alpha ("variance exploding", k-diffusion, diffusers'
+Euler, Euler ancestral and Heun) solve dX/ds = eps. Their steps are here as well, with x put back in
+place of X, and alpha never a divisor, so that a schedule with zero terminal SNR (alpha = 0, s
+infinite) needs no exception. Where such a schedule is cut off at a finite s, k-diffusion and
+diffusers begin at X = s_max noise; on the grids "linspace" and "trailing" that is x = sigma noise
+here, 0.2 % less than noise for Stable Diffusion, and with "leading" it is x = noise.
+
+Coefficients are Python floats from float64: no step waits for a device. Noise is drawn on the CPU, in
+float32, and moved: a seed gives the same picture on every machine.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Grid, NoiseSchedule, timesteps
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+class Step(NamedTuple):
+    """What a sampler yields: the state after a step."""
+
+    index: int      # 0...n-1
+    t: float        # the timestep that the step started from
+    x: Tensor       # (B, C, h, w) the latent after the step
+    x0: Tensor      # (B, C, h, w) the clean latent predicted at t, on which the step was built
+
+
+def ddpm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+         generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Draw x_prev from the posterior q(x_prev | x, x0). Ho et al. 2020, equation 7, with the small variance.
+
+    Ends at the predicted x0 itself, as in diffusers' DDPMScheduler.
+    """
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        kept = (alpha / alpha_prev) ** 2            # of the variance, going forward from t_prev to t
+        x0 = denoise(x, t)
+        mean = (alpha_prev * (1 - kept) * x0 + math.sqrt(kept) * sigma_prev**2 * x) / sigma**2
+        x = mean + gaussian(x, sigma_prev / sigma * math.sqrt(1 - kept), generator)
+        yield Step(index, t, x, x0)
+
+
+def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, eta: float = 0.0,
+         set_alpha_to_one: bool = False, generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Noise x0 again with the noise just predicted, a part of it fresh. Song et al. 2021, equation 12.
+
+    eta in 0...1: none of the noise fresh, or as much as in DDPM. Stable Diffusion ends at the noise of
+    timestep 0 (sigma 0.029); with `set_alpha_to_one` at the predicted x0 itself.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: give a number from 0 (no fresh noise) to 1 (as in DDPM)")
+    end = None if set_alpha_to_one else 0
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(end if t_prev is None else t_prev)
+        fresh = eta * sigma_prev / sigma * math.sqrt(1 - (alpha / alpha_prev) ** 2)
+        x0 = denoise(x, t)
+        eps = (x - alpha * x0) / sigma
+        x = alpha_prev * x0 + math.sqrt(sigma_prev**2 - fresh**2) * eps + gaussian(x, fresh, generator)
+        yield Step(index, t, x, x0)
+
+
+def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+          generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Euler's method for dX/ds = eps: X + (s_prev - s) eps. Karras et al. 2022, algorithm 1 without churn.
+
+    Since X = x0 + s eps, the step leads to X_prev = x0 + s_prev eps, and times alpha_prev that is
+    DDIM's step. Ends at s = 0, the predicted x0.
+    """
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        x0 = denoise(x, t)
+        eps = (x - alpha * x0) / sigma
+        x = alpha_prev * x0 + sigma_prev * eps
+        yield Step(index, t, x, x0)
+
+
+def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+                    eta: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Euler down to less noise than t_prev has, then up to it with fresh noise. k-diffusion, 2022.
+
+    With eta 1, what is added each time is what the forward process would add. Ends at the predicted x0.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}: give a number from 0 (plain Euler) to 1 (all noise fresh)")
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        shrink = sigma_prev / alpha_prev * alpha / sigma                # s_prev / s
+        up = eta * sigma_prev * math.sqrt(1 - shrink**2)
+        down = math.sqrt(sigma_prev**2 - up**2)
+        x0 = denoise(x, t)
+        eps = (x - alpha * x0) / sigma
+        x = alpha_prev * x0 + down * eps + gaussian(x, up, generator)
+        yield Step(index, t, x, x0)
+
+
+def heun(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+         generator: torch.Generator | None = None) -> Iterator[Step]:
+    """Euler's step, then again with the mean of the slopes at both ends. Karras et al. 2022, algorithm 1.
+
+    Two calls of `denoise` a step, one in the last, and one where x holds no signal: there s is
+    infinite or close to it, and a mean over the whole way from there says nothing.
+    """
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        x0 = denoise(x, t)
+        eps = (x - alpha * x0) / sigma
+        x = alpha_prev * x0 + sigma_prev * eps
+        if t_prev is not None and alpha > NO_SIGNAL:
+            eps_prev = (x - alpha_prev * denoise(x, t_prev)) / sigma_prev
+            x = x + (sigma_prev - alpha_prev * sigma / alpha) * (eps_prev - eps) / 2
+        yield Step(index, t, x, x0)
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+             generator: torch.Generator | None = None) -> Iterator[Step]:
+    """DPM-Solver++(2M): x0 extrapolated along lambda = log(alpha/sigma). Lu et al. 2022, algorithm 2.
+
+    The first step and the last, which ends at x0, are of first order: DDIM's.
+    """
+    x0_last = rise_last = None
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        x0 = ahead = denoise(x, t)
+        rise = log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
+        if x0_last is not None and t_prev is not None:
+            ahead = x0 + rise / rise_last * (x0 - x0_last) / 2
+        x = sigma_prev / sigma * x + (alpha_prev - sigma_prev * alpha / sigma) * ahead
+        x0_last, rise_last = x0, rise
+        yield Step(index, t, x, x0)
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
+    "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+}
+# What diffusers' schedulers use unless told otherwise; the samplers run on any grid.
+SPACING = {
+    "ddpm": "leading", "ddim": "leading", "euler": "linspace", "euler_ancestral": "linspace",
+    "heun": "linspace", "dpmpp_2m": "linspace_open",
+}
+NO_SIGNAL = 2.0**-12    # the root of schedule.ALMOST_ZERO
+
+
+def get_sampler(name: str) -> Callable[..., Iterator[Step]]:
+    """The sampler of that name. Raises ValueError, naming those there are."""
+    if name not in SAMPLERS:
+        raise ValueError(f"there is no sampler '{name}': choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def grid_for(name: str, schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Grid:
+    """The grid of n steps for the sampler of that name.
+
+    Unless `spacing` is given it is what diffusers' scheduler of that name starts with, or "trailing"
+    for a schedule with zero terminal SNR, whose grid must begin at the last timestep. Raises
+    ValueError for an unknown sampler or spacing, and for n not in 1...N.
+    """
+    get_sampler(name)
+    if spacing is None and not schedule.config.zero_terminal_snr:
+        spacing = SPACING[name]
+    return timesteps(schedule, n, spacing)
+
+
+def gaussian(x: Tensor, std: float, generator: torch.Generator | None) -> Tensor | float:
+    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0."""
+    if std == 0:
+        return 0.0
+    noise = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32)
+    return std * noise.to(device=x.device, dtype=x.dtype)
+
+
+def log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

@@ -1,0 +1,127 @@
+"""Shipping a run: its averaged weights as a model folder, with a card of measured figures beside them."""
+
+import json
+import os
+import platform
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import Parts, save_folder
+from ..clip import CLIP
+from ..config import ModelConfig
+from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
+from ..pictures import psnr, to_images, to_tensor
+from ..unet import UNet
+from .clip import retrieval, shortest
+from .loop import load_state
+from .stages import averaged, train_tokenizer, trained_vae
+from .unet import UNetRecipe, fixed_prompts
+
+SHIPPED = Path(__file__).parents[1] / "weights"
+
+
+@torch.no_grad()
+def autoencoder_psnr(vae, count: int = 500, world: World = FULL) -> float:
+    """Mean PSNR in dB of the round trip of `count` unseen scenes (posterior mean, pixels in [-1, 1])."""
+    scores = []
+    for first in range(0, count, 25):
+        pixels = to_tensor([scene(seed, "test", world).image for seed in range(first, min(first + 25, count))])
+        scores.append(psnr(vae.decode(vae.encode(pixels).mode()).clamp(-1, 1), pixels))
+    return float(torch.cat(scores).mean())
+
+
+@torch.no_grad()
+def chosen_rightly(clip: CLIP, tokenizer, images, prompts: list[str], others: int = 99, world: World = CORE) -> float:
+    """Share of pictures whose own prompt is nearest, by the towers, among it and `others` other captions."""
+    wrong = [scene(10_000 + seed, "test", world).caption for seed in range(others)]
+    embedded = clip.encode_image(to_tensor(images))
+    texts, rest = (clip.encode_text(shortest(tokenizer(list(some)), tokenizer.end)) for some in (prompts, wrong))
+    own = (embedded * texts).sum(dim=1)
+    return float((own > (embedded @ rest.T).amax(dim=1)).float().mean())
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) -> tuple[Parts, dict, list]:
+    """The parts of a run, its figures, and the pictures of `prompts`."""
+    states = {stage: load_state(run / f"{stage}-state.pt")["progress"] for stage in ("vae", "clip", "unet")}
+    tokenizer, vae = train_tokenizer(config, run), trained_vae(config, run)
+    clip = averaged(CLIP(config.text, config.vision), run, "clip")
+    recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world)
+    unet = averaged(UNet(config.unet), run, "unet")
+    images = list(recipe.sample(unet, prompts, steps=25))
+    words = sorted(vocabulary())
+    parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
+                  {"objects": sorted(world.objects), "words": words})
+    real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]
+    through = to_images(torch.cat([vae.decode(vae.encode(to_tensor([s.image])).mode()) for s in real]))
+    figures = {
+        "autoencoder PSNR on 500 unseen scenes, dB": autoencoder_psnr(vae),
+        "towers' retrieval among 1,000 unseen scenes, top 1": retrieval(clip, tokenizer),
+        f"pictures of {len(prompts)} unseen prompts whose own prompt the towers choose among 100":
+            chosen_rightly(clip, tokenizer, images, prompts, world=world),
+        "the same for the real scenes of these prompts through the autoencoder":
+            chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
+        **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
+        "training": {stage: {key: states[stage][key] for key in ("step", "samples", "seconds")} for stage in states},
+        "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
+    }
+    return parts, figures, images
+
+
+def config_with(config: ModelConfig, vae) -> ModelConfig:
+    """`config` with the autoencoder's own config, whose scaling factor was measured."""
+    return replace(config, vae=vae.config)
+
+
+def ship(config: ModelConfig, run: Path, out: Path | None = None, *, world: World = CORE, count: int = 64) -> Path:
+    """Measure a run, write its weights in half precision as a model folder, and the card and sheet beside them."""
+    prompts = fixed_prompts(count, world)
+    parts, figures, images = measure(config, run, prompts, world)
+    folder = save_folder(out or SHIPPED / config.name, parts, dtype=torch.float16)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (folder / "MODEL_CARD.md").write_text(card(config, parts, figures), encoding="utf-8")
+    contact_sheet(images, prompts).save(run / "shipped.png")
+    return folder
+
+
+def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
+    """The model card, in Markdown; every number in it was measured by `measure` or read off the model."""
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in
+             (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and vision towers", parts.clip))}
+    rows = [f"| {name} | {value:.3f} |" for name, value in figures.items() if isinstance(value, float)]
+    stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} |"
+              for stage, told in figures["training"].items()]
+    return "\n".join((
+        f"# `{config.name}`: the Stable Diffusion of this course", "",
+        "A latent diffusion model in the architecture of Stable Diffusion 1.x, small enough for a laptop's CPU, in the",
+        "folder layout of `diffusers`. It draws small scenes of a closed world and nothing else.", "",
+        "## Data", "",
+        "Scenes drawn on the fly by `sdlearn.data` from OpenMoji art (CC BY-SA 4.0), with exact captions; no scene is",
+        f"stored. Autoencoder and towers saw all objects, the U-Net {len(parts.world['objects'])} of them: "
+        f"{', '.join(parts.world['objects'])}.", "",
+        "## Model", "",
+        *(f"- {name}: {count / 1e6:.2f} M parameters" for name, count in sizes.items()),
+        f"- pictures of {config.image_size} x {config.image_size}, latents of {config.latent_size} x "
+        f"{config.latent_size} x {config.vae.latent_channels}, scaling factor {parts.vae.config.scaling_factor}",
+        f"- prediction: {config.noise.prediction}; terminal signal-to-noise ratio "
+        f"{'zero' if config.noise.zero_terminal_snr else 'above zero'}", "",
+        "## Training", "",
+        f"`python -m sdlearn train`, on {figures['machine']}, fp32, torch {figures['torch']}; other work ran on the "
+        "same", "cores at times, so minutes are an upper bound.", "",
+        "| stage | steps | pictures or crops | minutes |", "|---|---|---|---|", *stages, "",
+        "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train ship`.", "",
+        "| what | value |", "|---|---|", *rows, "",
+        "`loss right@999` is the U-Net's loss at timestep 999 with the right captions, `wrong` with the captions of "
+        "other", "scenes: the gap is how much of the prompt it hears.", "",
+        "## Licence", "",
+        "Trained on OpenMoji art: the weights and the pictures they make are shared under CC BY-SA 4.0. All emojis",
+        "designed by OpenMoji, the open-source emoji and icon project.", ""))

@@ -1,0 +1,63 @@
+"""`python -m sdlearn train`: stages from the command line, with a progress bar, a budget, and resuming."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..config import PRESETS
+from ..data import WORLDS
+from . import stages
+from .card import ship
+from .loop import fit
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("stage", choices=[*stages.STAGES, "all", "ship"],
+                        help="what to train; 'ship' writes a run's averaged weights as a model folder")
+    parser.add_argument("--run", type=Path, default=Path("runs/mini"), help="folder of states and sheets")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
+    parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
+    parser.add_argument("--minutes", type=float, help="budget of this call (default: the stage's own)")
+    parser.add_argument("--batch", type=int, help="scenes in a batch")
+    parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="chosen by a short trial when left out")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
+    parser.add_argument("--report-minutes", type=float, default=10.0, help="between sheets of samples")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder that 'ship' writes (default: the package's own weights)")
+
+
+def run(args: argparse.Namespace):
+    """Train one stage, or all of them one after the other, or ship a run."""
+    if args.stage == "ship":
+        print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
+        return
+    for name in stages.STAGES if args.stage == "all" else [args.stage]:
+        train_stage(name, args)
+
+
+def train_stage(name: str, args: argparse.Namespace):
+    stage = stages.STAGES[name]
+    world = WORLDS[args.world] if args.world else None
+    options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world}
+    recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
+    minutes = stage.minutes if args.minutes is None else args.minutes
+    steps = fit(recipe, args.run, minutes=minutes, precision=args.precision, compiled=args.compile,
+                report_minutes=args.report_minutes, seed=args.seed)
+    bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0)
+    first = told = None
+    for progress, _ in steps:
+        if first is None:
+            first = progress.samples, progress.seconds
+        samples, seconds = progress.samples - first[0], progress.seconds - first[1]
+        bar.update(min(int(seconds), bar.total) - bar.n)
+        bar.set_postfix_str(f"step {progress.step}, loss {progress.loss:.4f}, "
+                            f"{samples / max(seconds, 1e-9):.1f} samples/s", refresh=False)
+        if progress.history and progress.history[-1] is not told:
+            told = progress.history[-1]
+            tqdm.write(json.dumps({key: round(value, 5) for key, value in told.items()}))
+    bar.close()
+    if progress.history[-1] is not told:
+        print(json.dumps({key: round(value, 5) for key, value in progress.history[-1].items()}))

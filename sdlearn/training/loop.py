@@ -1,0 +1,160 @@
+"""One training loop for every stage: resumable, averaged, mixed precision where it pays.
+
+A stage is a `Recipe`: which parameters learn, how a batch is made, what the loss is. `fit` is a
+generator over steps, so that progress bars, sheets and budgets belong to whoever iterates.
+"""
+
+import os
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+class Recipe(Protocol):
+    """What a stage of training has to say for itself."""
+
+    name: str                   # of the stage, and of its files
+    model: nn.Module            # what learns
+    batch_size: int
+    learning_rate: float
+    warmup: int                 # steps
+    decay_share: float          # share of the budget, at its end, in which the learning rate falls to zero
+
+    def batch(self, generator: torch.Generator) -> tuple: ...
+    def loss(self, model: nn.Module, *batch) -> tuple[torch.Tensor, dict[str, float]]: ...
+    def report(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `seconds` are of training, pauses and earlier sessions told apart."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")              # running mean
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Average:
+    """Exponential moving average of a model's parameters; short at first, then longer (up to `decay`)."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9995):
+        self.model, self.decay = deepcopy(model).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int):
+        keep = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - keep)
+
+
+def save_state(file: Path, state: dict):
+    """Write beside and rename: a kill at any moment leaves the old file or the new one, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    torch.save(state, beside)
+    os.replace(beside, file)
+
+
+def load_state(file: Path) -> dict | None:
+    """The newest state of a run, or None when there is none; plain tensors and numbers only."""
+    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+
+def choose_precision(recipe: Recipe, device: torch.device) -> str:
+    """"bf16" on a GPU that has it; on a CPU with bf16 instructions whichever of the two is faster in a
+    short trial; "no" (fp32) everywhere else, where bf16 would be emulated and a hundred times slower."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "no"
+    generator = torch.Generator().manual_seed(0)
+    batch = recipe.batch(generator)
+    seconds = {}
+    for precision in ("no", "bf16"):
+        for _ in range(3):                                      # the last one counts
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss, _ = recipe.loss(recipe.model, *batch)
+            loss.backward()
+            recipe.model.zero_grad()
+            seconds[precision] = time.perf_counter() - start
+    return min(seconds, key=seconds.get)
+
+
+def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None = None, compiled: bool | None = None,
+        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0):
+    """Train for `minutes` of this process's time, from the newest state in `folder`; yields `Progress`.
+
+    `precision` is "no", "fp16" or "bf16" (chosen by `choose_precision` when None); `compiled` is
+    True on a GPU and where bf16 runs on a CPU unless said otherwise. The state is written every
+    `save_seconds`, so a kill loses less than a minute; a report (figures and a sheet) is made every
+    `report_minutes` and at the end.
+    """
+    accelerator = Accelerator(mixed_precision=precision or choose_precision(recipe, Accelerator().device))
+    device, main = accelerator.device, accelerator.is_main_process
+    raw = recipe.model.to(device)
+    optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
+    average, progress = Average(raw), Progress()
+    file = folder / f"{recipe.name}-state.pt"
+    if (state := load_state(file)) is not None:
+        raw.load_state_dict(state["model"])
+        average.model.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        progress = Progress(**state["progress"])
+    generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
+    if compiled if compiled is not None else accelerator.mixed_precision == "bf16":
+        raw.compile()
+    model, optimiser = accelerator.prepare(raw, optimiser)
+
+    def save():
+        if main:
+            save_state(file, {"model": raw.state_dict(), "average": average.model.state_dict(),
+                              "optimiser": optimiser.state_dict(), "progress": vars(progress)})
+
+    start = saved = reported = clock = time.perf_counter()
+    end = start + 60 * minutes
+    while clock < end:
+        share = (end - clock) / (60 * minutes)                  # of the budget that is left
+        rate = min(1.0, (progress.step + 1) / recipe.warmup)
+        if recipe.decay_share:
+            rate *= min(1.0, share / recipe.decay_share)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * rate
+        batch = [part.to(device) if torch.is_tensor(part) else part for part in recipe.batch(generator)]
+        with accelerator.autocast():
+            loss, parts = recipe.loss(model, *batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        value = float(loss.detach())
+        if value != value:
+            raise FloatingPointError(f"the loss of '{recipe.name}' became NaN at step {progress.step}; the state of "
+                                     "up to a minute before is kept: go on with a lower learning rate")
+        progress.step += 1
+        progress.samples += len(batch[0]) * accelerator.num_processes
+        progress.loss = value if progress.step == 1 else progress.loss + (value - progress.loss) * 0.01
+        average.update(raw, progress.step)
+        now = time.perf_counter()
+        progress.seconds += now - clock
+        clock = now
+        yield progress, parts
+        if clock - saved > save_seconds:
+            save()
+            saved = clock
+        if clock - reported > 60 * report_minutes and main:
+            progress.history.append({"step": progress.step, "samples": progress.samples, "hours":
+                                     progress.seconds / 3600, "loss": progress.loss,
+                                     **recipe.report(average.model, folder, progress.step)})
+            clock = reported = time.perf_counter()              # a report does not count as training
+    if main:
+        progress.history.append({"step": progress.step, "samples": progress.samples, "hours": progress.seconds / 3600,
+                                 "loss": progress.loss, **recipe.report(average.model, folder, progress.step)})
+    save()

@@ -1,0 +1,69 @@
+"""The stages of training in their order, what each needs from the ones before, and shipping the result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..clip import CLIP
+from ..config import ModelConfig
+from ..data import scene
+from ..tokenizer import Tokenizer
+from ..vae import VAE
+from .clip import CLIPRecipe
+from .loop import load_state
+from .unet import UNetRecipe
+from .vae import VAERecipe, measure_scaling
+
+
+@dataclass(frozen=True)
+class Stage:
+    make: Callable
+    minutes: float              # budget when none is given, for two CPU cores
+
+
+def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> Tokenizer:
+    """The run's tokenizer; merges are learned from captions and common English words at the first call."""
+    folder = run / "tokenizer"
+    if not folder.exists():
+        english = (Path(__file__).parent.parent / "data" / "english.txt").read_text(encoding="utf-8").split()
+        texts = [scene(seed).caption for seed in range(captions)]
+        Tokenizer.train([*texts, *english], config.text.vocab_size).save(folder)
+    return Tokenizer.load(folder)
+
+
+def averaged(module, run: Path, stage: str):
+    """`module` with the averaged weights of an earlier stage."""
+    state = load_state(run / f"{stage}-state.pt")
+    if state is None:
+        raise FileNotFoundError(f"the stage '{stage}' has not been trained in '{run}': run `train {stage}` first")
+    module.load_state_dict(state["average"])
+    return module.eval().requires_grad_(False)
+
+
+def trained_vae(config: ModelConfig, run: Path) -> VAE:
+    """The run's autoencoder; its scaling factor is measured at the first call and kept beside the state."""
+    file = run / "scaling_factor.txt"
+    if not file.exists():
+        file.write_text(f"{measure_scaling(averaged(VAE(config.vae), run, 'vae')):.5f}")
+    factor = float(file.read_text())
+    return averaged(VAE(replace(config.vae, scaling_factor=factor)), run, "vae")
+
+
+def make_vae(config: ModelConfig, run: Path, **options) -> VAERecipe:
+    return VAERecipe(config, **options)
+
+
+def make_clip(config: ModelConfig, run: Path, **options) -> CLIPRecipe:
+    return CLIPRecipe(config, train_tokenizer(config, run), **options)
+
+
+def make_unet(config: ModelConfig, run: Path, **options) -> UNetRecipe:
+    towers = averaged(CLIP(config.text, config.vision), run, "clip")
+    return UNetRecipe(config, trained_vae(config, run), towers.text_model, train_tokenizer(config, run), run, **options)
+
+
+STAGES = {
+    "vae": Stage(make_vae, 40),
+    "clip": Stage(make_clip, 10),
+    "unet": Stage(make_unet, 600),
+}

@@ -1,0 +1,162 @@
+"""Training the U-Net on latents and text features that were computed beforehand.
+
+The autoencoder and the text tower are frozen, so a scene's latent and its caption's features never
+change: they are computed once and kept on disk, and a few of them are exchanged for fresh scenes at
+every step, so that the U-Net never waits and no scene is seen for ever.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from ..clip import TextTower
+from ..config import ModelConfig
+from ..data import CORE, World, contact_sheet, scene
+from ..guidance import predict_x0
+from ..pictures import save_sheet, to_images, to_tensor
+from ..samplers import SAMPLERS
+from ..schedule import NoiseSchedule, timesteps
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+
+SHOWN = 24                      # prompts on the sheet of samples
+FIRST_PROMPT = "a red apple to the left of a cat on a yellow background"
+
+
+def fixed_prompts(count: int, world: World = CORE) -> list[str]:
+    """Captions of unseen scenes, the same at every call: what progress is watched on."""
+    return [FIRST_PROMPT, *(scene(seed, "test", world).caption for seed in range(count - 1))]
+
+
+class LatentCache:
+    """Latents (N, C, H, W) and text features (N, L, D) of training scenes, half precision, on disk.
+
+    Row i holds scene `seeds[i]`. `refresh` overwrites the oldest rows with scenes never seen before.
+    """
+
+    def __init__(self, folder: Path, vae: VAE, text: TextTower, tokenizer: Tokenizer, *, world: World,
+                 image_size: int, capacity: int = 24_000, first: int = 6_000):
+        self.vae, self.text, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
+        cells = image_size // vae.config.factor
+        shapes = {"latents": (capacity, vae.config.latent_channels, cells, cells),
+                  "contexts": (capacity, text.config.length, text.config.dim)}
+        self.meta_file = folder / "cache.json"
+        self.meta = {"made_by": self._fingerprint(), "capacity": capacity, "made": 0}
+        if self.meta_file.exists() and (old := json.loads(self.meta_file.read_text())) | {"made": 0} == self.meta:
+            self.meta, mode = old, "r+"
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            mode = "w+"
+        self.arrays = {name: np.memmap(folder / f"{name}.f16", np.float16, mode, shape=shape)
+                       for name, shape in shapes.items()}
+        if (missing := min(first, capacity) - self.meta["made"]) > 0:
+            for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="50 scenes"):
+                self.refresh(50)
+
+    def __len__(self) -> int:
+        return min(self.meta["made"], self.meta["capacity"])
+
+    def _fingerprint(self) -> str:
+        """Of everything the rows depend on: the two frozen models and the world."""
+        digest = hashlib.sha256(repr((self.world, self.tokenizer.vocab_size)).encode())
+        for model in (self.vae.encoder, self.text):
+            for parameter in model.parameters():
+                digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def refresh(self, count: int):
+        """Encode `count` new scenes and put them in the place of the oldest."""
+        device = next(self.vae.parameters()).device
+        drawn = [scene(self.meta["made"] + i, world=self.world) for i in range(count)]
+        rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
+        latents = self.vae.to_latent(to_tensor([s.image for s in drawn]).to(device))
+        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
+        self.arrays["latents"][rows] = latents.cpu().numpy()
+        self.arrays["contexts"][rows] = contexts.cpu().numpy()
+        self.meta["made"] += count
+        if self.meta["made"] % 50 == 0:
+            self.meta_file.write_text(json.dumps(self.meta))
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randint(len(self), (size,), generator=generator).numpy()
+        return tuple(torch.from_numpy(self.arrays[name][rows]).float() for name in ("latents", "contexts"))
+
+
+class UNetRecipe:
+    name = "unet"
+    warmup = 300
+    decay_share = 0.0           # the run has no end: it goes on in the next call
+
+    def __init__(self, config: ModelConfig, vae: VAE, text: TextTower, tokenizer: Tokenizer, folder: Path, *,
+                 world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4, dropout: float = 0.1,
+                 fresh: int = 2, guidance: float = 3.0, **cache):
+        """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step."""
+        self.model = UNet(config.unet)
+        self.schedule, self.tokenizer, self.text, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
+        self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
+        self.dropout, self.fresh, self.guidance = dropout, fresh, guidance
+        self.cache = LatentCache(folder / "cache", vae, text, tokenizer, world=world, image_size=config.image_size,
+                                 **cache)
+        with torch.no_grad():
+            self.empty = text(tokenizer("")).hidden                                     # 1 L D
+
+    def batch(self, generator: torch.Generator):
+        self.cache.refresh(self.fresh)
+        latents, contexts = self.cache.batch(self.batch_size, generator)
+        dropped = torch.rand(self.batch_size, generator=generator) < self.dropout
+        contexts[dropped] = self.empty.cpu()
+        # One timestep from each of `batch_size` equal parts of the schedule: less noise in the loss.
+        parts = torch.arange(self.batch_size) + torch.rand(self.batch_size, generator=generator)
+        t = (parts * self.schedule.steps / self.batch_size).long().clamp(max=self.schedule.steps - 1)
+        return latents, contexts, t, torch.randn(latents.shape, generator=generator)
+
+    def loss(self, model, latents, contexts, t, noise):
+        output = model(self.schedule.add_noise(latents, noise, t), t, contexts)
+        return F.mse_loss(output.float(), self.schedule.target(latents, noise, t)), {}
+
+    @torch.no_grad()
+    def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
+        prompts = fixed_prompts(SHOWN, self.world)
+        images = self.sample(averaged, prompts)
+        save_sheet(contact_sheet(images, prompts), folder / f"{self.name}-{step:07d}.png")
+        return self.listening(averaged)
+
+    @torch.no_grad()
+    def sample(self, unet, prompts: list[str], steps: int = 20) -> np.ndarray:
+        """Pictures of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
+        device = next(unet.parameters()).device
+        context = self.text(self.tokenizer(prompts).to(device)).hidden
+        shape = self.cache.arrays["latents"].shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                             for i in range(len(prompts))]).to(device)
+        denoise = predict_x0(unet, self.schedule, context, self.empty.to(device).expand_as(context),
+                             scale=self.guidance)
+        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
+        return to_images(torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]))
+
+    @torch.no_grad()
+    def listening(self, unet, count: int = 128) -> dict[str, float]:
+        """The loss at two timesteps with the right captions and with the captions of other scenes.
+
+        The gap between the two says whether the prompt is heard, long before a picture shows it.
+        """
+        device = next(unet.parameters()).device
+        drawn = [scene(seed, "test", self.world) for seed in range(count)]
+        latents = torch.cat([self.vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
+                             for i in range(0, count, 32)])
+        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        figures = {}
+        for step in (999, 700):
+            t = torch.full((count,), step, device=device)
+            noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
+            for name, context in (("right", contexts), ("wrong", contexts.roll(1, dims=0))):
+                figures[f"{name}@{step}"] = float(F.mse_loss(unet(noisy, t, context), target))
+        return figures

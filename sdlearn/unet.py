@@ -1,0 +1,221 @@
+"""The U-Net: from a noisy latent, a timestep and a text to the prediction of the noise.
+
+B  batch        h, w  rows and columns of the latent     E  channels of the time embedding
+C  channels     M, T  text tokens and their channels
+
+                 x ── conv_in ─┬─ down ─┬─ down ─┬─ mid ─┐
+                               │ skips  │        │       │
+      output ── conv_out ── up ┴─── up ─┴─── up ─┴───────┘
+
+`Encoder` is everything up to and including the middle, `UNet` the whole; a ControlNet is
+another `Encoder`. Parameter names are those of diffusers' `UNet2DConditionModel`, so its
+weights load by name. Rombach et al. 2022; Ronneberger et al. 2015.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdlearn.attention import SpatialTransformer
+from sdlearn.config import UNetConfig
+from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
+
+
+class NoAttention(nn.Module):
+    """Stands where a level does not attend to the text."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return x
+
+
+def res_block(config: UNetConfig, inputs: int, outputs: int) -> ResBlock:
+    return ResBlock(inputs, outputs, embed_dim=4 * config.channels[0], groups=config.groups)
+
+
+def transformer(config: UNetConfig, channels: int, attention: bool = True) -> nn.Module:
+    if not attention:
+        return NoAttention()
+    return SpatialTransformer(channels, config.context_dim, config.heads_at(channels),
+                              linear=config.linear_projection, groups=config.groups)
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: ResBlocks, each with attention or none, then half the size."""
+
+    def __init__(self, config: UNetConfig, inputs: int, level: int):
+        super().__init__()
+        outputs, attention = config.channels[level], config.attention[level]
+        widths = [inputs] + [outputs] * (config.layers_per_block - 1)
+        self.resnets = nn.ModuleList(res_block(config, width, outputs) for width in widths)
+        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in widths)
+        last = level == len(config.channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(outputs)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+        """The features after each step; the last one is what the next block goes on from."""
+        features = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, temb), context)
+            features.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            features.append(x)
+        return features
+
+
+class MidBlock(nn.Module):
+    """The smallest level: ResBlock, attention, ResBlock."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width = config.channels[-1]
+        self.resnets = nn.ModuleList(res_block(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([transformer(config, width)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        first, second = self.resnets
+        return second(self.attentions[0](first(x, temb), context), temb)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: each ResBlock reads a skip beside its input; then twice the size.
+
+    skips: the channels of the skips in the order in which they are read.
+    """
+
+    def __init__(self, config: UNetConfig, inputs: int, skips: Sequence[int], level: int):
+        super().__init__()
+        outputs, attention = config.channels[level], config.attention[level]
+        widths = [inputs] + [outputs] * (len(skips) - 1)
+        self.resnets = nn.ModuleList(
+            res_block(config, width + skip, outputs) for width, skip in zip(widths, skips, strict=True))
+        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in widths)
+        self.upsamplers = nn.ModuleList([Upsample(outputs)] if level > 0 else [])
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor, context: Tensor,
+                size: tuple[int, int]) -> Tensor:
+        """size: rows and columns of the level above; half of an odd number is rounded, so it is told."""
+        for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
+            x = attention(resnet(torch.cat([x, skip], dim=1), temb), context)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x
+
+
+class Encoder(nn.Module):
+    """The U-Net's first half: the time embedding, the way down and the middle.
+
+    `feature_channels` holds the channels of what `encode` returns.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width = config.channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.time_embedding = TimeEmbedding(width, 4 * width)
+        inputs = (width, *config.channels)
+        levels = range(len(config.channels))
+        self.down_blocks = nn.ModuleList(DownBlock(config, inputs[level], level) for level in levels)
+        self.mid_block = MidBlock(config)
+        self.feature_channels = [width]
+        for block, outputs in zip(self.down_blocks, config.channels, strict=True):
+            self.feature_channels += [outputs] * (len(block.resnets) + len(block.downsamplers))
+        self.feature_channels.append(config.channels[-1])
+
+    def embed_time(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """A number or (B,) timesteps -> (1, E) or (B, E), in x's type and on its device."""
+        if not isinstance(t, Tensor):
+            t = torch.full((1,), t, dtype=torch.float32, device=x.device)   # filled there: nothing waits
+        sinusoids = timestep_embedding(t.reshape(-1), self.config.channels[0])
+        return self.time_embedding(sinusoids.to(x.dtype))
+
+    def encode(self, x: Tensor, temb: Tensor, context: Tensor, hint: Tensor | None = None) -> list[Tensor]:
+        """The skips, from conv_in's output on, and the middle's output as the last.
+
+        x (B, in_channels, h, w), temb (B, E), context (B, M, T). `hint` is added to conv_in's
+        output: a ControlNet's condition enters there.
+        """
+        x = self.conv_in(x)
+        features = [x if hint is None else x + hint]
+        for block in self.down_blocks:
+            features += block(features[-1], temb, context)
+        return [*features, self.mid_block(features[-1], temb, context)]
+
+    def check_inputs(self, x: Tensor, t: Tensor | float, context: Tensor) -> None:
+        """Raise ValueError, in one sentence, for inputs that this model cannot take."""
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"x is {tuple(x.shape)}, but this model takes (batch, {config.in_channels}, "
+                             "rows, columns)" + _about_channels(config.in_channels))
+        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_dim:
+            raise ValueError(f"context is {tuple(context.shape)}, but this model takes "
+                             f"({x.shape[0]}, tokens, {config.context_dim}): one text for each latent, "
+                             "encoded by the text tower this model was trained with")
+        if isinstance(t, Tensor) and (t.ndim > 1 or t.numel() not in (1, x.shape[0])):
+            raise ValueError(f"t is {tuple(t.shape)}, but must be a number or one timestep for each of "
+                             f"the {x.shape[0]} latents")
+        if isinstance(t, Tensor) and t.device != x.device:
+            raise ValueError(f"t is on {t.device} but x on {x.device}: give a number, or move t first")
+
+
+class UNet(Encoder):
+    """Stable Diffusion's U-Net. It predicts what `NoiseConfig.prediction` says: noise, v or x0.
+
+    A fresh model outputs zeros, because conv_out starts at zero, as in the training of
+    Stable Diffusion.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        *skips, width = self.feature_channels
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(config.channels))):
+            mine = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(config, width, mine, level))
+            width = config.channels[level]
+        self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
+        self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Tensor,
+                residuals: Sequence[Tensor] | None = None) -> Tensor:
+        """The network's output for latents x at timesteps t, given the text.
+
+        x: (B, in_channels, h, w), any h and w. t: a number or (B,), in 0...999, fractions
+        allowed. context: (B, M, T). residuals: what to add to each feature of `encode`, in
+        that order, the middle last, each of that feature's shape or broadcast over the batch;
+        a ControlNet makes them. Returns (B, out_channels, h, w). Raises ValueError for shapes
+        that do not fit.
+        """
+        self.check_inputs(x, t, context)
+        temb = self.embed_time(t, x)                                         # (B, E) or (1, E)
+        features = self.encode(x, temb, context)
+        if residuals is not None:
+            features = add_residuals(features, residuals)
+        *skips, h = features
+        for block in self.up_blocks:
+            skips, mine = skips[:-len(block.resnets)], skips[-len(block.resnets):]
+            size = skips[-1].shape[2:] if skips else x.shape[2:]
+            h = block(h, mine[::-1], temb, context, size)                    # (B, C, *size)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))                  # (B, out_channels, h, w)
+
+
+def add_residuals(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """features + residuals, one by one. Raises ValueError if their count or shapes differ."""
+    if len(residuals) != len(features):
+        raise ValueError(f"{len(residuals)} residuals given, but this U-Net adds {len(features)}: "
+                         f"one to each of its {len(features) - 1} skips and one to the middle, which is last")
+    for i, (feature, residual) in enumerate(zip(features, residuals, strict=True)):
+        if residual.shape[1:] != feature.shape[1:] or residual.shape[0] not in (1, feature.shape[0]):
+            raise ValueError(f"residual {i} is {tuple(residual.shape)}, but must have its feature's shape "
+                             f"{tuple(feature.shape)}: make it from a latent of this size")
+    return [feature + residual for feature, residual in zip(features, residuals, strict=True)]
+
+
+def _about_channels(channels: int) -> str:
+    if channels == 9:
+        return ": it is an inpainting model and reads latent, mask and masked latent, in that order"
+    return ""

@@ -1,0 +1,21 @@
+"""Settings that all tests share: no network, the same numbers every time, no clock."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")    # read by huggingface_hub, and by the notebooks' kernels
+
+# A loaded machine is slow, not wrong: hypothesis measures no time here.
+settings.register_profile(
+    "sdlearn", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("sdlearn")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same seed, whichever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,383 @@
+"""Samplers: diffusers' trajectories, the identities of theory, and orders of convergence."""
+
+import inspect
+import math
+from itertools import pairwise
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdlearn.config import PRESETS, NoiseConfig
+from sdlearn.guidance import predict_x0
+from sdlearn.samplers import SAMPLERS, SPACING, dpmpp_2m, euler, get_sampler, grid_for, heun
+from sdlearn.schedule import ALMOST_ZERO, SPACINGS, NoiseSchedule, timesteps
+from sdlearn.unet import UNet
+
+SHAPE = (2, 4, 6, 5)
+MINI = NoiseConfig(prediction="v_prediction", zero_terminal_snr=True)
+THEIRS = {
+    "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler, "heun": diffusers.HeunDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+SIGMA_SPACE = ("euler", "euler_ancestral", "heun")
+NO_CLIPPING = {"ddpm": {"clip_sample": False}, "ddim": {"clip_sample": False, "set_alpha_to_one": False}}
+
+
+def network(x, t):
+    """A smooth nonlinear function of x and t in the place of a U-Net."""
+    mix = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)).to(x) / 2
+    wave = math.sin(float(t) / 150)
+    return torch.tanh(torch.einsum("ij,bjhw->bihw", mix, x) + wave) + 0.3 * x * math.cos(float(t) / 400)
+
+
+def noise(dtype=torch.float32):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def generator():
+    return torch.Generator().manual_seed(7)
+
+
+def denoiser(schedule):
+    return lambda x, t: schedule.to_x0(network(x, t), x, t)
+
+
+def scheduler_of(name, config, n, spacing, **extra):
+    """diffusers' scheduler, and the grid it walks as explicit pairs."""
+    betas = {"cosine": "squaredcos_cap_v2"}.get(config.beta_schedule, config.beta_schedule)
+    settings = {"beta_start": config.beta_start, "beta_end": config.beta_end, "beta_schedule": betas,
+                "prediction_type": config.prediction, "timestep_spacing": spacing, "steps_offset": 1,
+                **NO_CLIPPING.get(name, {}), **extra}
+    if config.zero_terminal_snr and name != "heun":
+        settings["rescale_betas_zero_snr"] = True
+    theirs = THEIRS[name](**settings)
+    theirs.set_timesteps(n)
+    times = list(dict.fromkeys(theirs.timesteps.tolist()))          # Heun's holds all but the first twice
+    if name == "ddim":          # diffusers takes t - N // n, which on some grids is not the next timestep
+        return theirs, [(t, t - 1000 // n if t >= 1000 // n else None) for t in times]
+    return theirs, list(zip(times, [*times[1:], None], strict=True))
+
+
+def their_trajectory(name, theirs, grid, **options):
+    """Their x after each step, in the variance preserving scale."""
+    x, states = noise() * theirs.init_noise_sigma, []
+    told = [t for pair in grid for t in pair][:-1] if name == "heun" else [t for t, _ in grid]
+    if name not in ("heun", "dpmpp_2m"):
+        options["generator"] = generator()
+    for t, t_told in zip(theirs.timesteps, told, strict=True):
+        output = network(theirs.scale_model_input(x, t), t_told)
+        x = theirs.step(output, t, x, **options).prev_sample
+        scale = (theirs.sigmas[theirs.step_index] ** 2 + 1) ** 0.5 if name in SIGMA_SPACE else 1
+        states.append(x / scale)
+    return states[1::2] + states[-1:] if name == "heun" else states
+
+
+def our_trajectory(name, schedule, grid, spacing, **options):
+    start = noise()
+    if name in SIGMA_SPACE and spacing != "leading":
+        start = start * schedule.at(grid[0][0])[1]                  # theirs is sigma_max noise: see samplers
+    steps = SAMPLERS[name](denoiser(schedule), start, grid, schedule, generator=generator(), **options)
+    return [step.x for step in steps]
+
+
+def difference(ours, theirs):
+    """The largest difference of two trajectories, relative to the size of the state."""
+    assert len(ours) == len(theirs)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+def parity(name, config, n, spacing, options=None, **extra):
+    theirs, grid = scheduler_of(name, config, n, spacing, **extra)
+    cut_off = name in ("euler", "euler_ancestral", "dpmpp_2m") and config.zero_terminal_snr
+    schedule = NoiseSchedule(config, floor=ALMOST_ZERO if cut_off else 0.0)
+    options = options or {}
+    return difference(our_trajectory(name, schedule, grid, spacing, **options),
+                      their_trajectory(name, theirs, grid, **options))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 20, 50])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_trajectories_are_those_of_diffusers(name, prediction, spacing, n):
+    if (name, prediction) == ("euler_ancestral", "sample"):
+        pytest.skip("diffusers' Euler ancestral takes no x0 prediction")
+    assert parity(name, NoiseConfig(prediction=prediction), n, spacing) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "heun"])
+def test_trajectories_with_zero_terminal_snr_are_those_of_diffusers(name, prediction, n):
+    if (name, prediction) == ("euler_ancestral", "sample"):
+        pytest.skip("diffusers' Euler ancestral takes no x0 prediction")
+    config = NoiseConfig(prediction=prediction, zero_terminal_snr=True)
+    assert parity(name, config, n, "trailing") < 1e-5
+
+
+@pytest.mark.parametrize("n", [5, 20, 50])
+def test_heun_with_zero_terminal_snr_is_that_of_diffusers_below_the_last_timestep(n):
+    """diffusers' Heun knows no zero terminal SNR, but takes its betas, on a grid without t = 999."""
+    abar = NoiseSchedule(MINI).alphas_cumprod
+    betas = 1 - abar / torch.cat([torch.ones(1), abar[:-1]])
+    assert parity("heun", MINI, n, "leading", trained_betas=betas.tolist()) < 1e-5
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("config", [NoiseConfig(), MINI])
+def test_ddim_with_fresh_noise_is_that_of_diffusers(config, eta):
+    spacing = "trailing" if config.zero_terminal_snr else "leading"
+    assert parity("ddim", config, 20, spacing, {"eta": eta}) < 1e-5
+
+
+def test_ddim_that_ends_at_x0_is_that_of_diffusers():
+    theirs, grid = scheduler_of("ddim", NoiseConfig(), 10, "leading", set_alpha_to_one=True)
+    ours = our_trajectory("ddim", NoiseSchedule(NoiseConfig()), grid, "leading", set_alpha_to_one=True)
+    assert difference(ours, their_trajectory("ddim", theirs, grid)) < 1e-5
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_beta_schedules_are_those_of_diffusers(name, beta_schedule):
+    config = NoiseConfig(beta_schedule=beta_schedule, prediction="v_prediction")
+    assert parity(name, config, 10, "leading") < 1e-5
+
+
+@pytest.mark.parametrize("n", [5, 20])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
+def test_karras_trajectories_are_those_of_diffusers(name, n):
+    """On our own grid: theirs has the same sigmas, but DPM++ tells the network rounded timesteps."""
+    theirs, _ = scheduler_of(name, NoiseConfig(), n, "linspace", use_karras_sigmas=True)
+    schedule = NoiseSchedule(NoiseConfig())
+    grid = timesteps(schedule, n, "karras")
+    ours = our_trajectory(name, schedule, grid, "karras")
+    assert difference(ours, their_trajectory(name, theirs, grid)) < 1e-5
+
+
+@pytest.mark.parametrize("n", [1, 7, 30, 100])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_default_grids_are_those_of_diffusers(name, n):
+    theirs, _ = scheduler_of(name, NoiseConfig(), n, SPACING[name].removesuffix("_open"))
+    times = list(dict.fromkeys(theirs.timesteps.tolist()))
+    if n == 1 and SPACING[name] == "linspace":
+        times = [999]                                   # theirs is 0: one step from a clean latent
+    assert [t for t, _ in grid_for(name, NoiseSchedule(NoiseConfig()), n)] == pytest.approx(times, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_zero_terminal_snr_starts_at_the_last_timestep_by_default(name):
+    assert [t for t, _ in grid_for(name, NoiseSchedule(MINI), 4)] == [999, 749, 499, 249]
+    assert grid_for(name, NoiseSchedule(MINI), 4, "leading")[0][0] == 751
+
+
+def run(name, schedule, grid, x=None, **options):
+    """The trajectory in float64, where identities hold to 1e-12."""
+    x = noise(torch.float64) if x is None else x
+    steps = SAMPLERS[name](denoiser(schedule), x, grid, schedule, generator=generator(), **options)
+    return [step.x for step in steps]
+
+
+grids = st.tuples(st.sampled_from([NoiseConfig(), MINI]), st.integers(1, 40), st.sampled_from(SPACINGS))
+
+
+@given(grids)
+def test_euler_is_ddim_without_fresh_noise(drawn):
+    config, n, spacing = drawn
+    schedule = NoiseSchedule(config)
+    grid = timesteps(schedule, n, spacing)
+    ddim = run("ddim", schedule, grid, set_alpha_to_one=True)
+    assert difference(run("euler", schedule, grid), ddim) < 1e-12
+
+
+@given(grids)
+def test_ddim_with_all_noise_fresh_is_ddpm_and_euler_ancestral(drawn):
+    config, n, spacing = drawn
+    schedule = NoiseSchedule(config)
+    grid = timesteps(schedule, n, spacing)
+    ddim = run("ddim", schedule, grid, eta=1.0, set_alpha_to_one=True)
+    assert difference(run("ddpm", schedule, grid), ddim) < 1e-10
+    assert difference(run("euler_ancestral", schedule, grid), ddim) < 1e-10
+
+
+@given(grids)
+def test_euler_ancestral_without_fresh_noise_is_euler(drawn):
+    config, n, spacing = drawn
+    schedule = NoiseSchedule(config)
+    grid = timesteps(schedule, n, spacing)
+    assert difference(run("euler_ancestral", schedule, grid, eta=0.0), run("euler", schedule, grid)) < 1e-12
+
+
+@given(grids)
+def test_first_order_dpmpp_is_ddim(drawn):
+    """Each step alone, which leaves DPM++ 2M no earlier prediction, is of first order."""
+    config, n, spacing = drawn
+    schedule = NoiseSchedule(config)
+    x, states = noise(torch.float64), []
+    grid = timesteps(schedule, n, spacing)
+    for pair in grid:
+        x = run("dpmpp_2m", schedule, [pair], x)[-1]
+        states.append(x)
+    assert difference(states, run("ddim", schedule, grid, set_alpha_to_one=True)) < 1e-10
+
+
+def test_second_order_samplers_are_not_ddim():
+    schedule = NoiseSchedule(NoiseConfig())
+    grid = timesteps(schedule, 10)
+    for name in ("heun", "dpmpp_2m"):
+        assert difference(run(name, schedule, grid), run("euler", schedule, grid)) > 1e-3
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def gaussian_denoiser(schedule):
+    """E[x0 | x] for x0 ~ N(MEAN, STD^2), the best that a network could learn."""
+    def denoise(x, t):
+        alpha, sigma = schedule.at(t)
+        return MEAN + STD**2 * alpha / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+    return denoise
+
+
+def flow(schedule, x, t, t_end):
+    """The probability-flow solution: the number of standard deviations from the mean stays what it is."""
+    (alpha, sigma), (alpha_end, sigma_end) = schedule.at(t), schedule.at(t_end)
+    z = (x - alpha * MEAN) / math.hypot(alpha * STD, sigma)
+    return alpha_end * MEAN + math.hypot(alpha_end * STD, sigma_end) * z
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_deterministic_samplers_converge_at_their_order(name, order):
+    """Down to timestep 0, on a smooth grid: from there the last step to sigma 0 is of first order for all."""
+    schedule = NoiseSchedule(NoiseConfig())
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None, None]
+    errors = []
+    for n in (40, 80, 160, 320):
+        grid = timesteps(schedule, n, "karras")[:-1]
+        *_, last = SAMPLERS[name](gaussian_denoiser(schedule), x, grid, schedule)
+        errors.append((last.x - flow(schedule, x, 999, 0)).abs().max().item())
+    slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert slopes == pytest.approx([order] * 3, abs=0.2)
+
+
+@pytest.mark.parametrize("config", [NoiseConfig(), MINI])
+@pytest.mark.parametrize("name, options", [(name, {}) for name in SAMPLERS] + [("ddim", {"eta": 0.5})])
+def test_samples_of_a_gaussian_have_its_mean_and_deviation(name, options, config):
+    schedule = NoiseSchedule(config)
+    x = torch.randn(20_000, 1, 1, 1)
+    steps = SAMPLERS[name](gaussian_denoiser(schedule), x, grid_for(name, schedule, 100), schedule, **options)
+    *_, last = steps
+    assert last.x.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert last.x.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("n", [1, 2, 3, 25, 1000])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_zero_terminal_snr_works_in_every_sampler(name, n, spacing):
+    """The last timestep holds no signal; a sampler that divides by alpha ends in infinity there."""
+    schedule = NoiseSchedule(MINI)
+    x = torch.randn(500, 1, 1, 1)
+    v = gaussian_denoiser(schedule)
+    for step in SAMPLERS[name](v, x, timesteps(schedule, n, spacing), schedule):
+        assert step.x.isfinite().all() and step.x.abs().max() < 6
+    assert step.x.mean().item() == pytest.approx(MEAN, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_denoiser_is_obeyed(name):
+    """A network that knows the picture leads to it; Stable Diffusion's DDIM stops just short of it."""
+    schedule, picture = NoiseSchedule(NoiseConfig()), torch.full(SHAPE, 0.5)
+    *_, last = SAMPLERS[name](lambda x, t: picture, noise(), grid_for(name, schedule, 7), schedule)
+    assert (last.x - picture).abs().max() < (0.2 if name == "ddim" else 1e-6)
+    assert torch.equal(last.x0, picture)
+
+
+@pytest.mark.parametrize("config", [NoiseConfig(), MINI])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_are_told_in_order_and_nothing_given_is_changed(name, config):
+    schedule, x = NoiseSchedule(config), noise()
+    grid, calls = timesteps(schedule, 6), []
+
+    def denoise(x, t):
+        calls.append(t)
+        assert type(t) in (int, float)
+        return network(x, t)
+
+    steps = get_sampler(name)(denoise, x, grid, schedule, generator=generator())
+    assert calls == []                                      # nothing runs until somebody asks
+    steps = list(steps)
+    assert [step.index for step in steps] == list(range(6))
+    assert [step.t for step in steps] == [t for t, _ in grid]
+    twice = 0 if name != "heun" else 4 if config.zero_terminal_snr else 5
+    assert len(calls) == 6 + twice
+    assert torch.equal(x, noise())
+    again = list(get_sampler(name)(network, x, grid, schedule, generator=generator()))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_types_are_kept_and_the_noise_does_not_depend_on_them(name):
+    schedule = NoiseSchedule(NoiseConfig())
+    grid = timesteps(schedule, 4)
+    runs = {dtype: [step.x for step in SAMPLERS[name](lambda x, t: 0.3 * x, noise(dtype), grid, schedule,
+                                                      generator=generator())]
+            for dtype in (torch.float32, torch.float64, torch.bfloat16)}
+    assert all(x.dtype == dtype for dtype, states in runs.items() for x in states)
+    assert difference([x.double() for x in runs[torch.float32]], runs[torch.float64]) < 1e-5
+    assert difference([x.double() for x in runs[torch.bfloat16]], runs[torch.float64]) < 0.1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_guided_loop_needs_nothing_from_the_device(name):
+    """On the meta device, which has no values, waiting for one raises, and so does mixing devices."""
+    config = PRESETS["tiny"]
+    unet = UNet(config.unet).to("meta")
+    context = torch.zeros(1, 77, config.text.dim, device="meta")
+    schedule = NoiseSchedule(MINI)
+    denoise = predict_x0(unet, schedule, context, context, scale=7.5, rescale=0.7, interval=(100, 900))
+    x = torch.zeros(1, 4, 8, 8, device="meta")
+    *_, last = SAMPLERS[name](denoise, x, grid_for(name, schedule, 5), schedule, generator=generator())
+    assert last.x.device.type == "meta" and last.x.shape == x.shape
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_sampler_is_a_generator_that_fits_a_screen(name):
+    assert inspect.isgeneratorfunction(SAMPLERS[name])
+    assert len(inspect.getsource(SAMPLERS[name]).splitlines()) <= 40
+
+
+def test_an_unknown_sampler_is_told_which_there_are():
+    with pytest.raises(ValueError, match="no sampler 'plms': choose one of ddpm, ddim, euler, euler_a"):
+        get_sampler("plms")
+    with pytest.raises(ValueError, match="no sampler 'DDIM'"):
+        grid_for("DDIM", NoiseSchedule(NoiseConfig()), 10)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1001, 2000, 2.5, True, "20"])
+def test_a_wrong_number_of_steps_is_told(n):
+    with pytest.raises(ValueError, match="give a whole number from 1 to 1000"):
+        grid_for("euler", NoiseSchedule(NoiseConfig()), n)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_ancestral"])
+@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
+def test_a_wrong_eta_is_told(name, eta):
+    schedule = NoiseSchedule(NoiseConfig())
+    with pytest.raises(ValueError, match="eta is .*: give a number from 0"):
+        next(SAMPLERS[name](network, noise(), timesteps(schedule, 3), schedule, eta=eta))
+
+
+def test_a_grid_may_start_anywhere():
+    """As in img2img: the tail of a grid continues a latent noised to its first timestep."""
+    schedule = NoiseSchedule(NoiseConfig())
+    grid = timesteps(schedule, 400, "karras")
+    tail = grid[200:]
+    x = flow(schedule, torch.linspace(-1, 1, 5, dtype=torch.float64).reshape(-1, 1, 1, 1), 999, tail[0][0])
+    for sampler in (euler, heun, dpmpp_2m):
+        *_, last = sampler(gaussian_denoiser(schedule), x, tail[:-1], schedule)
+        assert (last.x - flow(schedule, x, tail[0][0], 0)).abs().max() < 0.01
