@@ -132,11 +132,11 @@ def check_writable(files: list[Path]) -> list[Path]:
     for file in files:
         if file.suffix.lower() != ".png":
             raise SettingsError(f"{file} does not end in .png; pictures are written as PNG files")
-        if file.is_dir():
-            raise SettingsError(f"{file} is a folder; give the name of a file in it")
-        if not file.absolute().parent.is_dir():
-            raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
         try:
+            if file.is_dir():
+                raise SettingsError(f"{file} is a folder; give the name of a file in it")
+            if not file.absolute().parent.is_dir():
+                raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
             with file.open("ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
                 pass                        # opened for writing, and left as it was
         except OSError as error:

@@ -27,6 +27,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
     """
     _check(q, k, v, heads, mask)
     q, k, v = (split_heads(x, heads) for x in (q, k, v))            # (B, H, N|M, D)
+    if mask is not None:
+        mask = torch.atleast_2d(mask)                               # the kernel takes no fewer
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))     # (B, N, C)
 
 

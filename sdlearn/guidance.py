@@ -21,16 +21,16 @@ def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
-    """Bring the contrast of a guided output back to the conditional one's. Lin et al. 2023, section 3.4.
+def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """Bring the contrast of a guided output back to that of the conditional one. Lin et al. 2023, section 3.4.
 
     A high scale stretches the output, and the picture burns out. `phi` in 0...1 is how much of
     the way back to go, each latent's standard deviation on its own; the paper takes 0.7.
     """
     dims = list(range(1, cond.ndim))
-    wanted, there = cond.std(dims, keepdim=True), guided.std(dims, keepdim=True)     # (B, 1, 1, 1)
+    wanted, there = cond.std(dims, keepdim=True), out.std(dims, keepdim=True)        # (B, 1, 1, 1)
     factor = wanted / there.clamp(min=torch.finfo(there.dtype).tiny)     # an output of zeros stays one
-    return guided * (1 - phi + phi * factor)
+    return out * (1 - phi + phi * factor)
 
 
 def predict_x0(

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, Parts, load_folder
 from .guidance import predict_x0
+from .pictures import to_images
 from .samplers import SAMPLERS, grid_for
 from .schedule import SPACINGS, NoiseSchedule
 
@@ -78,10 +79,10 @@ class Settings:
         for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
             if not _whole(value := getattr(self, name), low, high):
                 raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
-        if not math.isfinite(self.guidance):
+        if not isinstance(self.guidance, Real) or not math.isfinite(self.guidance):
             raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, "
                                 "5 for a prompt well heard")
-        if not 0 <= self.rescale <= 1:
+        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
             raise SettingsError(f"rescale is {self.rescale}; give a number from 0, off, to 1")
 
 
@@ -182,16 +183,21 @@ class StableDiffusion:
     @torch.no_grad()
     def _run(self, prompts: list[str], x: Tensor, generators: list[torch.Generator], chosen: Settings):
         grid = grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
+        sample = SAMPLERS[chosen.sampler]
         with memory_told(f"{len(x)} at once"):
             context, uncond = self.encode(prompts)[:, None]                                  # each (1, M, T)
-            denoise = predict_x0(self.unet, self.schedule, context.expand(len(x), -1, -1), uncond,
+            denoise = predict_x0(self.unet, self.schedule, context, uncond,
                                  scale=chosen.guidance, rescale=chosen.rescale)
-            sample = SAMPLERS[chosen.sampler]
-            for step in sample(denoise, x.to(self.device), grid, self.schedule, generator=generators):
-                if step.index == len(grid) - 1 and not bool(step.x.isfinite().all()):
+            # A run for each picture, all in step: each draws its own noise, and to the last bit is as if alone.
+            runs = [sample(denoise, one, grid, self.schedule, generator=generator)
+                    for one, generator in zip(x.to(self.device).split(1), generators, strict=True)]
+            for steps in zip(*runs, strict=True):
+                index, t = steps[0].index, steps[0].t
+                latent, x0 = (torch.cat([getattr(step, name) for step in steps]) for name in ("x", "x0"))
+                if index == len(grid) - 1 and not bool(latent.isfinite().all()):
                     raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
                                     f"{chosen.guidance}); lower the guidance, or load the model in float32")
-                yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
+                yield SamplingStep(index, len(grid), t, latent, x0, self.decode)
 
     def checked(self, settings: dict) -> Settings:
         """Settings that this model can make pictures with, or SettingsError; nothing is computed."""
@@ -207,7 +213,7 @@ class StableDiffusion:
         """(width, height) in pixels, both multiples of the VAE's factor: the U-Net takes odd latents too."""
         factor = self.config.vae.factor
         size = self.config.image_size if size is None else size
-        sides = (size, size) if isinstance(size, Integral) else tuple(size)
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         shown = "x".join(map(str, sides))
         if len(sides) != 2 or not all(_whole(side, factor, MAX_SIDE) for side in sides):
             raise SettingsError(f"size {shown} cannot be made; give sides of {factor} to {MAX_SIDE} pixels")
@@ -236,8 +242,7 @@ class StableDiffusion:
         if not bool(pixels.isfinite().all()):
             raise NotFinite("the VAE decoded to NaN or infinity, which would be a black picture; "
                             "load the model in float32")
-        levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+        return [Image.fromarray(picture) for picture in to_images(pixels.float())]
 
     def doubts(self, *prompts: str) -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
@@ -245,7 +250,7 @@ class StableDiffusion:
             if lost := _told(self.tokenizer.truncated, prompt, self.config.text.length):
                 yield LongPromptWarning, (
                     f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
-                    f"\"{textwrap.shorten(lost, 300, placeholder=' ...')}\"")
+                    f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"")
         if self.world is not None and (unknown := unknown_words(" ".join(prompts), self.world["words"])):
             yield UnknownWordWarning, (
                 f"the model was never taught {', '.join(unknown)}; it will guess. "

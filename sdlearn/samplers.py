@@ -13,10 +13,9 @@ guidance, are hidden in `denoise` (`guidance.predict_x0`). x begins as noise of 
 
 Papers that work with sigma/alpha = s and X = x/alpha ("variance exploding", k-diffusion, diffusers'
 Euler, Euler ancestral and Heun) solve dX/ds = eps. Their steps are here as well, with x put back in
-place of X, and alpha never a divisor, so that a schedule with zero terminal SNR (alpha = 0, s
-infinite) needs no exception. Where such a schedule is cut off at a finite s, k-diffusion and
-diffusers begin at X = s_max noise; on the grids "linspace" and "trailing" that is x = sigma noise
-here, 0.2 % less than noise for Stable Diffusion, and with "leading" it is x = noise.
+place of X and alpha not a divisor, so that a schedule with zero terminal SNR (alpha 0, s infinite)
+is no trouble. k-diffusion and diffusers' Euler kind begin at X = s_max noise, which is x = sigma noise
+here, 0.2 % less than noise for Stable Diffusion; diffusers on a "leading" grid at x = noise, as here.
 
 Coefficients are Python floats from float64: no step waits for a device. Noise is drawn on the CPU, in
 float32, and moved: a seed gives the same picture on every machine.

@@ -209,7 +209,8 @@ def _times(schedule: NoiseSchedule, n: int, spacing: str) -> list[float]:
     match spacing:
         case "leading":
             stride = total // n
-            return [stride * i + min(1, total - stride * n) for i in reversed(range(n))]
+            offset = min(1, last - stride * (n - 1))        # n = 1000 leaves no room for the 1
+            return [stride * i + offset for i in reversed(range(n))]
         case "trailing":
             return (np.arange(total, 0, -total / n)[:n].round().astype(int) - 1).tolist()
         case "linspace":

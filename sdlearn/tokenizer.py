@@ -28,12 +28,13 @@ Stable Diffusion pipelines of today run, and which needs no further library:
   stand. The original finds them in upper case too, but not behind other symbols; open_clip never.
 - Only the apostrophe with s, t, re, ve, m, ll, d is an ending; the original also takes the long s, "'ſ".
 
-One difference is kept. In the published folders of SD 2.x the padding token is "!", id 0, and with it
+Two differences are kept. In the published folders of SD 2.x the padding token is "!", id 0, and with it
 transformers turns every "!" of a text into padding. Those models were trained with open_clip, which reads
-it as a word; so does this file, and only pads with id 0.
+it as a word; so does this file, and only pads with id 0. And "<|ENDOFTEXT|>!", in upper case with a symbol
+right behind it, ends in "|>!" like any run of symbols, where transformers cuts after "|>".
 
-Characters newer than the Unicode tables of the Python in use, or of the library compared with, may be
-taken for symbols by one and for letters by the other.
+Characters newer than the Unicode tables of a library are symbols to it: what Python's `unicodedata` does not
+know, and some combining marks of after 2016, which transformers does not compose past.
 """
 
 import gzip
@@ -146,14 +147,12 @@ def learn_merges(words: Counter) -> Iterator[Pair]:
 
     words: how often each word occurs; a pair counts once for each occurrence of its word. Of pairs that
     occur equally often, the one that comes first in the order of code points is taken, so that the same
-    texts give the same vocabulary everywhere. A pair that would make a symbol a second way is passed over:
-    then whatever contains a symbol ranks after the merge that makes it, and encoding a word cannot depend
-    on which of its places is merged first.
+    texts give the same vocabulary everywhere. No two merges make the same symbol: equal letters are always
+    merged in the same order, whatever stands around them.
     """
     spelled = [to_symbols(word) for word in words]
     weights = list(words.values())
     counts, places = Counter(), defaultdict(set)        # of each pair: how often, and in which words
-    made = set()
     for i, symbols in enumerate(spelled):
         for pair in pairwise(symbols):
             counts[pair] += weights[i]
@@ -162,20 +161,17 @@ def learn_merges(words: Counter) -> Iterator[Pair]:
     while counts:
         most = max(counts.values())
         best = min(pair for pair, count in counts.items() if count == most)
-        if best[0] + best[1] in made:
-            del counts[best]
-            continue
         yield best
-        made.add(best[0] + best[1])
         for i in places.pop(best):                      # only words with the pair change
             after = merge(spelled[i], best)
             for pair in pairwise(spelled[i]):
                 counts[pair] -= weights[i]
+                if not counts[pair]:
+                    del counts[pair]
             for pair in pairwise(after):
                 counts[pair] += weights[i]
                 places[pair].add(i)
             spelled[i] = after
-        counts = +counts                                # pairs that are gone
 
 
 def vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
@@ -453,16 +449,27 @@ class Tokenizer:
 
 def _write(folder: Path, files: dict[str, str]) -> None:
     """All of them beside first, then renamed: a save that fails leaves the files that were there."""
-    for name, text in files.items():
-        (folder / f"{name}.part").write_text(text, encoding="utf-8", newline="\n")
-    for name in files:
-        os.replace(folder / f"{name}.part", folder / name)
+    try:
+        for name, text in files.items():
+            (folder / f"{name}.part").write_text(text, encoding="utf-8", newline="\n")
+        for name in files:
+            os.replace(folder / f"{name}.part", folder / name)
+    finally:
+        for name in files:
+            (folder / f"{name}.part").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, it is not UTF-8 ({error}): fetch or write it again.") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:                        # of JSON or of UTF-8
+        content = json.loads(_read(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged, {error}: fetch or write it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged, it holds no table of names: fetch or write it again.")
@@ -502,7 +509,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[Pair]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: a tokenizer's folder holds vocab.json and "
                                     "merges.txt, and both are needed.")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = _read(folder / "merges.txt").split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines      # "#" begins merges too
     return _read_json(folder / "vocab.json"), _pairs(filter(str.strip, lines), folder / "merges.txt")
 

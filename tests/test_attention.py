@@ -67,7 +67,8 @@ MASKS = {
 def test_attend_is_scaled_dot_product_attention(mask):
     q, k, v = qkv()
     heads = [x.view(2, -1, 3, 4).transpose(1, 2) for x in (q, k, v)]
-    reference = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+    full = None if mask is None else mask.expand(2, 3, 7, 5)
+    reference = F.scaled_dot_product_attention(*heads, attn_mask=full)
     reference = reference.transpose(1, 2).reshape(2, 7, 12)
     same(attend(q, k, v, 3, mask), reference)
     weights = attention_map(q, k, 3, mask)

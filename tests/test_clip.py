@@ -376,6 +376,17 @@ def test_contrastive_loss_refuses_what_is_no_pairs():
         contrastive_loss(torch.zeros(6), torch.zeros(6), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("part", ["text_model", "vision_model"])
+def test_fresh_layers_add_little_to_the_residual_stream(part):
+    config = PRESETS["mini"]
+    tower = getattr(CLIP(config.text, config.vision), part)
+    dim, layers = tower.config.dim, tower.config.layers
+    for layer in tower.encoder.layers:
+        for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
+            assert linear.weight.std().item() == pytest.approx((2 * layers * dim) ** -0.5, rel=0.05)
+            assert not linear.bias.any()
+
+
 def test_fresh_towers_learn_eight_pairs():
     """The random weights a tower begins with let it learn: eight captions for eight plain colours."""
     torch.manual_seed(0)

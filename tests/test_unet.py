@@ -35,6 +35,15 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads, on a busy machine, wait for each other more than they help."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def diffusers_unet(config):
     """diffusers' U-Net of this shape. Its `attention_head_dim` is the number of heads."""
     heads = tuple(config.heads_at(width) for width in config.channels)
@@ -159,11 +168,10 @@ def test_the_full_size_models_run_without_asking_a_tensor_for_its_value(name):
     with torch.device("meta"):
         unet = UNet(config)
         x, context = inputs(config, 64, 64)
-        for t in (981, 0.5, torch.zeros(2)):
-            assert unet(x, t, context).shape == (2, 4, 64, 64)
-        features = unet.encode(x, unet.embed_time(1, x), context)
+        assert unet(x, torch.zeros(2), context).shape == (2, 4, 64, 64)
+        features = unet.encode(x, unet.embed_time(0.5, x), context)
         assert [f.shape[1] for f in features] == unet.feature_channels
-        assert unet(x, 1, context, residuals=features).shape == (2, 4, 64, 64)
+        assert unet(x, 981, context, residuals=features).shape == (2, 4, 64, 64)
 
 
 def test_an_encoder_is_what_a_controlnet_has_of_the_unet():
@@ -228,8 +236,8 @@ def test_a_residual_is_added_where_it_says():
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda r: r[:-1], "5 residuals given, but this U-Net adds 6"),
-    (lambda r: [*r, r[-1]], "7 residuals given, but this U-Net adds 6"),
+    (lambda r: r[:-1], "4 residuals given, but this U-Net adds 5"),
+    (lambda r: [*r, r[-1]], "6 residuals given, but this U-Net adds 5"),
     (lambda r: [], "0 residuals given"),
     (lambda r: r[::-1], "residual 0 is (2, 16, 4, 4), but must have its feature's shape (2, 8, 8, 8)"),
     (lambda r: [f[..., :1] for f in r], "residual 0 is (2, 8, 8, 1)"),
@@ -301,7 +309,8 @@ def test_half_precision_keeps_its_type(t):
 
 
 def test_forward_is_one_graph():
-    unet, _ = pair("tiny")
+    unet = UNet(replace(CONFIGS["tiny"], attention=(False, False))).eval().requires_grad_(False)
+    nn.init.normal_(unet.conv_out.weight)
     x, context = inputs(unet.config, 9, 7)
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     same(compiled(x, torch.tensor([3.0, 4.0]), context), unet(x, torch.tensor([3.0, 4.0]), context), 1e-6)

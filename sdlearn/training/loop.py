@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 
 
@@ -97,7 +98,9 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
     `save_seconds`, so a kill loses less than a minute; a report (figures and a sheet) is made every
     `report_minutes` and at the end.
     """
-    accelerator = Accelerator(mixed_precision=precision or choose_precision(recipe, Accelerator().device))
+    precision = precision or choose_precision(recipe, PartialState().device)
+    AcceleratorState._reset_state()                             # the stage before may have run in another precision
+    accelerator = Accelerator(mixed_precision=precision)
     device, main = accelerator.device, accelerator.is_main_process
     raw = recipe.model.to(device)
     optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.99))

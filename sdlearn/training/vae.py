@@ -41,7 +41,7 @@ CROP_WEIGHTS = (6.0, 3.0, 1.0)
 class VAERecipe:
     name = "vae"
     warmup = 100
-    decay_share = 0.3
+    decay_share = 1.0
 
     def __init__(self, config: ModelConfig, *, world: World = FULL, batch_size: int = 8,
                  learning_rate: float = 1e-3, kl_weight: float = 3e-4, decoder_only: bool = False):
@@ -71,11 +71,13 @@ class VAERecipe:
         return drawn.image[y:y + size, x:x + size]
 
     def loss(self, model, pixels):
+        """Outlines and flat colours compete for four numbers a cell, so each has a term of its own."""
         posterior = model.encode(pixels)
         decoded = model.decode(posterior.sample())
         absolute, squared = F.l1_loss(decoded, pixels), F.mse_loss(decoded, pixels)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = absolute + 2 * squared + 0.5 * gradient_loss(decoded, pixels) + self.kl_weight * kl
+        colour = F.l1_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(pixels, 8))
+        loss = absolute + 2 * squared + 0.3 * gradient_loss(decoded, pixels) + 2 * colour + self.kl_weight * kl
         return loss, {"l1": absolute, "mse": squared, "kl": kl}
 
     @torch.no_grad()

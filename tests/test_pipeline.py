@@ -1,0 +1,379 @@
+"""A prompt to pictures: the same as diffusers', picture by picture as from its seed, and told when it cannot be."""
+
+import contextlib
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F401
+
+from sdlearn import pipeline
+from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.pipeline import (
+    SHIPPED,
+    LongPromptWarning,
+    NotFinite,
+    SettingsError,
+    StableDiffusion,
+    UnknownWordWarning,
+    shipped,
+    unknown_words,
+)
+from sdlearn.samplers import SAMPLERS
+from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
+
+PROMPT = "a red apple to the left of a cat"
+LONG = "a red apple " * 150 + "above a blue tree"
+
+
+def make(noise=EPSILON) -> StableDiffusion:
+    return StableDiffusion(tiny_parts(noise))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def arrays(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+# --- the same as diffusers --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=[EPSILON, ZERO_SNR], ids=["epsilon", "v, zero SNR"])
+def both(request, tmp_path_factory):
+    """The same folder, opened here and in diffusers."""
+    folder = save_folder(tmp_path_factory.mktemp("models") / "tiny", tiny_parts(request.param))
+    return opened(folder)
+
+
+def opened(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return StableDiffusion.load(folder, device="cpu"), pipe, pipe.scheduler
+
+
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+
+
+def spacing(sampler: str, noise) -> tuple[str, str]:
+    """A grid on which both begin at noise of variance 1: its name in diffusers, and here."""
+    if noise.zero_terminal_snr:
+        return "trailing", "trailing"
+    return ("linspace", "linspace_open") if sampler == "dpmpp_2m" else ("leading", "leading")
+
+
+# 5 and 8 divide 1000: with other numbers diffusers' DDIM steps from a trailing grid to timesteps off it.
+@pytest.mark.parametrize("sampler, steps", [("ddim", 5), ("ddim", 8), ("euler", 8), ("dpmpp_2m", 8)])
+def test_pictures_equal_those_of_diffusers(both, sampler, steps):
+    model, pipe, scheduler = both
+    theirs, ours = spacing(sampler, model.config.noise)
+    pipe.scheduler = SCHEDULERS[sampler].from_config(scheduler.config, timestep_spacing=theirs)
+    if sampler != "ddim":       # diffusers' Euler and DPM++ put a small abar in place of the last one, if it is 0
+        model.schedule = NoiseSchedule(model.config.noise, floor=ALMOST_ZERO)
+    noise = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(3))
+    theirs = pipe([PROMPT] * 2, negative_prompt=["two cars"] * 2, latents=noise, num_inference_steps=steps,
+                  guidance_scale=4.0, width=24, height=32, output_type="np").images
+    ours = model.text2img(PROMPT, "two cars", latent=noise, sampler=sampler, steps=steps, guidance=4.0, batch=2,
+                          size=(24, 32), spacing=ours)
+    assert theirs.std() > 0.1
+    assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
+
+
+def test_diffusers_opens_the_folder_with_the_scheduler_that_fits(both):
+    model, pipe, scheduler = both
+    assert pipe.tokenizer(PROMPT).input_ids == [
+        model.tokenizer.start, *model.tokenizer.encode(PROMPT), model.tokenizer.end]
+    wanted = model.schedule.alphas_cumprod
+    assert torch.allclose(scheduler.alphas_cumprod.double(), wanted, atol=1e-6)
+    pipe.scheduler = scheduler
+    assert pipe(PROMPT, num_inference_steps=2, output_type="np").images.std() > 0
+
+
+# --- seeds ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_batch_holds_the_pictures_that_its_seeds_give_alone(model, sampler):
+    batch = arrays(model.text2img(PROMPT, sampler=sampler, steps=3, seed=7, batch=3))
+    alone = [model.text2img(PROMPT, sampler=sampler, steps=3, seed=7 + i)[0] for i in range(3)]
+    assert np.array_equal(batch, arrays(alone))
+    assert not np.array_equal(batch[0], batch[1])
+
+
+def test_a_seed_gives_the_same_picture_whatever_was_drawn_before(model):
+    first = arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1))
+    before = torch.get_rng_state()
+    torch.randn(10)
+    assert np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1)), first)
+    assert not np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=2)), first)
+    torch.set_rng_state(before)
+    model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)       # and it does not touch others' random numbers
+
+
+def test_a_latent_takes_the_place_of_the_seed(model):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    given_noise = arrays(model.text2img(PROMPT, steps=2, latent=noise, seed=0))
+    assert np.array_equal(given_noise, arrays(model.text2img(PROMPT, steps=2, seed=5)))
+    with pytest.raises(SettingsError, match=r"the latent is \(1, 4, 16, 16\).*\(2, 4, 16, 16\)"):
+        model.text2img(PROMPT, latent=noise, batch=2)
+
+
+# --- what is asked for ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, shape", [
+    (None, (32, 32)), (16, (16, 16)), ((40, 24), (24, 40)), ((2, 6), (6, 2)), ((26, 30), (30, 26)),
+])
+def test_sizes_are_width_then_height_and_latents_may_be_odd(model, size, shape):
+    images = model.text2img(PROMPT, steps=1, size=size)
+    assert arrays(images).shape == (1, *shape, 3)
+
+
+def test_an_empty_prompt_is_the_unconditional_model(model):
+    """Guidance then goes from the empty prompt to itself, so its scale changes nothing."""
+    with torch.no_grad():
+        assert torch.equal(*model.encode(["", ""]))
+    low, high = (arrays(model.text2img("", steps=3, guidance=scale)).astype(int) for scale in (1.0, 9.0))
+    assert np.abs(low - high).max() <= 1
+    told = arrays(model.text2img(PROMPT, steps=3, guidance=9.0)).astype(int)
+    assert np.abs(low - told).max() > 10
+
+
+def test_the_negative_prompt_and_every_setting_are_heard(model):
+    plain = arrays(model.text2img(PROMPT, steps=3))
+    for changed in ({"steps": 4}, {"sampler": "euler_ancestral"}, {"guidance": 2.0}, {"rescale": 0.7},
+                    {"spacing": "trailing"}, {"negative_prompt": "two cars"}):
+        assert not np.array_equal(arrays(model.text2img(PROMPT, **{"steps": 3, **changed})), plain), changed
+
+
+def test_zero_terminal_snr_starts_at_the_last_timestep_by_itself():
+    assert next(make(ZERO_SNR).steps(PROMPT, steps=4)).t == 999
+
+
+# --- steps ------------------------------------------------------------------------------------------
+
+def test_steps_are_told_one_by_one_and_end_with_the_picture(model):
+    steps = list(model.steps(PROMPT, steps=5, seed=3, batch=2))
+    assert [(step.index, step.of) for step in steps] == [(i, 5) for i in range(5)]
+    assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
+    assert all(step.latent.shape == step.x0.shape == (2, 4, 16, 16) for step in steps)
+    pictures = arrays(model.text2img(PROMPT, steps=5, seed=3, batch=2))
+    assert np.array_equal(arrays(steps[-1].noisy_images()), pictures)
+    assert not np.array_equal(arrays(steps[0].images()), arrays(steps[0].noisy_images()))
+
+
+def test_steps_decode_only_when_asked(monkeypatch):
+    model, decoded = make(), []
+    to_pixels = model.vae.to_pixels
+    monkeypatch.setattr(model.vae, "to_pixels", lambda *args, **kw: decoded.append(1) or to_pixels(*args, **kw))
+    steps = list(model.steps(PROMPT, steps=3))
+    assert not decoded
+    steps[1].images()
+    assert len(decoded) == 1
+
+
+def test_stepping_leaves_gradients_as_the_caller_has_them(model):
+    steps = model.steps(PROMPT, steps=3)
+    next(steps)
+    assert torch.is_grad_enabled()
+    steps.close()
+    assert not next(model.steps(PROMPT, steps=1)).latent.requires_grad
+
+
+def test_text_guidance_of_one_runs_the_network_on_one_half_only(monkeypatch):
+    model, batches = make(), []
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(len(x)) or forward(x, *rest))
+    model.text2img(PROMPT, steps=2, guidance=1.0)
+    model.text2img(PROMPT, steps=2, guidance=2.0)
+    assert batches == [1, 1, 2, 2]
+
+
+# --- prompts ----------------------------------------------------------------------------------------
+
+def test_unknown_words_are_named_and_the_prompt_runs(model):
+    with pytest.warns(UnknownWordWarning, match=r"'dragon', 'aple' \(did you mean 'apple'\?\); it will") as caught:
+        images = model.text2img("a red Dragon above a aple's dragon", steps=1)
+    assert len(images) == 1 and len(caught) == 1
+    assert caught[0].filename == __file__           # told at the line that asked
+    with pytest.warns(UnknownWordWarning, match="'castle'"):
+        model.text2img("a red apple", "a castle", steps=1)
+
+
+def test_known_words_and_models_without_a_world_warn_of_nothing(model):
+    silent = make()
+    silent.world = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.text2img("A red CAT, to the left of 3 balloons! 'apple' (cat's tree) - a balloons.", steps=1)
+        silent.text2img("a purple dragon", steps=1)
+
+
+def test_the_words_of_the_world_are_known_and_others_are_not():
+    known = WORLD["words"]
+    assert unknown_words(" ".join(known), known) == []
+    assert unknown_words("ein Äpfelchen über 猫 🦊 ❤️ … –", known) == ["'ein'", "'äpfelchen'", "'über'", "'猫'",
+                                                                       "'🦊'", "'❤'"]
+
+
+def test_a_long_prompt_is_cut_and_its_lost_end_quoted(model):
+    with pytest.warns(LongPromptWarning, match="longer than 77 tokens; .*cut.*\"a red apple a red.* \\.\\.\\.\""):
+        long = model.text2img(LONG, steps=1)
+    assert np.array_equal(arrays(long), arrays(model.text2img(model.tokenizer.decode(
+        model.tokenizer(LONG)[0]), steps=1)))
+    with pytest.warns(LongPromptWarning, match="above a blue tree\"$"):
+        model.text2img("apple " * 75 + "above a blue tree", steps=1)
+    with pytest.warns(LongPromptWarning):
+        model.text2img(PROMPT, LONG, steps=1)
+
+
+@given(prompt=st.text(max_size=30))
+@settings(max_examples=40)
+def test_any_text_makes_a_picture(model, prompt):
+    """Emoji, control characters, unassigned code points: all but half a surrogate pair, which is no text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownWordWarning)
+        try:
+            [image] = model.text2img(prompt, steps=1, size=8)
+        except SettingsError as error:
+            assert "surrogate" in str(error)
+            assert any("\ud800" <= char <= "\udfff" for char in prompt)
+        else:
+            assert image.size == (8, 8)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, told", [
+    ({"steps": 0}, "0 steps"), ({"steps": 2000}, "2000 steps"), ({"steps": 2.5}, "2.5 steps"),
+    ({"sampler": "magic"}, "no sampler 'magic'; choose one of ddpm"),
+    ({"spacing": "odd"}, "no spacing 'odd'"),
+    ({"guidance": float("nan")}, "guidance is nan"), ({"guidance": float("inf")}, "guidance is inf"),
+    ({"guidance": "7"}, "guidance is 7"), ({"rescale": 1.5}, "rescale is 1.5"),
+    ({"size": 33}, "33x33 is not a multiple of 2 pixels; the nearest is 32x32"),
+    ({"size": (32, 35)}, "32x35 is not a multiple of 2"),
+    ({"size": 0}, "0x0 cannot be made; give sides of 2 to 2048"), ({"size": -8}, "-8x-8 cannot"),
+    ({"size": 10**9}, "cannot be made"), ({"size": (8, 8, 8)}, "8x8x8 cannot"), ({"size": 16.0}, "cannot be made"),
+    ({"batch": 0}, "batch is 0"), ({"batch": 10**9}, "batch is 1000000000"),
+    ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"), ({"seed": 2**64}, "seed is"),
+    ({"step": 20}, "no setting 'step'; the settings are steps,"),
+], ids=str)
+def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch, wrong, told):
+    monkeypatch.setattr(model.text, "forward", lambda *_: pytest.fail("computed"))
+    with pytest.raises(SettingsError) as caught:
+        model.steps(PROMPT, **wrong)        # at the call, not at the first step
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_is_told_and_never_a_black_picture():
+    model = make()
+    with torch.no_grad():
+        model.unet.conv_out.bias[0] = float("nan")
+    with pytest.raises(NotFinite, match="latent became NaN.*guidance 3.0"):
+        model.text2img(PROMPT, steps=2, guidance=3.0)
+    model = make()
+    with torch.no_grad():
+        model.vae.decoder.conv_out.bias[0] = float("inf")
+    with pytest.raises(NotFinite, match="VAE decoded to NaN or infinity"):
+        model.text2img(PROMPT, steps=2)
+
+
+def test_guidance_beyond_what_numbers_hold_is_told(model):
+    with pytest.raises(NotFinite):
+        model.text2img(PROMPT, steps=5, guidance=1e38)
+
+
+@pytest.mark.parametrize("where", ["unet", "vae"])
+def test_too_little_memory_is_told(monkeypatch, where):
+    model = make()
+    module = model.unet if where == "unet" else model.vae.decoder
+    monkeypatch.setattr(module, "forward", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(MemoryError, match="not enough memory for the pictures.*fewer or smaller"):
+        model.text2img(PROMPT, steps=2)
+
+
+def test_other_errors_of_the_network_pass_as_they_are(monkeypatch):
+    model = make()
+
+    def broken(*_):
+        raise RuntimeError("a mistake in a layer")
+
+    monkeypatch.setattr(model.unet, "forward", broken)
+    with pytest.raises(RuntimeError, match="a mistake in a layer"):
+        model.text2img(PROMPT, steps=2)
+
+
+def test_unknown_models_and_devices_are_told(tmp_path):
+    with pytest.raises(CheckpointError, match="no model 'maxi'; give the path .* or the name of a shipped model"):
+        StableDiffusion.load("maxi")
+    folder = save_folder(tmp_path / "tiny", tiny_parts())
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(SettingsError, match=f"no device '{device}' here"):
+            StableDiffusion.load(folder, device=device)
+
+
+def test_shipped_models_are_found_by_name(tmp_path, monkeypatch):
+    save_folder(tmp_path / "small", tiny_parts())
+    (tmp_path / "no model").mkdir()
+    monkeypatch.setattr(pipeline, "SHIPPED", tmp_path)
+    assert shipped() == ["small"]
+    assert StableDiffusion.load("small", device="cpu").config.name == "small"
+
+
+def test_a_model_can_run_in_bfloat16(tmp_path):
+    folder = save_folder(tmp_path / "tiny", tiny_parts())
+    low = StableDiffusion.load(folder, device="cpu", dtype=torch.bfloat16)
+    high = StableDiffusion.load(folder, device="cpu")
+    a, b = (arrays(model.text2img(PROMPT, steps=2, guidance=1.0)).astype(int) for model in (low, high))
+    assert 0 < np.abs(a - b).mean() < 10
+
+
+# --- the shipped model ------------------------------------------------------------------------------
+
+needs_weights = pytest.mark.skipif("mini" not in shipped(), reason="this checkout has no weights")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    with contextlib.redirect_stderr(None):
+        return opened(SHIPPED / "mini")
+
+
+@needs_weights
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_pictures_of_the_shipped_model_equal_those_of_diffusers(mini, sampler):
+    model, pipe, scheduler = mini
+    theirs, ours = spacing(sampler, model.config.noise)
+    pipe.scheduler = SCHEDULERS[sampler].from_config(scheduler.config, timestep_spacing=theirs)
+    if sampler != "ddim":
+        model.schedule = NoiseSchedule(model.config.noise, floor=ALMOST_ZERO)
+    side = model.config.latent_size
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+    theirs = pipe(PROMPT, latents=noise, num_inference_steps=5, guidance_scale=5.0, output_type="np").images
+    ours = model.text2img(PROMPT, latent=noise, sampler=sampler, steps=5, spacing=ours)
+    assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
+
+
+@needs_weights
+def test_the_shipped_model_knows_its_world_and_listens():
+    model = StableDiffusion.load(device="cpu")
+    assert model.config == replace(model.config, name="mini")
+    assert {"apple", "cat", "red", "background"} <= set(model.world["words"])
+    assert model.clip is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        red, blue = (arrays(model.text2img(f"a {colour} apple", steps=4))[0] for colour in ("red", "green"))
+    assert red.shape == (model.config.image_size, model.config.image_size, 3)
+    assert np.abs(red.astype(int) - blue).mean() > 2

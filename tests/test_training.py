@@ -1,0 +1,336 @@
+"""The recipes at small size: they learn, stop, go on where they were, and ship what they learned."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdlearn.checkpoint import load_folder
+from sdlearn.clip import CLIP
+from sdlearn.config import PRESETS, VAEConfig
+from sdlearn.data import CORE
+from sdlearn.pictures import psnr, to_images, to_tensor
+from sdlearn.training import stages
+from sdlearn.training.card import ship
+from sdlearn.training.clip import CLIPRecipe, retrieval, shortest
+from sdlearn.training.loop import Average, choose_precision, fit, load_state, save_state
+from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
+from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
+from sdlearn.vae import VAE
+
+MINUTE = 1 / 60
+
+
+@pytest.fixture(scope="module")
+def config():
+    """`tiny`, at the size of a scene."""
+    tiny = PRESETS["tiny"]
+    vae = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0)
+    return replace(tiny, vae=vae, vision=replace(tiny.vision, image_size=128, patch_size=32), image_size=128)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A run with a second of every stage behind it."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, options in {"vae": {}, "clip": {"batch_size": 8}, "unet": {"batch_size": 4, "first": 50}}.items():
+        recipe = stages.STAGES[name].make(config, folder, **options)
+        recipe.warmup = 1
+        for _ in fit(recipe, folder, minutes=1 * MINUTE, report_minutes=60):
+            pass
+    return folder
+
+
+def steps(recipe, folder, count, **options):
+    """`count` steps of training, then a clean end."""
+    loop = fit(recipe, folder, minutes=10, **options)
+    for progress, _ in loop:
+        if progress.step >= count:
+            return progress
+    raise AssertionError("the budget ended first")
+
+
+def test_every_stage_leaves_state_figures_and_a_sheet(run):
+    for name in stages.STAGES:
+        progress = load_state(run / f"{name}-state.pt")["progress"]
+        assert progress["step"] > 0 and progress["samples"] > 0 and 0 < progress["seconds"] < 60
+        assert math.isfinite(progress["loss"]) and progress["history"][-1]["step"] == progress["step"]
+        assert list(run.glob(f"{name}-*.png"))
+    assert not list(run.glob("*.part"))
+
+
+def test_a_run_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    class Counting(VAERecipe):
+        def report(self, averaged, folder, step):
+            return {}
+
+    for _ in fit(Counting(config, batch_size=1), tmp_path, minutes=0.3 * MINUTE):
+        pass
+    first = load_state(tmp_path / "vae-state.pt")
+    again = Counting(config, batch_size=1)
+    progress, _ = next(fit(again, tmp_path, minutes=1))
+    assert progress.step == first["progress"]["step"] + 1
+    assert progress.samples > first["progress"]["samples"] and progress.seconds > first["progress"]["seconds"]
+    far = max((again.model.state_dict()[key] - value).abs().max() for key, value in first["model"].items())
+    assert 0 < far < 0.1, "the weights are one step away from the stored ones"
+
+
+def test_a_kill_loses_less_than_a_minute(tmp_path):
+    """Killed for good while it trains, at any moment: what is on disk is whole and can be gone on with."""
+    code = ("from dataclasses import replace; from pathlib import Path; from sdlearn.config import PRESETS, VAEConfig\n"
+            "from sdlearn.training.vae import VAERecipe; from sdlearn.training.loop import fit\n"
+            "small = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2)\n"
+            "config = replace(PRESETS['tiny'], vae=small, image_size=128)\n"
+            f"for p, _ in fit(VAERecipe(config), Path({str(tmp_path)!r}), minutes=5, save_seconds=0.05): "
+            "print(p.step, flush=True)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    told = 0
+    while told < 12:
+        told = int(process.stdout.readline())
+    time.sleep(0.05)
+    process.kill()
+    process.wait()
+    state = load_state(tmp_path / "vae-state.pt")
+    assert 0 < state["progress"]["step"] and set(state["model"]) == set(state["average"])
+
+
+def test_the_default_saves_often_enough():
+    assert fit.__kwdefaults__["save_seconds"] < 60
+
+
+def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "vae-state.pt"
+    save_state(file, {"step": 1})
+
+    def broken(state, beside):
+        Path(beside).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(file, {"step": 2})
+    assert load_state(file) == {"step": 1}
+    assert load_state(tmp_path / "none.pt") is None
+
+
+def test_the_loss_falls_on_one_batch(config):
+    recipe = VAERecipe(config)
+    batch = recipe.batch(torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss, _ = recipe.loss(recipe.model, *batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_nan_stops_the_run_and_keeps_the_state(config, tmp_path):
+    recipe = VAERecipe(config, batch_size=1)
+    recipe.report = lambda *_: {}
+    for _ in fit(recipe, tmp_path, minutes=0.2 * MINUTE):
+        pass
+    broken = VAERecipe(config, batch_size=1)
+    broken.loss = lambda model, pixels: (model.encode(pixels).mean.sum() * float("nan"), {})
+    with pytest.raises(FloatingPointError, match="became NaN at step"):
+        list(fit(broken, tmp_path, minutes=1))
+    assert all(value.isfinite().all() for value in load_state(tmp_path / "vae-state.pt")["model"].values())
+
+
+def test_the_average_follows_and_lags():
+    model = torch.nn.Linear(2, 2)
+    average = Average(model, decay=0.9)
+    start = average.model.weight.clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(model, step=1000)
+    torch.testing.assert_close(average.model.weight, start + 0.1)
+    average.update(model, step=0)                   # at the start it keeps one part in ten
+    torch.testing.assert_close(average.model.weight, model.weight - 0.9 * 0.1)
+
+
+def test_bf16_is_never_chosen_where_it_is_emulated(config, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert choose_precision(VAERecipe(config), torch.device("cpu")) == "no"
+
+
+def test_bf16_trains_too(config, tmp_path):
+    """Through autocast on the CPU, whatever its speed: two steps."""
+    recipe = VAERecipe(config, batch_size=1)
+    assert steps(recipe, tmp_path, 2, precision="bf16", compiled=False).loss > 0
+
+
+def test_crops_show_something(config):
+    recipe = VAERecipe(config)
+    generator = torch.Generator().manual_seed(0)
+    shapes, busy = set(), 0
+    for _ in range(30):
+        (pixels,) = recipe.batch(generator)
+        shapes.add(tuple(pixels.shape))
+        busy += int((pixels.flatten(1).std(dim=1) > 0.05).float().mean() > 0.8)
+    assert {shape[-1] for shape in shapes} == {32, 64, 128} and busy >= 25
+    assert {shape[0] * shape[2] ** 2 for shape in shapes} <= {8 * 32**2, 128**2}
+
+
+def test_decoder_only_training_leaves_latents_alone(config, tmp_path):
+    recipe = VAERecipe(config, decoder_only=True)
+    before = {name: value.clone() for name, value in recipe.model.state_dict().items()}
+    steps(recipe, tmp_path, 3)
+    for name, value in recipe.model.state_dict().items():
+        frozen = name.startswith(("encoder", "quant_conv"))
+        assert torch.equal(value, before[name]) == frozen, name
+
+
+def test_a_fresh_autoencoder_keeps_its_posterior_narrow(config):
+    pixels = to_tensor([image_of(0), image_of(1)])
+    posterior = fresh_vae(config).encode(pixels)
+    assert posterior.std.max() < 0.5 < posterior.mean.std()
+
+
+def image_of(seed):
+    from sdlearn.data import scene
+    return scene(seed).image
+
+
+def test_scaling_brings_latents_to_unit_deviation(config):
+    vae = VAE(config.vae)
+    factor = measure_scaling(vae, count=32)
+    scaled = VAE(replace(config.vae, scaling_factor=factor))
+    scaled.load_state_dict(vae.state_dict())
+    latents = torch.cat([scaled.to_latent(to_tensor([image_of(seed)])) for seed in range(32)])
+    assert latents.std() == pytest.approx(1, rel=1e-4)
+
+
+def test_pictures_survive_the_way_to_tensors_and_back():
+    image = image_of(3)
+    assert (to_images(to_tensor([image]))[0] == image).all()
+    a = torch.zeros(1, 3, 8, 8)
+    assert psnr(a, a + 0.2) == pytest.approx(20, abs=1e-4)              # 10 log10(4 / 0.04)
+    assert gradient_loss(a, a + 0.5) == 0
+
+
+def test_shortening_changes_no_embedding(config, run):
+    tokenizer = stages.train_tokenizer(config, run)
+    towers = CLIP(config.text, config.vision).eval()
+    ids = tokenizer(["a cat", "a red apple to the left of a cat on a yellow background"])
+    short = shortest(ids, tokenizer.end)
+    assert short.shape[1] < 40 and (short[:, -1] == tokenizer.end).all()
+    torch.testing.assert_close(towers.encode_text(short), towers.encode_text(ids))
+
+
+def test_retrieval_of_random_and_of_perfect_towers(config, run):
+    tokenizer = stages.train_tokenizer(config, run)
+    towers = CLIP(config.text, config.vision).eval()
+    assert retrieval(towers, tokenizer, count=40) < 0.3
+    count = iter(range(10**6))
+
+    def own(things):                                # the i-th picture and the i-th caption meet
+        return torch.stack([torch.nn.functional.one_hot(torch.tensor(next(count) % 20), 20).float() for _ in things])
+
+    towers.encode_image = towers.encode_text = own
+    assert retrieval(towers, tokenizer, count=20) == 1
+
+
+def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, tmp_path):
+    towers = stages.averaged(CLIP(config.text, config.vision), run, "clip")
+    vae, tokenizer = stages.trained_vae(config, run), stages.train_tokenizer(config, run)
+    make = {"world": CORE, "image_size": 128, "capacity": 60, "first": 50}
+    cache = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+    assert len(cache) == 50
+    latents, contexts = cache.batch(7, torch.Generator().manual_seed(0))
+    assert latents.shape == (7, 4, 16, 16) and contexts.shape == (7, 77, config.text.dim)
+    from sdlearn.data import scene
+    first = vae.to_latent(to_tensor([scene(0, world=CORE).image]))[0]
+    assert (torch.from_numpy(cache.arrays["latents"][0]).float() - first).abs().max() < 0.01
+    cache.refresh(50)                               # goes round: the oldest rows are overwritten
+    assert len(cache) == 60 and cache.meta["made"] == 100
+    for array in cache.arrays.values():
+        array.flush()
+    again = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+    assert again.meta["made"] == 100
+    other = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **{**make, "world": replace(CORE, pair=0.0)})
+    assert other.meta["made"] == 50, "scenes of another world are made anew"
+
+
+def test_captions_are_dropped_at_the_stated_rate(config, run, tmp_path):
+    recipe = stages.make_unet(config, run, batch_size=64, dropout=0.25)
+    generator = torch.Generator().manual_seed(0)
+    batches = [recipe.batch(generator) for _ in range(20)]
+    dropped = torch.stack([(contexts == recipe.empty).all(dim=(1, 2)).float() for _, contexts, _, _ in batches])
+    assert 0.2 < dropped.mean() < 0.3
+    t = torch.stack([t for _, _, t, _ in batches]).flatten()
+    assert t.min() < 10 and t.max() > 989 and abs(t.float().mean() - 499.5) < 5
+    noise = torch.stack([noise for *_, noise in batches])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_a_stage_says_what_must_come_first(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="the stage 'clip' has not been trained in .*: run `train clip` first"):
+        stages.make_unet(config, tmp_path)
+
+
+def test_fixed_prompts_never_change():
+    assert fixed_prompts(4) == fixed_prompts(30)[:4]
+    assert fixed_prompts(1) == ["a red apple to the left of a cat on a yellow background"]
+
+
+def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config, run, tmp_path, monkeypatch):
+    from sdlearn.training import card
+    monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 12.345)
+    monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 0.678)
+    folder = ship(config, run, tmp_path / "model", count=3)
+    parts = load_folder(folder)
+    assert parts.config.vae.scaling_factor != 1 and len(parts.world["objects"]) == len(CORE.objects)
+    stored = load_state(run / "unet-state.pt")["average"]
+    for name, value in parts.unet.state_dict().items():
+        assert torch.equal(value, stored[name].half().float())
+    text = (folder / "MODEL_CARD.md").read_text()
+    assert "12.345" in text and "0.678" in text
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["training"]["unet"]["step"] == load_state(run / "unet-state.pt")["progress"]["step"]
+
+
+def test_the_command_trains_and_goes_on(tmp_path):
+    """The real command line, at `tiny` size, twice: the second call goes on."""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "sdlearn", "train", "vae", "--preset", "tiny", "--minutes", "0.02",
+                               "--run", str(tmp_path)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["psnr"] > 0
+    history = load_state(tmp_path / "vae-state.pt")["progress"]["history"]
+    assert len(history) == 2 and history[1]["step"] > history[0]["step"]
+
+
+def test_clip_learns_pairs(config, run, tmp_path):
+    recipe = CLIPRecipe(config, stages.train_tokenizer(config, run), batch_size=8)
+    batch = recipe.batch(torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss, _ = recipe.loss(recipe.model, *batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_unet_is_asked_what_the_schedule_says(config, run):
+    """A network that knows the answer has no loss; so noise, target and timestep belong together."""
+    recipe: UNetRecipe = stages.make_unet(config, run, batch_size=16)
+    latents, contexts, t, noise = recipe.batch(torch.Generator().manual_seed(0))
+
+    def knows(x, t, context):
+        assert torch.equal(x, recipe.schedule.add_noise(latents, noise, t)) and torch.equal(context, contexts)
+        return recipe.schedule.target(latents, noise, t)
+
+    loss, _ = recipe.loss(knows, latents, contexts, t, noise)
+    assert loss == 0
