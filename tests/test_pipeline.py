@@ -51,11 +51,12 @@ def arrays(images) -> np.ndarray:
 
 # --- the same as diffusers --------------------------------------------------------------------------
 
-@pytest.fixture(scope="module", params=[EPSILON, ZERO_SNR], ids=["epsilon", "v, zero SNR"])
+@pytest.fixture(scope="module", ids=["epsilon", "v, zero SNR, float16 files"],
+                params=[(EPSILON, torch.float32), (ZERO_SNR, torch.float16)])
 def both(request, tmp_path_factory):
-    """The same folder, opened here and in diffusers."""
-    folder = save_folder(tmp_path_factory.mktemp("models") / "tiny", tiny_parts(request.param))
-    return opened(folder)
+    """The same folder, opened here and in diffusers; both compute in float32, whatever the files are."""
+    noise, dtype = request.param
+    return opened(save_folder(tmp_path_factory.mktemp("models") / "tiny", tiny_parts(noise), dtype=dtype))
 
 
 def opened(folder):

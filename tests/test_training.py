@@ -39,6 +39,7 @@ def config():
 def run(config, tmp_path_factory):
     """A run with a second of every stage behind it."""
     folder = tmp_path_factory.mktemp("run")
+    stages.train_tokenizer(config, folder, captions=2000)
     for name, options in {"vae": {}, "clip": {"batch_size": 8}, "unet": {"batch_size": 4, "first": 50}}.items():
         recipe = stages.STAGES[name].make(config, folder, **options)
         recipe.warmup = 1
@@ -206,7 +207,7 @@ def test_scaling_brings_latents_to_unit_deviation(config):
     scaled = VAE(replace(config.vae, scaling_factor=factor))
     scaled.load_state_dict(vae.state_dict())
     latents = torch.cat([scaled.to_latent(to_tensor([image_of(seed)])) for seed in range(32)])
-    assert latents.std() == pytest.approx(1, rel=1e-4)
+    assert float(latents.std().detach()) == pytest.approx(1, rel=1e-4)
 
 
 def test_pictures_survive_the_way_to_tensors_and_back():
@@ -296,6 +297,23 @@ def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config
     assert "12.345" in text and "0.678" in text
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["training"]["unet"]["step"] == load_state(run / "unet-state.pt")["progress"]["step"]
+
+
+def test_a_run_starts_from_shipped_weights(config, run, tmp_path, monkeypatch):
+    from sdlearn.training import card
+    monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
+    monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
+    folder = ship(config, run, tmp_path / "model", count=2)
+    assert stages.start_from(folder, tmp_path / "new") == ["vae", "clip", "unet"]
+    assert stages.start_from(folder, tmp_path / "new") == [], "what a run has already stays"
+    old = load_state(run / "unet-state.pt")
+    recipe = stages.make_unet(config, tmp_path / "new", batch_size=4, first=8, capacity=8)
+    recipe.learning_rate = 0.0
+    recipe.report = lambda *_: {}
+    progress, _ = next(fit(recipe, tmp_path / "new", minutes=1))
+    assert progress.step == old["progress"]["step"] + 1
+    for name, value in recipe.model.state_dict().items():
+        torch.testing.assert_close(value, old["average"][name].half().float())
 
 
 def test_the_command_trains_and_goes_on(tmp_path):

@@ -21,7 +21,8 @@ UNET_FIXED = {
 VAE_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
              "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None}
 CLIP_FIXED = {"layer_norm_eps": 1e-5}
-CLIP_SPARE = {"attention_dropout": 0.0, "initializer_factor": 1.0, "initializer_range": 0.02}
+# transformers computes in the type named here, whatever the file is written in, unless told otherwise.
+CLIP_SPARE = {"attention_dropout": 0.0, "initializer_factor": 1.0, "initializer_range": 0.02, "dtype": "float32"}
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 

@@ -44,10 +44,10 @@ def with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def vocabulary() -> frozenset[str]:
-    """Every word that a caption can hold, in lower case."""
+def vocabulary(objects=tuple(OBJECTS)) -> frozenset[str]:
+    """Every word that a caption can hold in a world of these objects (all by default), in lower case."""
     phrases = [*OPENINGS, *GROUNDS, *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS.values(), "an and"]
     phrases += [way for ways in WAYS.values() for way in ways]
     phrases += [word for words in NUMERALS.values() for word in words]
-    phrases += [kind.noun(count) for kind in OBJECTS.values() for count in (1, 2)]
+    phrases += [OBJECTS[name].noun(count) for name in objects for count in (1, 2)]
     return frozenset(re.findall(r"[a-z0-9]+", " ".join(phrases))) - {"medium"}

@@ -58,7 +58,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world)
     unet = averaged(UNet(config.unet), run, "unet")
     images = list(recipe.sample(unet, prompts, steps=25))
-    words = sorted(vocabulary())
+    words = sorted(vocabulary(world.objects))
     parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
                   {"objects": sorted(world.objects), "words": words})
     real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]

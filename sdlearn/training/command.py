@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("stage", choices=[*stages.STAGES, "all", "ship"],
                         help="what to train; 'ship' writes a run's averaged weights as a model folder")
     parser.add_argument("--run", type=Path, default=Path("runs/mini"), help="folder of states and sheets")
+    parser.add_argument("--start", type=Path, metavar="MODEL",
+                        help="a model folder whose weights an empty run starts from")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
     parser.add_argument("--minutes", type=float, help="budget of this call (default: the stage's own)")
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace):
     if args.stage == "ship":
         print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
         return
+    if args.start and (filled := stages.start_from(args.start, args.run)):
+        print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
         train_stage(name, args)
 

@@ -109,7 +109,8 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
     if (state := load_state(file)) is not None:
         raw.load_state_dict(state["model"])
         average.model.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        if "optimiser" in state:                                # none when a run starts from shipped weights
+            optimiser.load_state_dict(state["optimiser"])
         progress = Progress(**state["progress"])
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else accelerator.mixed_precision == "bf16":

@@ -1,16 +1,18 @@
 """The stages of training in their order, what each needs from the ones before, and shipping the result."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint import CheckpointError, load_folder
 from ..clip import CLIP
 from ..config import ModelConfig
 from ..data import scene
 from ..tokenizer import Tokenizer
 from ..vae import VAE
 from .clip import CLIPRecipe
-from .loop import load_state
+from .loop import load_state, save_state
 from .unet import UNetRecipe
 from .vae import VAERecipe, measure_scaling
 
@@ -47,6 +49,30 @@ def trained_vae(config: ModelConfig, run: Path) -> VAE:
         file.write_text(f"{measure_scaling(averaged(VAE(config.vae), run, 'vae')):.5f}")
     factor = float(file.read_text())
     return averaged(VAE(replace(config.vae, scaling_factor=factor)), run, "vae")
+
+
+def start_from(folder: Path, run: Path) -> list[str]:
+    """Fill an empty `run` with the weights of a model folder, so that it goes on from them; the stages filled.
+
+    What the run has already stays. The optimiser starts anew, as its state is not shipped. Raises
+    CheckpointError for a folder that is no model or that lacks the vision tower.
+    """
+    parts = load_folder(folder)
+    if parts.clip is None:
+        raise CheckpointError(f"{folder} has no vision tower; give a model folder that `train ship` has written")
+    figures = folder / "figures.json"
+    told = json.loads(figures.read_text(encoding="utf-8"))["training"] if figures.exists() else {}
+    if not (run / "tokenizer").exists():
+        parts.tokenizer.save(run / "tokenizer")
+    filled = []
+    for stage, module in (("vae", parts.vae), ("clip", parts.clip), ("unet", parts.unet)):
+        if not (file := run / f"{stage}-state.pt").exists():
+            weights = module.state_dict()
+            save_state(file, {"model": weights, "average": weights, "progress": told.get(stage, {})})
+            filled.append(stage)
+    if "vae" in filled:
+        (run / "scaling_factor.txt").write_text(f"{parts.vae.config.scaling_factor:.5f}")
+    return filled
 
 
 def make_vae(config: ModelConfig, run: Path, **options) -> VAERecipe:

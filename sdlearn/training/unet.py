@@ -41,7 +41,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path, vae: VAE, text: TextTower, tokenizer: Tokenizer, *, world: World,
-                 image_size: int, capacity: int = 24_000, first: int = 6_000):
+                 image_size: int, capacity: int = 24_000, first: int = 4_000):
         self.vae, self.text, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
         cells = image_size // vae.config.factor
         shapes = {"latents": (capacity, vae.config.latent_channels, cells, cells),
@@ -98,7 +98,7 @@ class UNetRecipe:
                  world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4, dropout: float = 0.1,
                  fresh: int = 2, guidance: float = 3.0, **cache):
         """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step."""
-        self.model = UNet(config.unet)
+        self.model = UNet(config.unet).to(memory_format=torch.channels_last)     # some 8 % faster, on a CPU too
         self.schedule, self.tokenizer, self.text, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
         self.dropout, self.fresh, self.guidance = dropout, fresh, guidance

@@ -41,7 +41,7 @@ CROP_WEIGHTS = (6.0, 3.0, 1.0)
 class VAERecipe:
     name = "vae"
     warmup = 100
-    decay_share = 1.0
+    decay_share = 0.5
 
     def __init__(self, config: ModelConfig, *, world: World = FULL, batch_size: int = 8,
                  learning_rate: float = 1e-3, kl_weight: float = 3e-4, decoder_only: bool = False):
