@@ -246,6 +246,10 @@ def test_an_existing_folder_is_updated_and_what_is_no_model_stays(folder):
     assert not (folder / "vision" / "config.json").exists()
 
 
+def test_all_files_can_be_read_by_whoever_may_read_the_user_s_files(written):
+    assert len({file.stat().st_mode for file in written.rglob("*") if file.is_file()}) == 1
+
+
 def test_a_failed_save_leaves_the_old_folder_and_nothing_beside(folder, monkeypatch):
     before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     saved = []

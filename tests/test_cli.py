@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from sdlearn import __main__ as cli
 from sdlearn.checkpoint import save_folder
-from sdlearn.pipeline import StableDiffusion
+from sdlearn.pipeline import PromptWarning, StableDiffusion
 
 PROMPT = "a red apple"
 
@@ -95,7 +96,9 @@ def test_without_a_name_the_file_is_named_after_the_prompt(run, prompt, name):
 
 
 def test_what_will_not_be_heard_is_noted_once_and_the_picture_made(run):
-    result = run("generate", "a purple dragon", "--steps", 1, "--out", "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)       # told as a note, so not once more as a warning
+        result = run("generate", "a purple dragon", "--steps", 1, "--out", "x.png")
     assert result.status == 0 and result.files == ["x.png"]
     assert result.err.count("dragon") == 1
     assert "note: the model was never taught 'purple', 'dragon'; it will guess" in result.err

@@ -1,6 +1,5 @@
 """A prompt to pictures: the same as diffusers', picture by picture as from its seed, and told when it cannot be."""
 
-import contextlib
 import warnings
 from dataclasses import replace
 
@@ -348,8 +347,7 @@ needs_weights = pytest.mark.skipif("mini" not in shipped(), reason="this checkou
 
 @pytest.fixture(scope="module")
 def mini():
-    with contextlib.redirect_stderr(None):
-        return opened(SHIPPED / "mini")
+    return opened(SHIPPED / "mini")
 
 
 @needs_weights

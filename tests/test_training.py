@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP
 from sdlearn.config import PRESETS, VAEConfig
@@ -118,6 +119,25 @@ def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         save_state(file, {"step": 2})
     assert load_state(file) == {"step": 1}
     assert load_state(tmp_path / "none.pt") is None
+
+
+def test_a_damaged_state_is_told(tmp_path):
+    file = tmp_path / "vae-state.pt"
+    save_state(file, {"weights": torch.zeros(1000)})
+    whole = file.read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", b"nothing of the kind"):
+        file.write_bytes(damaged)
+        with pytest.raises(OSError, match="vae-state.pt' is damaged"):
+            load_state(file)
+
+
+@pytest.mark.parametrize("args", [["--minutes", "0"], ["--minutes", "nan"], ["--batch", "-1"], ["--batch", "1.5"],
+                                  ["--rate", "x"], ["--report-minutes", "inf"]])
+def test_settings_of_training_that_make_no_sense_are_told(args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "vae", *args])
+    assert stopped.value.code == 2
+    assert "is not a number above zero" in capsys.readouterr().err
 
 
 def test_the_loss_falls_on_one_batch(config):
@@ -293,6 +313,7 @@ def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config
     stored = load_state(run / "unet-state.pt")["average"]
     for name, value in parts.unet.state_dict().items():
         assert torch.equal(value, stored[name].half().float())
+    assert (folder / "samples.png").stat().st_size > 1000
     text = (folder / "MODEL_CARD.md").read_text()
     assert "12.345" in text and "0.678" in text
     figures = json.loads((folder / "figures.json").read_text())

@@ -120,6 +120,7 @@ def text_to_dict(config: TextConfig, start: int | None = None, end: int | None =
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
+        "dtype": "float32",         # to compute in: without it transformers keeps that of a half-precision file
         **CLIP_FIXED, **CLIP_SPARE,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.length,

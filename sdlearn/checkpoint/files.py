@@ -78,7 +78,10 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype = t
         raise CheckpointError(f"nothing was saved: '{bad[0]}' of {file.parent.name} is not finite in "
                               f"{dtype}; save in float32, or take weights from before the training diverged.")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).touch()
+    mode = Path(file).stat().st_mode        # the user's usual one: safetensors makes files for the user alone
     save_file(cast, file, metadata={"format": "pt"})
+    Path(file).chmod(mode)
 
 
 def read_tensors(file: Path, wanted: dict[str, tuple[int, ...]], *, dtype: torch.dtype = torch.float32,

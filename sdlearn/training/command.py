@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +14,19 @@ from .card import ship
 from .loop import fit
 
 
+def positive(kind: type):
+    """An argparse type: a finite number of `kind` above zero."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number above zero")
+        return value
+    return read
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("stage", choices=[*stages.STAGES, "all", "ship"],
                         help="what to train; 'ship' writes a run's averaged weights as a model folder")
@@ -21,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser):
                         help="a model folder whose weights an empty run starts from")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
-    parser.add_argument("--minutes", type=float, help="budget of this call (default: the stage's own)")
-    parser.add_argument("--batch", type=int, help="scenes in a batch")
-    parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--minutes", type=positive(float), help="budget of this call (default: the stage's own)")
+    parser.add_argument("--batch", type=positive(int), help="scenes in a batch")
+    parser.add_argument("--rate", type=positive(float), help="learning rate")
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="chosen by a short trial when left out")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
-    parser.add_argument("--report-minutes", type=float, default=10.0, help="between sheets of samples")
+    parser.add_argument("--report-minutes", type=positive(float), default=10.0, help="between sheets of samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder that 'ship' writes (default: the package's own weights)")
 

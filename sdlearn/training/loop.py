@@ -5,6 +5,7 @@ generator over steps, so that progress bars, sheets and budgets belong to whoeve
 """
 
 import os
+import pickle
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -65,7 +66,13 @@ def save_state(file: Path, state: dict):
 
 def load_state(file: Path) -> dict | None:
     """The newest state of a run, or None when there is none; plain tensors and numbers only."""
-    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise OSError(f"the state '{file}' is damaged and cannot be gone on with: delete it to train that stage "
+                      "anew, or start from shipped weights with --start") from error
 
 
 def choose_precision(recipe: Recipe, device: torch.device) -> str:
