@@ -8,7 +8,8 @@ M, T  text tokens and their width            H, W  pixels
     seed ── noise (B, C, h, w) ── sampler: U-Net, guidance, step ── latent ── VAE decoder ── pictures
 
 `steps` is the generator that does the work; `text2img` runs it to its end. Picture i of a batch has a
-random generator of its own, seeded with seed + i, so it is the picture that this seed gives alone.
+random generator of its own, seeded with seed + i, so it is the picture that this seed gives alone, up to
+the rounding of arithmetic on a batch.
 """
 
 import difflib
@@ -183,21 +184,16 @@ class StableDiffusion:
     @torch.no_grad()
     def _run(self, prompts: list[str], x: Tensor, generators: list[torch.Generator], chosen: Settings):
         grid = grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
-        sample = SAMPLERS[chosen.sampler]
         with memory_told(f"{len(x)} at once"):
             context, uncond = self.encode(prompts)[:, None]                                  # each (1, M, T)
-            denoise = predict_x0(self.unet, self.schedule, context, uncond,
+            denoise = predict_x0(self.unet, self.schedule, context.expand(len(x), -1, -1), uncond,
                                  scale=chosen.guidance, rescale=chosen.rescale)
-            # A run for each picture, all in step: each draws its own noise, and to the last bit is as if alone.
-            runs = [sample(denoise, one, grid, self.schedule, generator=generator)
-                    for one, generator in zip(x.to(self.device).split(1), generators, strict=True)]
-            for steps in zip(*runs, strict=True):
-                index, t = steps[0].index, steps[0].t
-                latent, x0 = (torch.cat([getattr(step, name) for step in steps]) for name in ("x", "x0"))
-                if index == len(grid) - 1 and not bool(latent.isfinite().all()):
+            sample = SAMPLERS[chosen.sampler]
+            for step in sample(denoise, x.to(self.device), grid, self.schedule, generator=generators):
+                if step.index == len(grid) - 1 and not bool(step.x.isfinite().all()):
                     raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
                                     f"{chosen.guidance}); lower the guidance, or load the model in float32")
-                yield SamplingStep(index, len(grid), t, latent, x0, self.decode)
+                yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
 
     def checked(self, settings: dict) -> Settings:
         """Settings that this model can make pictures with, or SettingsError; nothing is computed."""

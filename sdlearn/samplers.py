@@ -31,6 +31,7 @@ from torch import Tensor
 from .schedule import Grid, NoiseSchedule, timesteps
 
 Denoise = Callable[[Tensor, float], Tensor]
+Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each picture in it
 
 
 class Step(NamedTuple):
@@ -43,7 +44,7 @@ class Step(NamedTuple):
 
 
 def ddpm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
-         generator: torch.Generator | None = None) -> Iterator[Step]:
+         generator: Generators = None) -> Iterator[Step]:
     """Draw x_prev from the posterior q(x_prev | x, x0). Ho et al. 2020, equation 7, with the small variance.
 
     Ends at the predicted x0 itself, as in diffusers' DDPMScheduler.
@@ -59,7 +60,7 @@ def ddpm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
 
 
 def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, eta: float = 0.0,
-         set_alpha_to_one: bool = False, generator: torch.Generator | None = None) -> Iterator[Step]:
+         set_alpha_to_one: bool = False, generator: Generators = None) -> Iterator[Step]:
     """Noise x0 again with the noise just predicted, a part of it fresh. Song et al. 2021, equation 12.
 
     eta in 0...1: none of the noise fresh, or as much as in DDPM. Stable Diffusion ends at the noise of
@@ -79,7 +80,7 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, et
 
 
 def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
-          generator: torch.Generator | None = None) -> Iterator[Step]:
+          generator: Generators = None) -> Iterator[Step]:
     """Euler's method for dX/ds = eps: X + (s_prev - s) eps. Karras et al. 2022, algorithm 1 without churn.
 
     Since X = x0 + s eps, the step leads to X_prev = x0 + s_prev eps, and times alpha_prev that is
@@ -95,7 +96,7 @@ def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
 
 
 def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
-                    eta: float = 1.0, generator: torch.Generator | None = None) -> Iterator[Step]:
+                    eta: float = 1.0, generator: Generators = None) -> Iterator[Step]:
     """Euler down to less noise than t_prev has, then up to it with fresh noise. k-diffusion, 2022.
 
     With eta 1, what is added each time is what the forward process would add. Ends at the predicted x0.
@@ -115,7 +116,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSche
 
 
 def heun(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
-         generator: torch.Generator | None = None) -> Iterator[Step]:
+         generator: Generators = None) -> Iterator[Step]:
     """Euler's step, then again with the mean of the slopes at both ends. Karras et al. 2022, algorithm 1.
 
     Two calls of `denoise` a step, one in the last, and one where x holds no signal: there s is
@@ -134,7 +135,7 @@ def heun(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
-             generator: torch.Generator | None = None) -> Iterator[Step]:
+             generator: Generators = None) -> Iterator[Step]:
     """DPM-Solver++(2M): x0 extrapolated along lambda = log(alpha/sigma). Lu et al. 2022, algorithm 2.
 
     The first step and the last, which ends at x0, are of first order: DDIM's.
@@ -184,11 +185,18 @@ def grid_for(name: str, schedule: NoiseSchedule, n: int, spacing: str | None = N
     return timesteps(schedule, n, spacing)
 
 
-def gaussian(x: Tensor, std: float, generator: torch.Generator | None) -> Tensor | float:
-    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0."""
+def gaussian(x: Tensor, std: float, generator: Generators) -> Tensor | float:
+    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0.
+
+    A list holds one generator for each picture of the batch, so that each draws what it would draw alone.
+    """
     if std == 0:
         return 0.0
-    noise = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32)
+    kind = {"device": "cpu", "dtype": torch.float32}
+    if isinstance(generator, list):
+        noise = torch.stack([torch.randn(x.shape[1:], generator=one, **kind) for one in generator])
+    else:
+        noise = torch.randn(x.shape, generator=generator, **kind)
     return std * noise.to(device=x.device, dtype=x.dtype)
 
 

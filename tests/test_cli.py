@@ -84,7 +84,7 @@ def test_a_batch_is_numbered_and_each_picture_can_be_made_again_alone(run):
     assert (told["seed"], told["batch"]) == (7, 1)
     run("generate", PROMPT, "--steps", 2, "--seed", told["seed"], "--out", "again.png")
     with Image.open("again.png") as image:
-        assert np.array_equal(np.asarray(image), pixels)
+        assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1        # of 255
 
 
 @pytest.mark.parametrize("prompt, name", [

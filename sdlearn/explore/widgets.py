@@ -81,7 +81,7 @@ class StepSlider(WithStill):
         super().__init__([HBox([self.play, self.slider]), heads, self.frames])
 
     def still(self) -> Drawing:
-        return step_strip(self.steps, columns=5, title=self.title)
+        return step_strip(self.steps, columns=3, title=self.title)
 
 
 class PromptExplorer(WithStill):
