@@ -31,7 +31,7 @@ def architecture_diagram(config: ModelConfig) -> Drawing:
         architecture_diagram(PRESETS["sd15"])       # needs no weights
     """
     title = f"{config.name}: from a prompt to a picture, one picture with guidance"
-    drawing = Drawing(WIDE * DPI / 10, HIGH * DPI / 10, title=title, sharpness=2)
+    drawing = Drawing(WIDE * DPI / 10, HIGH * DPI / 10, title=title, sharpness=1.6, colours=64)
     canvas = Canvas(drawing)
     canvas.text(1, HIGH - 1.8, title, size=11.5, weight="bold")
     canvas.text(1, HIGH - 4, "shapes: (batch, tokens, width) of text; (batch, channels, rows, columns) of latents "

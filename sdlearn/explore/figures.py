@@ -22,6 +22,7 @@ LINE = 15               # height of a line of a caption
 HEAD = 34               # height of the title
 SIDE = 76               # width of the names of rows
 ZOOM = 3                # at most, of a picture
+GREYS = 24              # in a palette
 INK, FAINT = "#26262e", "#6b6b76"
 
 
@@ -29,19 +30,22 @@ class Drawing(Figure):
     """A matplotlib figure that shows itself, once, wherever a notebook is opened.
 
     It is made without pyplot, so nothing keeps it alive and no backend shows it a second time.
-    `sharpness` is pixels in the file for one on the screen: 2 for lines and letters, 1 for pictures.
+    sharpness: pixels in the file for one on the screen; more than 1 for fine lines and letters.
+    colours: of its own, in the file: a third of the bytes of all colours, and a notebook holds many figures.
     """
 
-    def __init__(self, width: float, height: float, *, title: str, sharpness: int = 1):
+    def __init__(self, width: float, height: float, *, title: str, sharpness: float = 1, colours: int = 160):
         super().__init__(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-        self.width, self.height, self.title, self.sharpness = round(width), round(height), title, sharpness
+        self.width, self.height, self.title = round(width), round(height), title
+        self.sharpness, self.colours = sharpness, colours
 
     def png(self) -> bytes:
-        """The figure as a PNG file, in 256 colours of its own: a third of the bytes, and a notebook holds many."""
+        """The figure as a PNG file."""
         drawn, file = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=DPI * self.sharpness)
-        image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(file, format="PNG", optimize=True)
+        image = Image.open(drawn).convert("RGB")
+        image.quantize(palette=_palette(image, self.colours), dither=Image.Dither.NONE).save(
+            file, format="PNG", optimize=True)
         return file.getvalue()
 
     def __repr__(self) -> str:
@@ -51,6 +55,14 @@ class Drawing(Figure):
         picture = base64.b64encode(self.png()).decode("ascii")
         return ({"image/png": picture, "text/plain": repr(self)},
                 {"image/png": {"width": self.width, "height": self.height}})
+
+
+def _palette(image: Image.Image, colours: int) -> Image.Image:
+    """The image's own colours, with greys beside them: pictures would take the colour of the letters otherwise."""
+    own = image.quantize(colours).getpalette()[:3 * colours]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(own + [level for grey in np.linspace(0, 255, GREYS).round() for level in [int(grey)] * 3])
+    return palette
 
 
 def show_images(images: Sequence, captions: Sequence[str] = (), *, title: str, columns: int = 4) -> Drawing:

@@ -32,11 +32,12 @@ from PIL import Image as Pictures
 
 from ..pipeline import PromptWarning, SamplingStep, Settings, StableDiffusion
 from ..samplers import SAMPLERS
-from .figures import GAP, Drawing, show_images, step_strip
+from .figures import GAP, Drawing, show_images, some_of
 
 SHOWN = 320             # pixels of the screen: about the side of a large picture
 SMALL = 104             # the side of a small one
 KEPT = 8                # small pictures that stay to compare with
+STILLS = 20             # steps in the still picture of a slider, in two rows
 REFUSED = (ValueError, FloatingPointError, MemoryError)     # what the pipeline says no with, in one sentence
 
 
@@ -81,7 +82,9 @@ class StepSlider(WithStill):
         super().__init__([HBox([self.play, self.slider]), heads, self.frames])
 
     def still(self) -> Drawing:
-        return step_strip(self.steps, columns=3, title=self.title)
+        shown = some_of(self.steps, STILLS)
+        return show_images([step.images()[0] for step in shown], [f"step {step.index + 1}" for step in shown],
+                           title=self.title, columns=STILLS // 2)
 
 
 class PromptExplorer(WithStill):

@@ -55,7 +55,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     states = {stage: load_state(run / f"{stage}-state.pt")["progress"] for stage in ("vae", "clip", "unet")}
     tokenizer, vae = train_tokenizer(config, run), trained_vae(config, run)
     clip = averaged(CLIP(config.text, config.vision), run, "clip")
-    recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world)
+    recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world, first=0)
     unet = averaged(UNet(config.unet), run, "unet")
     images = list(recipe.sample(unet, prompts, steps=25))
     words = sorted(vocabulary(world.objects))

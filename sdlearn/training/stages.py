@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..checkpoint import CheckpointError, load_folder
 from ..clip import CLIP
 from ..config import ModelConfig
@@ -84,8 +86,9 @@ def make_clip(config: ModelConfig, run: Path, **options) -> CLIPRecipe:
 
 
 def make_unet(config: ModelConfig, run: Path, **options) -> UNetRecipe:
-    towers = averaged(CLIP(config.text, config.vision), run, "clip")
-    return UNetRecipe(config, trained_vae(config, run), towers.text_model, train_tokenizer(config, run), run, **options)
+    device = PartialState().device                              # where the frozen models make the latents, too
+    text = averaged(CLIP(config.text, config.vision), run, "clip").text_model.to(device)
+    return UNetRecipe(config, trained_vae(config, run).to(device), text, train_tokenizer(config, run), run, **options)
 
 
 STAGES = {

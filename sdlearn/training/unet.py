@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from tqdm import tqdm
 
 from ..clip import TextTower
@@ -41,8 +42,9 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path, vae: VAE, text: TextTower, tokenizer: Tokenizer, *, world: World,
-                 image_size: int, capacity: int = 24_000, first: int = 4_000):
+                 image_size: int, capacity: int = 24_000, first: int = 4_000, offset: int = 0):
         self.vae, self.text, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
+        self.offset = offset                                    # of the seeds, so that processes see different scenes
         cells = image_size // vae.config.factor
         shapes = {"latents": (capacity, vae.config.latent_channels, cells, cells),
                   "contexts": (capacity, text.config.length, text.config.dim)}
@@ -74,7 +76,7 @@ class LatentCache:
     def refresh(self, count: int):
         """Encode `count` new scenes and put them in the place of the oldest."""
         device = next(self.vae.parameters()).device
-        drawn = [scene(self.meta["made"] + i, world=self.world) for i in range(count)]
+        drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
         latents = self.vae.to_latent(to_tensor([s.image for s in drawn]).to(device))
         contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
@@ -102,8 +104,9 @@ class UNetRecipe:
         self.schedule, self.tokenizer, self.text, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
         self.dropout, self.fresh, self.guidance = dropout, fresh, guidance
-        self.cache = LatentCache(folder / "cache", vae, text, tokenizer, world=world, image_size=config.image_size,
-                                 **cache)
+        process = PartialState().process_index
+        self.cache = LatentCache(folder / f"cache-{process}", vae, text, tokenizer, world=world,
+                                 image_size=config.image_size, offset=process * 10**9, **cache)
         with torch.no_grad():
             self.empty = text(tokenizer("")).hidden                                     # 1 L D
 
