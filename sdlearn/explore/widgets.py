@@ -76,8 +76,8 @@ class StepSlider(WithStill):
         self.slider = SelectionSlider(options=[(name, i) for i, name in enumerate(names)], description="step",
                                       layout=Layout(width="480px"))
         self.play = Play(min=0, max=len(steps) - 1, interval=250, show_repeat=False)
-        jslink((self.play, "value"), (self.slider, "index"))
-        jslink((self.slider, "index"), (self.frames, "selected_index"))
+        self.links = (jslink((self.play, "value"), (self.slider, "index")),
+                      jslink((self.slider, "index"), (self.frames, "selected_index")))
         heads = HTML("<b>left:</b> the latent after the step &ensp; <b>right:</b> what the network saw in it")
         super().__init__([HBox([self.play, self.slider]), heads, self.frames])
 
