@@ -209,7 +209,8 @@ def test_the_slider_is_linked_in_the_browser_so_that_it_works_while_python_is_bu
     slider = StepSlider(steps)
     assert {type(link).__name__ for link in slider.links} == {"Link"}           # made by jslink, not in Python
     assert [(link.source, link.target) for link in slider.links] == [
-        ((slider.play, "value"), (slider.slider, "index")), ((slider.slider, "index"), (slider.frames, "selected_index"))]
+        ((slider.play, "value"), (slider.slider, "index")),
+        ((slider.slider, "index"), (slider.frames, "selected_index"))]
 
 
 def test_a_slider_needs_steps():
