@@ -187,7 +187,7 @@ class Canvas:
 
     def panel(self, x: float, y: float, width: float, height: float, words: str):
         """A dashed frame around what is repeated."""
-        self._rounded(x, y, width, height, facecolor="#fbfbfe", edgecolor=LATENT_LINE, linewidth=1,
+        self._rounded(x, y, width, height, facecolor="#f8f7fd", edgecolor=LATENT_LINE, linewidth=1,
                       linestyle=(0, (5, 4)))
         self.text(x + 1.2, y + height - 1.7, words, colour=LATENT_LINE, style="italic", size=8.5)
 

@@ -23,6 +23,7 @@ HEAD = 34               # height of the title
 SIDE = 76               # width of the names of rows
 ZOOM = 3                # at most, of a picture
 GREYS = 24              # in a palette
+PAPER = 250             # what is as bright as this is white
 INK, FAINT = "#26262e", "#6b6b76"
 
 
@@ -34,7 +35,7 @@ class Drawing(Figure):
     colours: of its own, in the file: a third of the bytes of all colours, and a notebook holds many figures.
     """
 
-    def __init__(self, width: float, height: float, *, title: str, sharpness: float = 1, colours: int = 160):
+    def __init__(self, width: float, height: float, *, title: str, sharpness: float = 1, colours: int = 232):
         super().__init__(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
         self.width, self.height, self.title = round(width), round(height), title
         self.sharpness, self.colours = sharpness, colours
@@ -58,10 +59,12 @@ class Drawing(Figure):
 
 
 def _palette(image: Image.Image, colours: int) -> Image.Image:
-    """The image's own colours, with greys beside them: pictures would take the colour of the letters otherwise."""
-    own = image.quantize(colours).getpalette()[:3 * colours]
+    """The image's own colours, with greys beside them: letters would take on the pictures' colours otherwise."""
+    own = np.array(image.quantize(colours).getpalette()[:3 * colours], np.uint8).reshape(-1, 3)
+    own[(own >= PAPER).all(axis=1)] = 255               # one white, not several that are almost white
+    greys = np.linspace(0, 255, GREYS).round().astype(np.uint8)
     palette = Image.new("P", (1, 1))
-    palette.putpalette(own + [level for grey in np.linspace(0, 255, GREYS).round() for level in [int(grey)] * 3])
+    palette.putpalette([*own.ravel().tolist(), *np.repeat(greys, 3).tolist()])
     return palette
 
 
