@@ -151,7 +151,8 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
                                      "up to a minute before is kept: go on with a lower learning rate")
         progress.step += 1
         progress.samples += len(batch[0]) * accelerator.num_processes
-        progress.loss = value if progress.step == 1 else progress.loss + (value - progress.loss) * 0.01
+        first = progress.loss != progress.loss                  # NaN: nothing yet, or shipped weights to start from
+        progress.loss = value if first else progress.loss + (value - progress.loss) * 0.01
         average.update(raw, progress.step)
         now = time.perf_counter()
         progress.seconds += now - clock
