@@ -20,7 +20,7 @@ from sdlearn.pictures import psnr, to_images, to_tensor
 from sdlearn.training import stages
 from sdlearn.training.card import ship
 from sdlearn.training.clip import CLIPRecipe, retrieval, shortest
-from sdlearn.training.loop import Average, choose_precision, fit, load_state, save_state
+from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, save_state
 from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
 from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
 from sdlearn.vae import VAE
@@ -373,3 +373,25 @@ def test_the_unet_is_asked_what_the_schedule_says(config, run):
 
     loss, _ = recipe.loss(knows, latents, contexts, t, noise)
     assert loss == 0
+
+
+@pytest.mark.parametrize("together, alone, wanted", [(0.3, 0.5, 2), (5.0, 0.5, 1)], ids=["free", "busy"])
+def test_the_number_of_threads_follows_what_is_faster(together, alone, wanted):
+    """Steps of two threads take `together` seconds, those of one `alone`; then the machine changes its mind."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        threads, clock, used = Threads(seconds=60.0), 0.0, []
+        for seconds in ({2: together, 1: alone}, {2: alone, 1: together}):
+            used.clear()
+            end = clock + 3600
+            while clock < end:
+                taken = seconds[threads.now]
+                used.append(threads.now)
+                clock += taken
+                threads.after(clock, taken)
+            assert torch.get_num_threads() == threads.now
+            assert used.count(wanted) > 0.85 * len(used)
+            wanted = 3 - wanted
+    finally:
+        torch.set_num_threads(before)

@@ -7,9 +7,11 @@ generator over steps, so that progress bars, sheets and budgets belong to whoeve
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -75,6 +77,43 @@ def load_state(file: Path) -> dict | None:
                       "anew, or start from shipped weights with --start") from error
 
 
+class Threads:
+    """How many CPU threads to compute with, tried out again and again: all of them, or one.
+
+    Alone on a machine, all are fastest. Beside other work the threads of one operation wait for whichever of
+    them has lost its core, and one thread alone can be many times faster. So every `seconds` a few steps are
+    taken with the other number, and whichever is faster stays.
+    """
+
+    def __init__(self, seconds: float = 60.0, tries: int = 4):
+        self.most = self.now = torch.get_num_threads()
+        self.seconds, self.tries = seconds, tries
+        self.taken = {self.most: [], 1: []}                     # seconds of the latest steps, by number of threads
+        self.next_trial, self.on_trial = seconds, False
+
+    def after(self, clock: float, seconds: float):
+        """Tell of a step that has just taken so many seconds at `clock`, and set the number for the next one."""
+        mine, other = self.taken[self.now], self.taken[1 if self.now > 1 else self.most]
+        mine.append(seconds)
+        del mine[:-self.tries]
+        if self.most == 1:
+            return
+        if self.on_trial:
+            lost = other and seconds > 2 * median(other)        # so slow that no further step is needed
+            if lost or len(mine) == self.tries:
+                self.on_trial, self.next_trial = False, clock + self.seconds
+                if median(mine) > median(other):
+                    self._switch()
+        elif clock >= self.next_trial and len(mine) == self.tries:
+            other.clear()
+            self.on_trial = True
+            self._switch()
+
+    def _switch(self):
+        self.now = 1 if self.now > 1 else self.most
+        torch.set_num_threads(self.now)
+
+
 def choose_precision(recipe: Recipe, device: torch.device) -> str:
     """"bf16" on a GPU that has it; on a CPU with bf16 instructions whichever of the two is faster in a
     short trial; "no" (fp32) everywhere else, where bf16 would be emulated and a hundred times slower."""
@@ -97,7 +136,7 @@ def choose_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None = None, compiled: bool | None = None,
-        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0):
+        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0) -> Iterator[tuple[Progress, dict]]:
     """Train for `minutes` of this process's time, from the newest state in `folder`; yields `Progress`.
 
     `precision` is "no", "fp16" or "bf16" (chosen by `choose_precision` when None); `compiled` is
@@ -105,6 +144,14 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
     `save_seconds`, so a kill loses less than a minute; a report (figures and a sheet) is made every
     `report_minutes` and at the end.
     """
+    threads = torch.get_num_threads()
+    try:
+        yield from _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed)
+    finally:
+        torch.set_num_threads(threads)                          # `Threads` may have left another number
+
+
+def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed):
     precision = precision or choose_precision(recipe, PartialState().device)
     AcceleratorState._reset_state()                             # the stage before may have run in another precision
     accelerator = Accelerator(mixed_precision=precision)
@@ -129,6 +176,7 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
             save_state(file, {"model": raw.state_dict(), "average": average.model.state_dict(),
                               "optimiser": optimiser.state_dict(), "progress": vars(progress)})
 
+    threads = Threads() if device.type == "cpu" else None
     start = saved = reported = clock = time.perf_counter()
     end = start + 60 * minutes
     while clock < end:
@@ -156,6 +204,8 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
         average.update(raw, progress.step)
         now = time.perf_counter()
         progress.seconds += now - clock
+        if threads:
+            threads.after(now - start, now - clock)
         clock = now
         yield progress, parts
         if clock - saved > save_seconds:
