@@ -336,7 +336,7 @@ def test_unknown_models_and_devices_are_told(tmp_path):
 def test_shipped_models_are_found_by_name(tmp_path, monkeypatch):
     save_folder(tmp_path / "small", tiny_parts())
     (tmp_path / "no model").mkdir()
-    monkeypatch.setattr(pipeline, "SHIPPED", tmp_path)
+    monkeypatch.setattr(pipeline.model, "SHIPPED", tmp_path)
     assert shipped() == ["small"]
     assert StableDiffusion.load("small", device="cpu").config.name == "small"
 

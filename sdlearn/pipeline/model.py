@@ -12,79 +12,25 @@ random generator of its own, seeded with seed + i, so it is the picture that thi
 the rounding of arithmetic on a batch.
 """
 
-import difflib
-import math
-import re
 import textwrap
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import CheckpointError, Parts, load_folder
-from .guidance import predict_x0
-from .pictures import to_images
-from .samplers import SAMPLERS, grid_for
-from .schedule import SPACINGS, NoiseSchedule
+from ..checkpoint import CheckpointError, Parts, load_folder
+from ..guidance import predict_x0
+from ..pictures import to_images
+from ..samplers import SAMPLERS, grid_for
+from ..schedule import NoiseSchedule
+from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
+from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
-SHIPPED = Path(__file__).parent / "weights"     # models that come with the package, a folder each
-MAX_SIDE = 2048         # pixels; beyond it attention takes hours and all memory
-MAX_BATCH = 256         # pictures at once
-
-
-class SettingsError(ValueError):
-    """A setting that no picture can be made with; the message says what to give instead."""
-
-
-class NotFinite(FloatingPointError):
-    """The latent or the picture holds NaN or infinity, which would be shown as black."""
-
-
-class PromptWarning(UserWarning):
-    """The prompt runs, but not all of it will be heard."""
-
-
-class UnknownWordWarning(PromptWarning):
-    """The prompt has a word that the model was never taught."""
-
-
-class LongPromptWarning(PromptWarning):
-    """The prompt has more tokens than the text tower has places, and was cut."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a picture is made, beside its prompt. Raises SettingsError for values that cannot be."""
-
-    steps: int = 20
-    sampler: str = "dpmpp_2m"           # a key of samplers.SAMPLERS
-    guidance: float = 5.0               # w in u + w (c - u); 1 is no guidance
-    rescale: float = 0.0                # of the guided output's contrast, 0...1 (Lin et al. 2023)
-    spacing: str | None = None          # of the timesteps, one of schedule.SPACINGS; None: the sampler's own
-    size: int | tuple[int, int] | None = None   # pixels, a side or (width, height); None: the model's own
-    batch: int = 1                      # pictures
-    seed: int = 0                       # of the first picture; the next ones have seed + 1, seed + 2 ...
-
-    def __post_init__(self):
-        if self.sampler not in SAMPLERS:
-            raise SettingsError(f"there is no sampler '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
-        if self.spacing not in (None, *SPACINGS):
-            raise SettingsError(f"there is no spacing '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
-        for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
-            if not _whole(value := getattr(self, name), low, high):
-                raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
-        if not isinstance(self.guidance, Real) or not math.isfinite(self.guidance):
-            raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, "
-                                "5 for a prompt well heard")
-        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
-            raise SettingsError(f"rescale is {self.rescale}; give a number from 0, off, to 1")
+SHIPPED = Path(__file__).parents[1] / "weights"     # models that come with the package, a folder each
 
 
 @dataclass(frozen=True)
@@ -134,7 +80,7 @@ class StableDiffusion:
             known = ", ".join(shipped()) or "none: the package was installed without its weights"
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder, or "
                                   f"the name of a shipped model ({known})")
-        return cls(load_folder(folder, device=_device(device), dtype=dtype))
+        return cls(load_folder(folder, device=device_named(device), dtype=dtype))
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +148,7 @@ class StableDiffusion:
             raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join(known)}")
         chosen = Settings(**settings)
         self.size(chosen.size)
-        _told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
+        told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
         return chosen
 
     def size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -211,7 +157,7 @@ class StableDiffusion:
         size = self.config.image_size if size is None else size
         sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         shown = "x".join(map(str, sides))
-        if len(sides) != 2 or not all(_whole(side, factor, MAX_SIDE) for side in sides):
+        if len(sides) != 2 or not all(whole(side, factor, MAX_SIDE) for side in sides):
             raise SettingsError(f"size {shown} cannot be made; give sides of {factor} to {MAX_SIDE} pixels")
         if any(side % factor for side in sides):
             near = "x".join(str(max(1, round(side / factor)) * factor) for side in sides)
@@ -227,7 +173,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
         """What the U-Net attends to: (B, M, T)."""
-        ids = _told(self.tokenizer, prompts, self.config.text.length)                        # (B, M)
+        ids = told(self.tokenizer, prompts, self.config.text.length)                        # (B, M)
         return self.text(ids.to(self.device)).hidden
 
     @torch.no_grad()
@@ -243,7 +189,7 @@ class StableDiffusion:
     def doubts(self, *prompts: str) -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
         for prompt in prompts:
-            if lost := _told(self.tokenizer.truncated, prompt, self.config.text.length):
+            if lost := told(self.tokenizer.truncated, prompt, self.config.text.length):
                 yield LongPromptWarning, (
                     f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
                     f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"")
@@ -256,49 +202,3 @@ class StableDiffusion:
 def shipped() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(file.parent.name for file in SHIPPED.glob("*/model_index.json"))
-
-
-def unknown_words(text: str, known: list[str]) -> list[str]:
-    """The words and pictographs of a text that are not in `known`, quoted, with what may have been meant."""
-    found = []
-    for word in re.findall(r"\w+|[^\w\s]", re.sub(r"['’]s\b", "", text.lower())):
-        told = word[0].isalnum() or (not word.isascii() and unicodedata.category(word[0])[0] == "S")
-        if told and word not in known and word not in found:
-            found.append(word)
-    near = {word: difflib.get_close_matches(word, known, n=1, cutoff=0.75) for word in found}
-    return [f"'{word}'" + (f" (did you mean '{near[word][0]}'?)" if near[word] else "") for word in found]
-
-
-@contextmanager
-def memory_told(what: str):
-    """Turns the ways in which PyTorch runs out of memory into one MemoryError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise MemoryError(f"not enough memory for the pictures ({what}); "
-                              "ask for fewer or smaller ones") from error
-        raise
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:     # PyTorch without CUDA raises the latter
-        raise SettingsError(f"there is no device '{name}' here; leave it out for the best there is, "
-                            "or give 'cpu'") from error
-
-
-def _told(function: Callable, *arguments):
-    """A call whose ValueError says what is wrong with a setting."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
-def _whole(value, low: int, high: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
