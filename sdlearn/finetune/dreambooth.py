@@ -1,0 +1,70 @@
+"""DreamBooth: the whole U-Net learns one thing from a few pictures of it.
+
+B  batch
+
+The prompt names it by a rare word and its class, "a picture of a zwx cat". Trained on that alone, a model
+forgets what other cats look like; so it is shown pictures of its own of the class, under "a picture of a
+cat", and keeps to them: prior preservation. Ruiz et al. 2022, "DreamBooth", equation 2.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .loop import (
+    LatentDiffusion,
+    TrainStep,
+    check_batch,
+    check_pictures,
+    diffusion_losses,
+    draw_rows,
+    encode_frozen,
+    encode_pictures,
+    encode_prompts,
+    train,
+)
+
+
+def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, steps: int, learning_rate: float = 5e-6,
+                     class_pixels: Tensor | None = None, class_prompt: str | None = None, prior_weight: float = 1.0,
+                     train_text: bool = False, batch_size: int = 1, warmup: int = 0,
+                     seed: int = 0) -> Iterator[TrainStep]:
+    """Train the U-Net, and the text tower if `train_text`, on pictures of one thing under one prompt.
+
+    pixels: (B, 3, H, W) in [-1, 1]. class_pixels, class_prompt: pictures that the model itself drew of the
+    class, and their prompt; a batch then holds `batch_size` pictures of each kind, and the loss is
+
+        loss(pictures of the thing) + prior_weight * loss(pictures of the class)
+
+    Without them, or with weight 0, nothing but the thing is learnt. Raises ValueError for pictures that do
+    not fit, one of the two class arguments alone, or a negative weight; Diverged as `train` does.
+    """
+    check_pictures(model, pixels)
+    check_batch(batch_size)
+    if (class_pixels is None) != (class_prompt is None):
+        raise ValueError("prior preservation needs both class_pixels and class_prompt: give both, or neither")
+    if not 0 <= prior_weight < float("inf"):
+        raise ValueError(f"the weight of the prior is {prior_weight}: give 0, for none, or a number above, such as 1")
+    prior = class_pixels is not None and prior_weight > 0
+    if prior:
+        check_pictures(model, class_pixels, "class pictures")
+        if class_pixels.shape[1:] != pixels.shape[1:]:
+            raise ValueError(f"the class pictures are {tuple(class_pixels.shape[1:])}, but the others "
+                             f"{tuple(pixels.shape[1:])}: make them of one size")
+    prompts = [prompt, class_prompt] if prior else [prompt]
+    latents = cache(lambda: [encode_pictures(model, part) for part in (pixels, class_pixels)[:len(prompts)]])
+    frozen = cache(lambda: encode_frozen(model, prompts))
+
+    def loss(generator: torch.Generator) -> Tensor:
+        context = encode_prompts(model, prompts) if train_text else frozen()        # a row for each kind
+        x0 = torch.cat([part[draw_rows(len(part), batch_size, generator)] for part in latents()])
+        context = context.repeat_interleave(batch_size, dim=0)
+        losses = diffusion_losses(model.unet, model.schedule, x0, context, generator)
+        first = losses[:batch_size].mean()
+        return first + prior_weight * losses[batch_size:].mean() if prior else first
+
+    parameters = [*model.unet.parameters(), *(model.text.parameters() if train_text else ())]
+    return train(parameters, loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text),
+                 warmup=warmup, seed=seed)

@@ -1,0 +1,193 @@
+"""LoRA: what a layer learns, as the product of two thin matrices.
+
+r  rank     i, o  inputs and outputs of a layer     k  side of a convolution's kernel
+
+    W + strength * alpha / r * up @ down            up (o, r), down (r, i)
+
+Hu et al. 2021, "LoRA: Low-rank adaptation of large language models". `up` starts at zero, so a fresh LoRA
+changes nothing. For a convolution, down is (r, i, k, k) and up (o, r, 1, 1). A `LoRA` can be used in two
+ways: `attached` computes it beside the layers, which is how it is trained, and `Merged` (merged.py) adds it
+into their weights, which costs nothing at sampling and can be undone to the bit.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import TokenConv
+from .loop import (
+    LatentDiffusion,
+    TrainStep,
+    check_batch,
+    check_pictures,
+    diffusion_loss,
+    draw_rows,
+    encode_frozen,
+    encode_pictures,
+    encode_prompts,
+    train,
+)
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The change of one layer. alpha None is the rank: a scale of 1."""
+
+    down: Tensor                    # (r, i) or (r, i, k, k)
+    up: Tensor                      # (o, r) or (o, r, 1, 1)
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """alpha / r * up @ down, (o, i) or (o, i, k, k)."""
+        product = self.up.flatten(1) @ self.down.flatten(1)                         # (o, i*k*k)
+        return self.scale * product.unflatten(1, self.down.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """The changes of a whole model, by the names of the layers in its U-Net and its text tower."""
+
+    unet: dict[str, LowRank] = field(default_factory=dict)
+    text: dict[str, LowRank] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """Every down and up: what learns."""
+        return [tensor for layer in (*self.unet.values(), *self.text.values()) for tensor in (layer.down, layer.up)]
+
+
+def new_lora(unet: nn.Module, text: nn.Module | None = None, *, rank: int = 4, alpha: float | None = None,
+             targets: Sequence[str] = UNET_TARGETS, text_targets: Sequence[str] = TEXT_TARGETS,
+             seed: int = 0) -> LoRA:
+    """A LoRA that changes nothing yet: down is random, up zero.
+
+    It covers the linear layers and convolutions whose name is one of the targets or ends in "." and one:
+    "to_k" is all of them, "mid_block.attentions.0.proj_in" one. With a `text` tower, that too. Raises
+    ValueError for a rank below 1 and for a target that is no layer.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"the rank is {rank}: give a whole number of at least 1")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha is {alpha}: give a number above 0, or none for a scale of 1")
+    generator = torch.Generator().manual_seed(seed)
+    return LoRA(_fresh(unet, rank, alpha, targets, generator),
+                {} if text is None else _fresh(text, rank, alpha, text_targets, generator))
+
+
+def _fresh(module: nn.Module, rank: int, alpha: float | None, targets: Sequence[str],
+           generator: torch.Generator) -> dict[str, LowRank]:
+    layers, fresh = layers_of(module), {}
+    for target in targets:
+        found = [name for name in layers if f".{name}".endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"no linear layer or convolution of this {type(module).__name__} is called '{target}': "
+                             "choose names, or their ends, from named_modules()")
+        for name in found:
+            weight = layers[name].weight
+            inputs = weight[0].numel()
+            down = torch.randn(rank, *weight.shape[1:], generator=generator) * inputs**-0.5
+            up = torch.zeros(len(weight), rank, *[1] * (weight.ndim - 2))
+            fresh[name] = LowRank(down.to(weight.device), up.to(weight.device), alpha)
+    return fresh
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a LoRA can change, by name: linear layers and convolutions."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+
+
+def check_fit(changes: Mapping[str, LowRank], module: nn.Module) -> None:
+    """Raise ValueError, naming the layers, unless every change belongs to a layer of `module`."""
+    layers, kind = layers_of(module), type(module).__name__
+    if strange := [name for name in changes if name not in layers]:
+        raise ValueError(f"this is a LoRA for other layers: {len(strange)} of its {len(changes)} are not in this "
+                         f"{kind}, the first being '{strange[0]}'; use it with the model that it was made for")
+    for name, change in changes.items():
+        down, up, weight = _bare(change.down), _bare(change.up), _bare(layers[name].weight)
+        if len(up) != 2 or (up[0], *down[1:]) != weight or up[1] != down[0]:
+            raise ValueError(f"the LoRA does not fit layer '{name}' of this {kind}: down {list(change.down.shape)} "
+                             f"and up {list(change.up.shape)} do not make its {list(layers[name].weight.shape)}; "
+                             "use it with the model that it was made for")
+
+
+def _bare(tensor: Tensor) -> tuple[int, ...]:
+    """A shape without the 1x1 of a kernel: linear layers and such convolutions are the same arithmetic."""
+    return tuple(tensor.shape[:2]) if tensor.shape[2:] == (1, 1) else tuple(tensor.shape)
+
+
+# --- beside the layers ------------------------------------------------------------------------------
+
+@contextmanager
+def attached(module: nn.Module, changes: Mapping[str, LowRank], strength: float = 1.0):
+    """Inside, each layer of `module` in `changes` gives W x + strength * alpha / r * up (down x).
+
+    The weights are not touched; several can be attached at once, and add up. Raises ValueError for changes
+    that do not fit.
+    """
+    check_fit(changes, module)
+    layers = layers_of(module)
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            stack.callback(layers[name].register_forward_hook(_beside(change, strength)).remove)
+        yield
+
+
+def _beside(change: LowRank, strength: float):
+    def add(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        [x] = inputs
+        down, up = change.down.to(x), change.up.to(x)
+        if isinstance(layer, nn.Conv2d) and not isinstance(layer, TokenConv):
+            kernel = down.reshape(len(down), *layer.weight.shape[1:])
+            thin = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)   # (B, r, h, w)
+            return output + strength * change.scale * F.conv2d(thin, up.reshape(*up.shape[:2], 1, 1))
+        return output + strength * change.scale * F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+    return add
+
+
+def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str | Sequence[str], *, steps: int,
+               learning_rate: float = 1e-4, batch_size: int = 1, warmup: int = 0,
+               seed: int = 0) -> Iterator[TrainStep]:
+    """Train the tensors of `lora`, in place, on pictures and their captions; the model keeps its bits.
+
+    pixels: (B, 3, H, W) in [-1, 1]; captions: one for each, or one for all. Between two steps the LoRA is
+    attached to the model, so that samples show it; when the generator ends or is closed, it no longer is.
+    Raises ValueError for pictures, captions or a LoRA that do not fit; Diverged as `train` does.
+    """
+    check_pictures(model, pixels)
+    check_batch(batch_size)
+    check_fit(lora.unet, model.unet)
+    check_fit(lora.text, model.text)
+    captions = [captions] * len(pixels) if isinstance(captions, str) else list(captions)
+    if len(captions) != len(pixels):
+        raise ValueError(f"{len(pixels)} pictures need as many captions, or one for all, not {len(captions)}")
+    latents = cache(lambda: encode_pictures(model, pixels))
+    encode = encode_prompts if lora.text else encode_frozen
+
+    def loss(generator: torch.Generator) -> Tensor:
+        shown = draw_rows(len(pixels), batch_size, generator)
+        context = encode(model, [captions[row] for row in shown.tolist()])
+        return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
+
+    run = train(lora.tensors(), loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text),
+                warmup=warmup, seed=seed)
+    return _attached_meanwhile(run, model, lora)
+
+
+def _attached_meanwhile(run: Iterator[TrainStep], model: LatentDiffusion, lora: LoRA) -> Iterator[TrainStep]:
+    with attached(model.unet, lora.unet), attached(model.text, lora.text), closing(run):
+        yield from run

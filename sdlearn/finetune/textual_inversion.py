@@ -1,0 +1,173 @@
+"""Textual inversion: a new word for something that the model can draw but has no word for.
+
+n  vectors of the word      D  width of the text tower's embeddings      B  batch
+
+Everything is frozen but the new word's rows of the token embedding, which are sought so that the diffusion
+loss on a few pictures is low. Gal et al. 2022, "An image is worth one word". A word's way:
+
+    add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
+    for step in train_embedding(model, "<toy>", pixels, steps=500):
+        ...
+    read_embedding(model.tokenizer, model.text, "<toy>")        # to be saved, and added to other models
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ..clip import TextTower
+from ..tokenizer import Tokenizer, clean
+from .loop import (
+    LatentDiffusion,
+    TrainStep,
+    check_batch,
+    check_pictures,
+    diffusion_loss,
+    draw_rows,
+    encode_pictures,
+    encode_prompts,
+    train,
+)
+
+# Neutral sentences, in which the word stands for what all pictures have in common.
+TEMPLATES = ("a picture of {}", "{}", "a photo of one {}", "a clear picture of {}", "a picture of {} in the middle",
+             "a close view of {}", "{} seen from the front", "a small picture of {}")
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A word and its vectors, (n, D): n tokens that always come together."""
+
+    token: str
+    vectors: Tensor
+
+    def __post_init__(self):
+        if self.vectors.ndim != 2 or len(self.vectors) < 1:
+            raise ValueError(f"the vectors of '{self.token}' are {tuple(self.vectors.shape)}: give (n, width), "
+                             "a row for each token")
+
+
+def embedding_like(tokenizer: Tokenizer, text: TextTower, token: str, like: str, count: int = 1) -> Embedding:
+    """`count` vectors for `token` to start from: those of the known word `like`, repeated where it has fewer.
+
+    Raises ValueError if `like` is no word or has more tokens than `count`.
+    """
+    ids = tokenizer.encode(like)
+    if not 1 <= len(ids) <= count:
+        raise ValueError(f"'{like}' is {len(ids)} tokens, but '{token}' has {count} to start from it: choose a word "
+                         "that is one token, or give the new word more vectors")
+    table = text.embeddings.token_embedding.weight
+    return Embedding(token, table.detach()[[ids[i % len(ids)] for i in range(count)]].clone())      # (n, D)
+
+
+def grow(text: TextTower, count: int) -> None:
+    """Give the text tower `count` more rows of token embedding, zeros, behind those it has, whose bits stay.
+
+    `text.config` is replaced by one with the new `vocab_size`.
+    """
+    embedding = text.embeddings.token_embedding
+    old = embedding.weight
+    more = old.detach().new_zeros(count, old.shape[1])
+    embedding.weight = nn.Parameter(torch.cat([old.detach(), more]), requires_grad=old.requires_grad)
+    embedding.num_embeddings = len(embedding.weight)
+    text.config = replace(text.config, vocab_size=len(embedding.weight))
+
+
+def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -> list[int]:
+    """Teach a model the word: its tokenizer gets new ids, which are returned, its text tower their rows.
+
+    The table grows unless it has rows that no token uses. Raises ValueError, with nothing changed, for
+    vectors of another width, values that are not finite, and a word that the tokenizer has already.
+    """
+    width, needed = embedding.vectors.shape[1], text.config.dim
+    if width != needed:
+        raise ValueError(f"the vectors of '{embedding.token}' are {width} wide, but this model's text tower takes "
+                         f"{needed}: the embedding was made for another model")
+    if not embedding.vectors.isfinite().all():
+        raise ValueError(f"the vectors of '{embedding.token}' are not finite: make or fetch the embedding again")
+    ids = tokenizer.add_token(embedding.token, len(embedding.vectors))
+    if (lacking := tokenizer.vocab_size - text.config.vocab_size) > 0:
+        grow(text, lacking)
+    _write(text, ids, embedding.vectors)
+    return ids
+
+
+def read_embedding(tokenizer: Tokenizer, text: TextTower, token: str) -> Embedding:
+    """An added word with its vectors, as they are now. Raises ValueError for a word that was not added."""
+    table = text.embeddings.token_embedding.weight
+    return Embedding(token, table.detach()[_ids_of(tokenizer, token)].clone())
+
+
+def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps: int, learning_rate: float = 5e-3,
+                    templates: str | Sequence[str] = TEMPLATES, batch_size: int = 4, warmup: int = 0,
+                    seed: int = 0) -> Iterator[TrainStep]:
+    """Train the vectors of an added word on pictures, pixels (B, 3, H, W) in [-1, 1].
+
+    templates: a sentence or several, with {} where the word goes; each picture is shown under one of them, drawn anew.
+    After every step the word's rows in the text tower are the new ones; every other number of the model
+    keeps its bits, and no weight decay pulls at the rows. Raises ValueError for a word that was not added,
+    templates without {}, and pictures that do not fit; Diverged as `train` does.
+    """
+    check_pictures(model, pixels)
+    check_batch(batch_size)
+    ids = _ids_of(model.tokenizer, token)
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates or (bad := [template for template in templates if "{}" not in template]):
+        raise ValueError("templates must be sentences with {} where the word goes, but "
+                         + (f"'{bad[0]}' has no {{}}" if templates else "none are given"))
+    rows = read_embedding(model.tokenizer, model.text, token).vectors.float()       # (n, D), what learns
+    latents = cache(lambda: encode_pictures(model, pixels))                         # at the first step, then kept
+    sentences = [template.replace("{}", token) for template in templates]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        shown = draw_rows(len(pixels), batch_size, generator)
+        chosen = torch.randint(len(sentences), (batch_size,), generator=generator).tolist()
+        with rows_in_place(model.text.embeddings.token_embedding, ids, rows):
+            context = encode_prompts(model, [sentences[i] for i in chosen])         # (B, M, T)
+        return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
+
+    run = train([rows], loss, steps=steps, learning_rate=learning_rate, models=(model.text, model.unet),
+                warmup=warmup, weight_decay=0.0, seed=seed)
+    return _written_after_each(run, model.text, ids, rows)
+
+
+def _written_after_each(run: Iterator[TrainStep], text: TextTower, ids: list[int], rows: Tensor):
+    with closing(run):
+        for step in run:
+            _write(text, ids, rows)
+            yield step
+
+
+@contextmanager
+def rows_in_place(embedding: nn.Embedding, ids: list[int], rows: Tensor):
+    """Inside, `embedding` gives rows (n, D) for the n ids, differentiably, and its own for all others."""
+    place = torch.full((embedding.num_embeddings,), -1, device=embedding.weight.device)
+    place[ids] = torch.arange(len(ids), device=place.device)
+
+    def exchange(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        row = place[inputs[0]]                                                      # (B, M), -1 elsewhere
+        return torch.where(row[..., None] >= 0, rows[row.clamp(min=0)].to(output.dtype), output)
+
+    handle = embedding.register_forward_hook(exchange)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _write(text: TextTower, ids: list[int], vectors: Tensor) -> None:
+    table = text.embeddings.token_embedding.weight
+    table[ids] = vectors.to(table)
+
+
+def _ids_of(tokenizer: Tokenizer, token: str) -> list[int]:
+    word = clean(token)
+    if word not in tokenizer.added:
+        raise ValueError(f"'{token}' is not a word that was added to this model: put it in with add_embedding first; "
+                         f"added so far: {', '.join(tokenizer.added) or 'none'}")
+    return tokenizer.added[word]
