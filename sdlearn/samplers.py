@@ -153,14 +153,86 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *
         yield Step(index, t, x, x0)
 
 
+def pndm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+         set_alpha_to_one: bool = False, generator: Generators = None) -> Iterator[Step]:
+    """DDIM with eps from the last four timesteps (Adams-Bashforth). PLMS in Liu et al. 2022, PNDM's later steps.
+
+    Stable Diffusion's first sampler. In place of PNDM's Runge-Kutta steps it begins with Heun's, so n
+    steps take n + 1 calls of `denoise`; where x holds no signal with DDIM's, and n. `set_alpha_to_one`
+    is as in `ddim`. Of second order, though the formula is of fourth: its weights take the steps for equal.
+
+    With "v_prediction" diffusers' PNDMScheduler combines v in place of eps, which is of first order only,
+    and so does this. With zero terminal SNR, of which that scheduler knows nothing, it is eps again.
+    """
+    by_v = schedule.config.prediction == "v_prediction" and not schedule.config.zero_terminal_snr
+    end, outputs = None if set_alpha_to_one else 0, []
+    for index, (t, t_prev) in enumerate(grid):
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(end if t_prev is None else t_prev)
+        x0 = denoise(x, t)
+        eps = (x - alpha * x0) / sigma
+        outputs = [alpha * eps - sigma * x0 if by_v else eps, *outputs[:3]]     # the newest first
+        x = alpha_prev * x0 + sigma_prev * eps
+        change = sum(weight * output for weight, output in zip(ADAMS_BASHFORTH[len(outputs)], outputs, strict=True))
+        if index == 0 and t_prev is not None and alpha > NO_SIGNAL:
+            x0_prev = denoise(x, t_prev)
+            eps_prev = (x - alpha_prev * x0_prev) / sigma_prev
+            change = ((alpha_prev * eps_prev - sigma_prev * x0_prev if by_v else eps_prev) - outputs[0]) / 2
+        if index > 0 or alpha > NO_SIGNAL:
+            x = x + (sigma_prev * alpha - alpha_prev * sigma) / (1 if by_v else alpha) * change
+        yield Step(index, t, x, x0)
+
+
+def unipc(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+          generator: Generators = None) -> Iterator[Step]:
+    """DPM++ 2M, each step put right once x0 at its end is known. Zhao et al. 2023, UniPC-2 with B2(h).
+
+    With that B(h) the predictor is the step of `dpmpp_2m`. The corrector costs no call of `denoise`: it
+    takes the one of the next step, made at the x that was predicted. It brings the order to three.
+    """
+    straight = gain = rise = rise_last = x0_last = x0_older = None           # of the step before
+    for index, (t, t_prev) in enumerate(grid):
+        x0 = denoise(x, t)
+        if index > 0:
+            older, newer = correction(rise, rise_last)
+            x = straight + gain * (older * (x0_older - x0_last) + newer * (x0 - x0_last))
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(t_prev)
+        x0_older, x0_last = x0_last if index > 0 else x0, x0
+        rise_last, rise = rise, log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
+        gain = alpha_prev - sigma_prev * alpha / sigma
+        x = straight = sigma_prev / sigma * x + gain * x0
+        if index > 0 and t_prev is not None:
+            x = straight + gain * rise / rise_last * (x0_last - x0_older) / 2
+        yield Step(index, t, x, x0)
+
+
+def correction(rise: float, rise_last: float | None) -> tuple[float, float]:
+    """UniC's weights of x0 one timestep earlier, and of x0 at the step's end, both less x0 at its start.
+
+    rise is the step in lambda = log(alpha/sigma), rise_last the one before, None in the first step, which
+    has the half of a trapezoid. The weights make the integral of e^lambda x0 over the step exact for x0 a
+    parabola in lambda: the linear system of Zhao et al. 2023, solved by hand for its two unknowns.
+    """
+    if rise_last is None:
+        return 0.0, 0.5
+    back, decay = -rise_last / rise, math.expm1(-rise)
+    first = (-decay / rise - 1) / decay                         # the mean of (lambda - start) / rise under e^lambda
+    second = 2 * ((decay / rise + 1) / rise - 1 / 2) / decay    # that of its square
+    return (first - second) / (1 - back) / back, first - (first - second) / (1 - back)
+
+
+ADAMS_BASHFORTH = {     # a function's mean over the next step, less its newest value, from its newest values
+    1: (0.0,), 2: (1 / 2, -1 / 2), 3: (11 / 12, -16 / 12, 5 / 12), 4: (31 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun,
-    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m": dpmpp_2m, "pndm": pndm, "unipc": unipc,
 }
 # What diffusers' schedulers use unless told otherwise; the samplers run on any grid.
 SPACING = {
     "ddpm": "leading", "ddim": "leading", "euler": "linspace", "euler_ancestral": "linspace",
-    "heun": "linspace", "dpmpp_2m": "linspace_open",
+    "heun": "linspace", "dpmpp_2m": "linspace_open", "pndm": "leading", "unipc": "linspace_open",
 }
 NO_SIGNAL = 2.0**-12    # the root of schedule.ALMOST_ZERO
 
