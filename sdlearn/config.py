@@ -42,6 +42,28 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class ControlNetConfig:
+    """Shape of a ControlNet: the encoder of a U-Net, and the small network that reads the hint, a picture.
+
+    Each width of the hint's network after the first comes with half the rows and columns, so that the
+    hint arrives at the size of the latent: four widths for a VAE of factor 8, two for one of factor 2.
+    """
+
+    unet: UNetConfig = UNetConfig()
+    hint_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+
+    def __post_init__(self):
+        if not self.hint_widths:
+            raise ValueError("hint_widths is empty: give one width, and another for each halving of the hint")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the hint along one side of a latent cell."""
+        return 2 ** (len(self.hint_widths) - 1)
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """Shape of the autoencoder."""
 

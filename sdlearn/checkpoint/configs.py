@@ -5,7 +5,7 @@ way only (SiLU, the order of sine and cosine, ...) is written from a table of fi
 config that asks for anything else is refused with the key's name, never passed over.
 """
 
-from ..config import NoiseConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+from ..config import ControlNetConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from .errors import CheckpointError
 
 ATTENDING, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -17,6 +17,14 @@ UNET_FIXED = {
     "addition_embed_type": None, "encoder_hid_dim": None, "time_embedding_type": "positional",
     "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default", "only_cross_attention": False,
     "conv_in_kernel": 3, "conv_out_kernel": 3,
+}
+CONTROL_FIXED = {
+    "_class_name": "ControlNetModel", "act_fn": "silu", "downsample_padding": 1, "flip_sin_to_cos": True,
+    "freq_shift": 0, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5, "num_class_embeds": None, "class_embed_type": None, "addition_embed_type": None,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "transformer_layers_per_block": 1,
+    "resnet_time_scale_shift": "default", "only_cross_attention": False,
+    "controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False,
 }
 VAE_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
              "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None}
@@ -30,16 +38,31 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "sq
 
 def unet_to_dict(config: UNetConfig, latent_size: int) -> dict:
     """`latent_size` is the side of the latents the model was trained at, a default for pictures' size."""
-    down = [ATTENDING if attends else PLAIN for attends in config.attention]
+    encoder = _encoder_to_dict(config)
     return {
         "_class_name": "UNet2DConditionModel",
         **UNET_FIXED,
         "sample_size": latent_size,
-        "in_channels": config.in_channels,
+        **encoder,
         "out_channels": config.out_channels,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])],
+    }
+
+
+def unet_from_dict(values: dict) -> UNetConfig:
+    _check_fixed(values, UNET_FIXED)
+    encoder, down = _encoder_from_dict(values), values["down_block_types"]
+    if values["up_block_types"] != [name.replace("Down", "Up") for name in reversed(down)]:
+        raise CheckpointError(f"up_block_types is {values['up_block_types']}, which does not mirror {down}")
+    return UNetConfig(out_channels=values["out_channels"], **encoder)
+
+
+def _encoder_to_dict(config: UNetConfig) -> dict:
+    """What the configs of a U-Net and a ControlNet have in common: the half that both consist of."""
+    return {
+        "in_channels": config.in_channels,
         "block_out_channels": list(config.channels),
-        "down_block_types": down,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "down_block_types": [ATTENDING if attends else PLAIN for attends in config.attention],
         "layers_per_block": config.layers_per_block,
         # diffusers gives the number of heads under the name of their width.
         "attention_head_dim": config.heads or [config.heads_at(width) for width in config.channels],
@@ -49,21 +72,19 @@ def unet_to_dict(config: UNetConfig, latent_size: int) -> dict:
     }
 
 
-def unet_from_dict(values: dict) -> UNetConfig:
-    _check_fixed(values, UNET_FIXED)
+def _encoder_from_dict(values: dict) -> dict:
+    """The same as arguments of UNetConfig."""
     down, channels = values["down_block_types"], tuple(values["block_out_channels"])
     if not set(down) <= {ATTENDING, PLAIN}:
         raise CheckpointError(f"down_block_types is {down}, but only {ATTENDING} and {PLAIN} can be read")
-    if values["up_block_types"] != [name.replace("Down", "Up") for name in reversed(down)]:
-        raise CheckpointError(f"up_block_types is {values['up_block_types']}, which does not mirror {down}")
-    return UNetConfig(
-        in_channels=values["in_channels"], out_channels=values["out_channels"], channels=channels,
-        attention=tuple(name == ATTENDING for name in down), layers_per_block=values["layers_per_block"],
+    return {
+        "in_channels": values["in_channels"], "channels": channels,
+        "attention": tuple(name == ATTENDING for name in down), "layers_per_block": values["layers_per_block"],
         **_heads(values.get("num_attention_heads") or values.get("attention_head_dim", 8), channels),
-        context_dim=values["cross_attention_dim"],
-        linear_projection=values.get("use_linear_projection", False),
-        groups=values.get("norm_num_groups", 32),
-    )
+        "context_dim": values["cross_attention_dim"],
+        "linear_projection": values.get("use_linear_projection", False),
+        "groups": values.get("norm_num_groups", 32),
+    }
 
 
 def _heads(counts: int | list[int], channels: tuple[int, ...]) -> dict[str, int | None]:
@@ -76,6 +97,28 @@ def _heads(counts: int | list[int], channels: tuple[int, ...]) -> dict[str, int 
     if len(set(counts)) == 1:
         return {"heads": counts[0], "head_dim": None}
     raise CheckpointError(f"attention_head_dim is {counts}: no one number and no one width of heads")
+
+
+# --- ControlNet: diffusers' ControlNetModel ----------------------------------------------------------
+
+def controlnet_to_dict(config: ControlNetConfig) -> dict:
+    return {
+        **CONTROL_FIXED,
+        **_encoder_to_dict(config.unet),
+        "conditioning_channels": config.hint_channels,
+        "conditioning_embedding_out_channels": list(config.hint_widths),
+    }
+
+
+def controlnet_from_dict(values: dict) -> ControlNetConfig:
+    """A ControlNet has no output of its own; the U-Net's is taken to have the channels of its input."""
+    _check_fixed(values, CONTROL_FIXED)
+    encoder = _encoder_from_dict(values)
+    return ControlNetConfig(
+        unet=UNetConfig(out_channels=encoder["in_channels"], **encoder),
+        hint_channels=values.get("conditioning_channels", 3),       # the first ControlNets are older than the key
+        hint_widths=tuple(values["conditioning_embedding_out_channels"]),
+    )
 
 
 # --- autoencoder: diffusers' AutoencoderKL ----------------------------------------------------------
