@@ -21,15 +21,17 @@ import torch
 from torch import nn
 
 from ..clip import CLIP, TextTower
-from ..config import ModelConfig
+from ..config import ModelConfig, TextConfig
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import configs
 from .errors import CheckpointError
-from .files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+from .files import missing_file, read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+from .layouts import text_name, vae_name
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+PARTS = {"unet": DIFFUSERS_FILE, "vae": DIFFUSERS_FILE, "text_encoder": TRANSFORMERS_FILE}
 OPTIONAL = ("vision/config.json", f"vision/{TRANSFORMERS_FILE}", "world.json", "tokenizer/tokenizer.json")
 DIFFUSERS_VERSION = "0.36.0"        # the oldest whose classes take all the keys that are written here
 
@@ -47,22 +49,29 @@ class Parts:
     world: dict[str, list[str]] | None = None
 
 
-def load_folder(folder: str | Path, *, device: str | torch.device = "cpu",
-                dtype: torch.dtype = torch.float32) -> Parts:
+def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer: Tokenizer | None = None,
+                device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
     """Every part of a model folder, on `device`; files of any precision are cast to `dtype`.
 
+    `prediction`, where it is given, must be what the folder says; `tokenizer` takes the place of the folder's
+    own. Folders of the hub are read as they are: half-precision
+    variants where there is nothing else, older spellings, schedulers of any kind on the same noise schedule.
     Raises CheckpointError, in one sentence that names the file, for whatever is missing or damaged.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no model_index.json; "
                               "give a folder that diffusers or sdlearn has written.")
-    tokenizer = read_tokenizer(folder)
+    tokenizer = tokenizer or read_tokenizer(folder / "tokenizer")
     config = read_config(folder, tokenizer)
+    check_prediction(folder, config.noise.prediction, prediction)
     place = {"device": device, "dtype": dtype}
+    for part, file in PARTS.items():
+        weights_file(folder / part / file)          # one that is missing is told before any is read
     text = load_module(lambda: TextTower(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
                        rename=text_name, **place)
-    vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE, **place)
+    vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE,
+                      rename=vae_name, **place)
     unet = load_module(lambda: UNet(config.unet), folder / "unet" / DIFFUSERS_FILE, **place)
     clip = load_clip(config, text, folder / "vision" / TRANSFORMERS_FILE, **place) if config.vision else None
     return Parts(config, tokenizer, text, vae, unet, clip, read_world(folder))
@@ -95,7 +104,7 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
 def _write_configs(folder: Path, parts: Parts):
     config, tokenizer = parts.config, parts.tokenizer
     noise = configs.noise_to_dict(config.noise)
-    write_json(folder / "model_index.json", model_index(noise["_class_name"]))
+    write_json(folder / "model_index.json", model_index(noise["_class_name"], config.unet.in_channels == 9))
     write_json(folder / "scheduler" / "scheduler_config.json", noise)
     write_json(folder / "unet" / "config.json", configs.unet_to_dict(config.unet, config.latent_size))
     write_json(folder / "vae" / "config.json", configs.vae_to_dict(config.vae, config.image_size))
@@ -121,16 +130,27 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     if unet.context_dim != text.dim:
         raise CheckpointError(f"{unet_file} asks for text {unet.context_dim} wide, but the text tower "
                               f"beside it is {text.dim} wide; the parts must come from one model.")
-    if tokenizer.vocab_size > text.vocab_size:
-        raise CheckpointError(f"{text_file} has room for {text.vocab_size} tokens, but the tokenizer beside "
-                              f"it knows {tokenizer.vocab_size}; the parts must come from one model.")
+    check_vocabulary(text_file, text, tokenizer)
     side = _read(unet_file, lambda values: int(values["sample_size"])) * vae.factor
     return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side)
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
+def check_prediction(source: Path, told: str, asked: str | None):
+    """What a model says of itself is not overruled."""
+    if asked not in (None, told):
+        raise CheckpointError(f"{source} says that it predicts '{told}', not '{asked}'; leave prediction out.")
+
+
+def check_vocabulary(file: Path, text: TextConfig, tokenizer: Tokenizer):
+    if tokenizer.vocab_size > text.vocab_size:
+        raise CheckpointError(f"{file} has room for {text.vocab_size} tokens, but the tokenizer beside "
+                              f"it knows {tokenizer.vocab_size}; the parts must come from one model.")
+
+
+def read_tokenizer(place: Path, pad_with_end: bool | None = None) -> Tokenizer:
+    """From a folder or CLIP's own file; the padding is what the folder says, unless given."""
     try:
-        return Tokenizer.load(folder / "tokenizer")
+        return Tokenizer.load(place, pad_with_end)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
 
@@ -140,7 +160,10 @@ def read_world(folder: Path) -> dict[str, list[str]] | None:
     file = folder / "world.json"
     if not file.exists():
         return None
-    world = read_json(file)
+    return check_world(file, read_json(file))
+
+
+def check_world(file: Path, world: dict) -> dict[str, list[str]]:
     for key in ("objects", "words"):
         if not isinstance(world.get(key), list) or not all(isinstance(word, str) for word in world[key]):
             raise CheckpointError(f"{file} has no list of {key}; copy or save it again.")
@@ -151,7 +174,7 @@ def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name
     """A module without its random first weights (it is made on the meta device), filled from a file."""
     with torch.device("meta"):
         module = make()
-    tensors = read_tensors(file, shapes(module), rename=rename, **place)
+    tensors = read_tensors(weights_file(file), shapes(module), rename=rename, **place)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
@@ -171,14 +194,21 @@ def beside_text(tensors: dict) -> dict:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("text_model.")}
 
 
-def text_name(name: str) -> str | None:
-    """transformers wrote text towers with and without a prefix, and old ones with their positions 0...76."""
-    return None if name.endswith("embeddings.position_ids") else name.removeprefix("text_model.")
+def weights_file(file: Path) -> Path:
+    """`file`, or its half-precision variant where a folder of the hub holds only that."""
+    variant = file.with_suffix(f".fp16{file.suffix}")
+    if file.exists() or variant.exists():
+        return file if file.exists() else variant
+    pickles = sorted(path.name for path in file.parent.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(f"{file} is missing: of the {file.parent.name} there is only {pickles[0]}, a pickle; "
+                              "get the model's safetensors files, or save it as such with diffusers.")
+    raise missing_file(file)
 
 
-def model_index(scheduler: str) -> dict:
+def model_index(scheduler: str, inpaint: bool = False) -> dict:
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -1,0 +1,162 @@
+"""A whole model in one file, in the layout of the first Stable Diffusion code (LDM).
+
+    model.diffusion_model.          the U-Net
+    first_stage_model.              the autoencoder
+    cond_stage_model.transformer.   SD 1.x' text tower, under the names of transformers
+    cond_stage_model.model.         SD 2.x' text tower, under those of OpenCLIP
+    sdlearn.vision.                 ours: CLIP's vision tower, both projections and the logit scale
+
+Published files are .safetensors or .ckpt; what is written is .safetensors, with the configs and the
+tokenizer in its header. A file without that header is an SD 1.x or 2.x, whose config is read off the tensors.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..clip import CLIP, TextTower
+from ..config import ModelConfig
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+from . import detect
+from .errors import CheckpointError, sentence
+from .files import PICKLES, Shape, check_shapes, copied, shapes, stored, write_tensors, written_beside
+from .folder import Parts, beside_text, check_prediction, check_vocabulary, read_tokenizer
+from .header import read_header, write_header
+from .hub import download
+from .layouts import Place, open_clip_places, single_tensors, unet_places, vae_places
+
+SUFFIXES = (".safetensors", *PICKLES)
+VISION = "sdlearn.vision."
+TOKENIZER = "openai/clip-vit-large-patch14"     # where SD 1.x' and 2.x' tokenizer is published
+Source = str | Path | Tokenizer | None
+
+
+def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: Source = None,
+                device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
+    """Every part of a single file, on `device`; tensors of any precision are cast to `dtype`.
+
+    prediction: what an SD 2.x predicts, "epsilon" (2.0-base, 2.1-base, inpainting) or "v_prediction" (the
+    models of 768 pixels); its tensors do not tell. tokenizer: a folder, or CLIP's own
+    bpe_simple_vocab_16e6.txt.gz; without it CLIP's is taken from the hub. A file that `save_single` wrote
+    needs neither. Names and shapes are checked before a tensor is read, and tensors are read one by one, so
+    that there is never a second copy of a model. Raises CheckpointError, in one sentence that names the file,
+    and TensorMismatch and NotFinite, which list the tensors.
+    """
+    file = Path(file)
+    check_arguments(file, prediction)
+    with stored(file) as there:
+        header = read_header(file, there.metadata)
+        config, own, world = header or (detect.read_config(file, there.shapes, prediction), None, None)
+        check_prediction(file, config.noise.prediction, prediction)
+        found = {name: shape for name, shape in there.shapes.items() if header or not detect.IGNORED.match(name)}
+        modules = empty_modules(config)
+        places = places_of(modules, text_prefix(found))
+        compare(file, found, modules, places)
+        if own is None or tokenizer is not None:
+            own = find_tokenizer(file, tokenizer, config.text.pad_with_end)
+            check_vocabulary(file, config.text, own)
+        tensors = copied(file, ((key, place.name, place.ours(there.read(place.name)))
+                                for key, place in places.items()), device, dtype)
+    for part, module in modules.items():
+        mine = {name: tensor for (owner, name), tensor in tensors.items() if owner == part}
+        if part == "clip":
+            module.text_model = modules["text"]
+            mine = {**module.state_dict(keep_vars=True), **mine}
+        module.load_state_dict(mine, strict=True, assign=True)
+        module.eval()
+    return Parts(config, own, modules["text"], modules["vae"], modules["unet"], modules.get("clip"), world)
+
+
+def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a .safetensors file that `load_single` and programs for SD 1.x and 2.x open.
+
+    The text tower is written as SD 1.x has it where it is one of SD 1.x (quick GELU, padded with the end
+    token), else as SD 2.x has it, without the last layer of OpenCLIP's that Stable Diffusion does not run.
+    Floating-point tensors are written in `dtype`. Raises CheckpointError when it cannot be written.
+    """
+    file = Path(file).absolute()
+    if file.suffix.lower() != ".safetensors":
+        raise CheckpointError(f"{file} does not end in .safetensors; single files are written as such.")
+    text, modules = parts.config.text, {"text": parts.text, "vae": parts.vae, "unet": parts.unet}
+    if parts.clip is not None:
+        modules["clip"] = parts.clip
+    older = text.activation == "quick_gelu" and text.pad_with_end
+    places = places_of(modules, f"{detect.HF_TEXT}text_model." if older else detect.OPEN_CLIP_TEXT)
+    tensors = {(part, name): tensor for part, module in modules.items()
+               for name, tensor in module.state_dict().items() if (part, name) in places}
+    with written_beside(file) as beside:
+        write_tensors(beside, single_tensors(tensors, places), dtype, metadata=write_header(parts), told=file.name)
+    return file
+
+
+# --- where the parts lie ----------------------------------------------------------------------------
+
+def empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
+    """The parts without any weights, on the meta device."""
+    with torch.device("meta"):
+        modules = {"text": TextTower(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
+        return modules | ({"clip": CLIP(config.text, config.vision)} if config.vision else {})
+
+
+def places_of(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str], Place]:
+    """The place of each tensor by (part, our name), when the text tower lies under the prefix `text`."""
+    tables = {
+        "unet": (detect.UNET, unet_places), "vae": (detect.VAE, vae_places),
+        "text": (text, open_clip_places if text == detect.OPEN_CLIP_TEXT else same_places),
+        "clip": (VISION, lambda names: same_places(beside_text(dict.fromkeys(names)))),
+    }
+    return {(part, name): place._replace(name=tables[part][0] + place.name)
+            for part, module in modules.items()
+            for name, place in tables[part][1](module.state_dict()).items()}
+
+
+def same_places(names: Iterable[str]) -> dict[str, Place]:
+    return {name: Place(name) for name in names}
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """Told by the names, not by the version: some SD 2.x files have the names of transformers."""
+    prefixes = (detect.OPEN_CLIP_TEXT, f"{detect.HF_TEXT}text_model.", detect.HF_TEXT)
+    return next((one for one in prefixes if any(name.startswith(one) for name in names)), prefixes[1])
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+def check_arguments(file: Path, prediction: str | None):
+    if file.suffix.lower() not in SUFFIXES:
+        raise CheckpointError(f"{file} does not end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, so it is no "
+                              "checkpoint in a single file; give one that is.")
+    if prediction not in (None, *detect.PREDICTIONS):
+        raise CheckpointError(f"prediction is '{prediction}'; choose one of {', '.join(detect.PREDICTIONS)}.")
+
+
+def compare(file: Path, found: Mapping[str, Shape], modules: dict[str, nn.Module],
+            places: dict[tuple[str, str], Place]):
+    """Raises TensorMismatch unless the file has every tensor, in its shape, and none beside."""
+    wanted = {}
+    for part, module in modules.items():
+        for name, shape in shapes(module).items():
+            if place := places.get((part, name)):
+                flat = place.pointwise and found.get(place.name) == shape       # linear there already
+                wanted[place.name] = shape if flat else place.shape(shape)
+    check_shapes(file, found, wanted, against="the model that most of its tensors describe",
+                 advice="the file is damaged, or not a Stable Diffusion 1.x or 2.x: use another copy")
+
+
+def find_tokenizer(file: Path, source: Source, pad_with_end: bool) -> Tokenizer:
+    """The one given, or CLIP's from the hub."""
+    if isinstance(source, Tokenizer):
+        return source
+    if source is not None:
+        return read_tokenizer(Path(source), pad_with_end)
+    try:
+        folder = [download(TOKENIZER, file=name) for name in ("vocab.json", "merges.txt")][0].parent
+    except CheckpointError as error:
+        raise CheckpointError(f"{file} has no tokenizer in it, and CLIP's cannot be had from the hub; give "
+                              "tokenizer= a folder with vocab.json and merges.txt, or CLIP's "
+                              f"bpe_simple_vocab_16e6.txt.gz ({sentence(error).rstrip('.')}).") from error
+    return read_tokenizer(folder, pad_with_end)

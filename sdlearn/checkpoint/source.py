@@ -1,0 +1,43 @@
+"""One way in for every model: a folder, a single file, or a name on the hub."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError
+from .folder import Parts, load_folder, read_tokenizer
+from .hub import download
+from .single import SUFFIXES, Source, find_tokenizer, load_single
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source = None,
+         revision: str | None = None, device: str | torch.device = "cpu",
+         dtype: torch.dtype = torch.float32) -> Parts:
+    """Every part of a model, on `device`, cast to `dtype`.
+
+    source: the path of a model folder or of a single file, or, when there is no such path, a repository on
+    the hub, "owner/name", of which `revision` is taken. prediction, tokenizer: as for `load_single`; a
+    folder needs neither. Raises CheckpointError, in one sentence.
+    """
+    path = Path(source).expanduser()
+    place = {"device": device, "dtype": dtype}
+    if path.is_file():
+        return load_single(path, prediction=prediction, tokenizer=tokenizer, **place)
+    if not path.exists():
+        path = from_hub(str(source), revision)
+    if tokenizer is not None:       # padded as the folder's own
+        tokenizer = find_tokenizer(path, tokenizer, read_tokenizer(path / "tokenizer").pad_with_end)
+    return load_folder(path, prediction=prediction, tokenizer=tokenizer, **place)
+
+
+def from_hub(source: str, revision: str | None) -> Path:
+    if not HUB_NAME.fullmatch(source) or source.lower().endswith(SUFFIXES):
+        raise CheckpointError(f"there is no file or folder {source}; give the path of a model folder or of a single "
+                              "file, or a repository on the hub as owner/name.")
+    try:
+        return download(source, revision=revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"there is no file or folder {source} here, and as a name on the hub: {error}") from error
