@@ -23,13 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, Parts, load_folder
-from ..guidance import predict_x0
+from ..controlnet import ControlNet
+from ..guidance import check_guidance, predict_x0
 from ..pictures import to_images
-from ..samplers import SAMPLERS, grid_for
-from ..schedule import NoiseSchedule
+from ..samplers import grid_for
+from ..schedule import Grid, NoiseSchedule
 from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
+from .start import Start, part_of
+from .task import Task, make_control, task_of
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
+TASK = ("image", "mask", "strength", "resample", "controls", "latent")   # what is given beside settings
 SHIPPED = Path(__file__).parents[1] / "weights"     # models that come with the package, a folder each
 
 
@@ -90,65 +94,99 @@ class StableDiffusion:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
-    def text2img(self, prompt: str, negative_prompt: str = "", *, latent: Tensor | None = None,
-                 **settings) -> list[Image.Image]:
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net was made for inpainting: it reads latent 4, mask 1 and masked latent 4."""
+        return self.config.unet.in_channels == 9
+
+    def text2img(self, prompt: str, negative_prompt: str = "", **given) -> list[Image.Image]:
         """Pictures of a prompt; arguments and errors as in `steps`.
 
             model.text2img("a red apple on a yellow background", steps=20, guidance=5, seed=0)
         """
-        for step in self._start(prompt, negative_prompt, latent, settings):
-            last = step
-        return last.noisy_images()      # the latent after the last step: its noise is gone
+        return last(self._start(prompt, negative_prompt, given))
 
-    def steps(self, prompt: str, negative_prompt: str = "", *, latent: Tensor | None = None,
-              **settings) -> Iterator[SamplingStep]:
-        """The steps of `text2img`, one by one, for whoever wants to watch.
+    def img2img(self, prompt: str, image, negative_prompt: str = "", *, strength: float = 0.8,
+                **given) -> list[Image.Image]:
+        """Pictures of a prompt that start from an image with noise added: the last `strength` of the steps are run.
 
-        prompt: any text; "" is the unconditional model. negative_prompt: what to go away from.
-        settings: the fields of `Settings`. latent: the noise to begin with, (B, C, h, w) of variance 1,
-        in place of the seed's. Warns of words the model was never taught (UnknownWordWarning) and of a
-        prompt that is cut (LongPromptWarning). Raises, in a sentence each, SettingsError before anything
-        is computed, and NotFinite and MemoryError.
+        image: see `inputs`; strength above 0 (as it is) up to 1 (nothing of it left). Meng et al. 2022, SDEdit.
+        The image's latent is a sample, as in diffusers: drawn first from a seed, the noise second.
         """
-        return self._start(prompt, negative_prompt, latent, settings)
+        return last(self._start(prompt, negative_prompt, {"image": image, "strength": strength, **given}))
 
-    def _start(self, prompt: str, negative_prompt: str, latent: Tensor | None, settings: dict):
-        chosen = self.checked(settings)
-        for kind, message in self.doubts(prompt, negative_prompt):
+    def inpaint(self, prompt: str, image, mask, negative_prompt: str = "", *, strength: float = 1.0,
+                **given) -> list[Image.Image]:
+        """Pictures in which the white part of `mask` is made anew and the rest is the image's, up to the VAE's error.
+
+        A U-Net with nine channels reads the mask and the masked image; any other is held to the image by
+        blending: the known region is put back at every step, and `resample` times each step is repeated so that
+        the new part can follow the old (Lugmayr et al. 2022).
+        """
+        return last(self._start(prompt, negative_prompt, {"image": image, "mask": mask, "strength": strength, **given}))
+
+    def control(self, prompt: str, net: ControlNet, hint, negative_prompt: str = "", *, strength: float = 1.0,
+                start: float = 0.0, end: float = 1.0, guess: bool = False, **given) -> list[Image.Image]:
+        """Pictures of a prompt that follow a condition picture, `hint`, in the way that `net` has learnt.
+
+        strength, start, end, guess: see `controlnet.Control`. Several at once, or together with an image or a mask:
+        `controls=[make_control(net, hint), ...]` in the other methods.
+        """
+        one = make_control(net, hint, strength=strength, start=start, end=end, guess=guess)
+        return last(self._start(prompt, negative_prompt, {"controls": one, **given}))
+
+    def steps(self, prompt: str, negative_prompt: str = "", **given) -> Iterator[SamplingStep]:
+        """The steps of a run, one by one, for whoever wants to watch.
+
+        prompt: any text; "" is the unconditional model; "(red:1.4)" is heard more, "(red:0.6)" less.
+        negative_prompt: what to go away from. given, all of it by name:
+
+        the fields of `Settings`
+        image, strength     start from an image, as in `img2img`
+        image, mask, resample   make the white part of the mask anew, as in `inpaint`
+        controls            follow condition pictures, as in `control`; goes with all of these
+        latent              the noise, (B, C, h, w) of variance 1, in place of the seed's
+
+        Warns of words the model was never taught (UnknownWordWarning) and of a prompt that is cut
+        (LongPromptWarning). Raises, in a sentence each, SettingsError before anything is computed, and
+        NotFinite and MemoryError.
+        """
+        return self._start(prompt, negative_prompt, given)
+
+    def _start(self, prompt: str, negative_prompt: str, given: dict) -> Iterator[SamplingStep]:
+        task = {name: given[name] for name in given if name in TASK}
+        chosen = self.checked({name: given[name] for name in given if name not in TASK})
+        task, chosen = task_of(self, chosen, **task)
+        grid = part_of(grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing), task.strength)
+        for kind, message in self.doubts(prompt, negative_prompt, long_prompts=chosen.long_prompts):
             warnings.warn(message, kind, stacklevel=3)
-        width, height = self.size(chosen.size)
-        generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
-        shape = self.latent_shape(chosen)
-        if latent is not None and latent.shape != shape:
-            raise SettingsError(f"the latent is {tuple(latent.shape)}; {chosen.batch} of {width}x{height} "
-                                f"pixels need {shape}")
-        with memory_told(f"{chosen.batch} of {width}x{height}"):
-            # Drawn on the CPU, each picture's from its own generator: the same for every device and batch.
-            x = torch.stack([torch.randn(shape[1:], generator=one) for one in generators])
-        return self._run([prompt, negative_prompt], x if latent is None else latent, generators, chosen)
+        return self._run([prompt, negative_prompt], task, grid, chosen)
 
     @torch.no_grad()
-    def _run(self, prompts: list[str], x: Tensor, generators: list[torch.Generator], chosen: Settings):
-        grid = grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
-        with memory_told(f"{len(x)} at once"):
-            context, uncond = self.encode(prompts)[:, None]                                  # each (1, M, T)
-            denoise = predict_x0(self.unet, self.schedule, context.expand(len(x), -1, -1), uncond,
-                                 scale=chosen.guidance, rescale=chosen.rescale)
-            sample = SAMPLERS[chosen.sampler]
-            for step in sample(denoise, x.to(self.device), grid, self.schedule, generator=generators):
-                if step.index == len(grid) - 1 and not bool(step.x.isfinite().all()):
-                    raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
-                                    f"{chosen.guidance}); lower the guidance, or load the model in float32")
+    def _run(self, prompts: list[str], task: Task, grid: Grid, chosen: Settings) -> Iterator[SamplingStep]:
+        generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
+        with memory_told("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
+            start = Start(self, task, grid, generators, self.latent_shape(chosen))
+            context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
+            denoise = predict_x0(start.unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
+                                 scale=chosen.guidance, rescale=chosen.rescale, interval=chosen.interval)
+            for step in start.sample(denoise, chosen.sampler):
+                if step.index == len(grid) - 1:
+                    step = step._replace(x=start.finished(step.x))
+                    if not bool(step.x.isfinite().all()):
+                        raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
+                                        f"{chosen.guidance}); lower the guidance, or load the model in float32")
                 yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
 
     def checked(self, settings: dict) -> Settings:
         """Settings that this model can make pictures with, or SettingsError; nothing is computed."""
         known = [field.name for field in fields(Settings)]
         if strange := sorted(settings.keys() - set(known)):
-            raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join(known)}")
+            raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join([*known, *TASK])}")
         chosen = Settings(**settings)
         self.size(chosen.size)
         told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
+        told(check_guidance, self.schedule, chosen.guidance, chosen.rescale, chosen.interval)
         return chosen
 
     def size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -171,8 +209,8 @@ class StableDiffusion:
         return settings.batch, channels, height // factor, width // factor
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        """What the U-Net attends to: (B, M, T)."""
+    def encode(self, prompts: list[str], *, long: str = "cut") -> Tensor:
+        """What the U-Net attends to: (B, M, T). long: what becomes of prompts past M tokens, see `Settings`."""
         ids = told(self.tokenizer, prompts, self.config.text.length)                        # (B, M)
         return self.text(ids.to(self.device)).hidden
 
@@ -186,10 +224,11 @@ class StableDiffusion:
                             "load the model in float32")
         return [Image.fromarray(picture) for picture in to_images(pixels.float())]
 
-    def doubts(self, *prompts: str) -> Iterator[tuple[type[PromptWarning], str]]:
+    def doubts(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
         for prompt in prompts:
-            if lost := told(self.tokenizer.truncated, prompt, self.config.text.length):
+            lost = told(self.tokenizer.truncated, prompt, self.config.text.length)
+            if lost and long_prompts == "cut":
                 yield LongPromptWarning, (
                     f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
                     f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"")
@@ -197,6 +236,13 @@ class StableDiffusion:
             yield UnknownWordWarning, (
                 f"the model was never taught {', '.join(unknown)}; it will guess. "
                 f"It knows {len(self.world['objects'])} objects, listed in model.world")
+
+
+def last(steps: Iterator[SamplingStep]) -> list[Image.Image]:
+    """The pictures that a run ends with."""
+    for step in steps:
+        final = step
+    return final.noisy_images()         # the latent after the last step: its noise is gone
 
 
 def shipped() -> list[str]:
