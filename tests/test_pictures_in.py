@@ -164,7 +164,8 @@ def test_control_equals_diffusers(world, sampler, options):
                         generator=torch.Generator().manual_seed(3))
     theirs = pipe(PROMPT, image=hint, num_inference_steps=5, guidance_scale=4.0, negative_prompt=NEGATIVE,
                   latents=noise, controlnet_conditioning_scale=options.get("strength", 1.0),
-                  guess_mode=options.get("guess", False), control_guidance_end=options.get("end", 1.0), output_type="np").images
+                  guess_mode=options.get("guess", False), control_guidance_end=options.get("end", 1.0),
+                  output_type="np").images
     model = world.model(sampler=sampler)
     given = {"latent": noise, "size": hint.size, **world.settings(sampler)}
     ours = model.control(PROMPT, world.net, hint, NEGATIVE, **options, **given)

@@ -15,15 +15,19 @@ the rounding of arithmetic on a batch.
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, Parts, load_folder
+from .. import prompt as prompt_room
+from ..checkpoint import CheckpointError, Parts, load, load_folder
+from ..checkpoint.embedding import load_embedding
+from ..checkpoint.lora import load_lora
 from ..controlnet import ControlNet
+from ..finetune import Embedding, LoRA, Merged, add_embedding
 from ..guidance import check_guidance, predict_x0
 from ..pictures import to_images
 from ..samplers import grid_for
@@ -69,22 +73,32 @@ class StableDiffusion:
         self.tokenizer, self.text, self.clip = parts.tokenizer, parts.text, parts.clip
         self.unet, self.vae = parts.unet, parts.vae
         self.schedule = NoiseSchedule(parts.config.noise)
+        self._loras = None
 
     @classmethod
     def load(cls, source: str | Path = "mini", *, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32) -> "StableDiffusion":
-        """A shipped model by name, or a model folder by path.
+             dtype: torch.dtype = torch.float32, prediction: str | None = None, tokenizer: str | Path | None = None,
+             revision: str | None = None) -> "StableDiffusion":
+        """A model: shipped, by name; a folder, or a single .safetensors or .ckpt file, by path; or from the hub.
+
+            StableDiffusion.load()
+            StableDiffusion.load("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.bfloat16)
+            StableDiffusion.load("v2-1_768-ema-pruned.safetensors", prediction="v_prediction")
 
         `device` is a GPU where there is one and the CPU elsewhere, unless given. In the default float32
-        a seed gives the same picture on every machine, up to rounding. Raises CheckpointError, in one
-        sentence, for a model that is unknown, missing or damaged, SettingsError for a missing device.
+        a seed gives the same picture on every machine, up to rounding. prediction: of a single file of SD 2.x,
+        which does not tell: "epsilon" or "v_prediction". tokenizer: a folder or CLIP's vocabulary file, for a
+        single file. revision: of a repository on the hub. Raises CheckpointError, in one sentence, for a model
+        that is unknown, missing or damaged, SettingsError for a missing device.
         """
-        folder = SHIPPED / source if source in shipped() else Path(source)
-        if not folder.is_dir():
+        place = {"device": device_named(device), "dtype": dtype}
+        if source in shipped():
+            return cls(load_folder(SHIPPED / source, **place))
+        if not Path(source).exists() and "/" not in str(source) and "." not in str(source):
             known = ", ".join(shipped()) or "none: the package was installed without its weights"
-            raise CheckpointError(f"there is no model '{source}'; give the path of a model folder, or "
-                                  f"the name of a shipped model ({known})")
-        return cls(load_folder(folder, device=device_named(device), dtype=dtype))
+            raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
+                                  f"the hub as owner/name, or the name of a shipped model ({known})")
+        return cls(load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place))
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +107,44 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    @property
+    def parts(self) -> Parts:
+        """The model as `checkpoint.save_folder` writes it, with added words and merged LoRAs."""
+        config = replace(self.config, text=self.text.config)        # its vocabulary may have grown
+        return Parts(config, self.tokenizer, self.text, self.vae, self.unet, self.clip, self.world)
+
+    @property
+    def loras(self) -> Merged:
+        """What LoRAs have been merged into the U-Net and the text tower that are there now."""
+        if self._loras is None or (self._loras.unet, self._loras.text) != (self.unet, self.text):
+            self._loras = Merged(self.unet, self.text)
+        return self._loras
+
+    def add_lora(self, source: str | Path | LoRA, strength: float = 1.0) -> LoRA:
+        """Merge a LoRA into the weights: a file in any of the usual spellings, or one that `finetune` made.
+
+        Several add up. The result is what `remove_lora` takes, after which the weights have their bits back.
+        Raises CheckpointError for a file that cannot be used, SettingsError for a LoRA that does not fit.
+        """
+        lora = source if isinstance(source, LoRA) else load_lora(source, self.unet, self.text)
+        told(self.loras.add, lora, strength)
+        return lora
+
+    def remove_lora(self, lora: LoRA):
+        """Take a LoRA out of the weights again. Raises SettingsError for one that is not there."""
+        told(self.loras.remove, lora)
+
+    def add_embedding(self, source: str | Path | Embedding, token: str | None = None) -> str:
+        """Teach the model a word from a textual-inversion file or from `finetune`; gives the word to write in prompts.
+
+        Raises CheckpointError for a file that cannot be read, SettingsError for vectors of another width and for a
+        word that is there already.
+        """
+        embedding = source if isinstance(source, Embedding) else load_embedding(source)
+        embedding = replace(embedding, token=token or embedding.token)
+        told(add_embedding, self.tokenizer, self.text, embedding)
+        return embedding.token
 
     @property
     def inpaints(self) -> bool:
@@ -211,8 +263,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str], *, long: str = "cut") -> Tensor:
         """What the U-Net attends to: (B, M, T). long: what becomes of prompts past M tokens, see `Settings`."""
-        ids = told(self.tokenizer, prompts, self.config.text.length)                        # (B, M)
-        return self.text(ids.to(self.device)).hidden
+        return told(prompt_room.encode, prompts, self.tokenizer, self.text, long=long)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
@@ -227,12 +278,16 @@ class StableDiffusion:
     def doubts(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
         for prompt in prompts:
-            lost = told(self.tokenizer.truncated, prompt, self.config.text.length)
+            lost = told(prompt_room.lost, prompt, self.tokenizer, self.config.text.length)
             if lost and long_prompts == "cut":
                 yield LongPromptWarning, (
-                    f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
+                    f"the prompt is longer than {self.config.text.length} tokens; its end is cut off (with "
+                    "long_prompts=\"chunks\" it is heard, too): "
                     f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"")
-        if self.world is not None and (unknown := unknown_words(" ".join(prompts), self.world["words"])):
+        text = " ".join(map(prompt_room.plain, prompts)).lower()
+        for word in sorted(self.tokenizer.added, key=len, reverse=True):      # learnt since, the longest first
+            text = text.replace(word, " ")
+        if self.world is not None and (unknown := unknown_words(text, self.world["words"])):
             yield UnknownWordWarning, (
                 f"the model was never taught {', '.join(unknown)}; it will guess. "
                 f"It knows {len(self.world['objects'])} objects, listed in model.world")
