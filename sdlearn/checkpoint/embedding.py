@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..finetune import Embedding
-from .errors import CheckpointError
-from .files import opened, write_tensors, written_beside
+from .errors import CheckpointError, sentence
+from .files import PICKLES, check_archive, stored, write_tensors, written_beside
 
-SAFE, PICKLES = ".safetensors", (".pt", ".bin", ".pth", ".ckpt")
+SAFE = ".safetensors"
 
 
 def load_embedding(file: str | Path, token: str | None = None) -> Embedding:
@@ -29,7 +29,7 @@ def load_embedding(file: str | Path, token: str | None = None) -> Embedding:
     code, or is no embedding.
     """
     file = Path(file)
-    name, vectors = _found_in(read_small(file), file)
+    name, vectors = _found_in(_read(file), file)
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or not vectors.is_floating_point() \
             or 0 in vectors.shape:
         what = list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
@@ -50,7 +50,7 @@ def _found_in(content: dict, file: Path) -> tuple[str, object]:
         return file.stem, content["emb_params"]
     if len(content) != 1:
         named = ", ".join(map(str, list(content)[:4])) or "nothing"
-        raise CheckpointError(f"{file} is no embedding of one word for a Stable Diffusion 1.x or 2.x: it holds {named}.")
+        raise CheckpointError(f"{file} is no embedding of one word for Stable Diffusion 1.x or 2.x: it holds {named}.")
     [(name, vectors)] = content.items()
     if not isinstance(name, str):
         raise CheckpointError(f"{file} is no embedding: its key is {name!r} where a word is needed.")
@@ -74,7 +74,7 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
     with written_beside(file) as beside:
         match file.suffix:
             case ".safetensors":
-                write_tensors(beside, {embedding.token: vectors})
+                write_tensors(beside, {embedding.token: vectors}, told=file.name)
             case ".bin":
                 torch.save({embedding.token: vectors}, beside)
             case ".pt":
@@ -85,23 +85,29 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
     return file
 
 
-def read_small(file: Path) -> dict:
-    """What a .safetensors file or a pickle holds, in memory. Raises CheckpointError; runs no code."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing or no file; give the path of a .safetensors, .pt or .bin file.")
+def _read(file: Path) -> dict:
+    """What a .safetensors file or a pickle holds, nested as it is, in memory. Raises CheckpointError."""
+    check_small(file)
     if file.suffix == SAFE:
-        with opened(file) as tensors:
-            return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}
-    if file.suffix not in PICKLES:
-        raise CheckpointError(f"{file} has an ending that cannot be read; give a .safetensors, .pt or .bin file.")
+        with stored(file) as there:
+            return {name: there.read(name).clone() for name in there.shapes}
+    check_archive(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{file} is damaged, or a pickle with code in it, which is not run; use a "
-                              ".safetensors file, or one from a source that saves tensors only.") from error
-    except Exception as error:          # whatever a damaged pickle can raise: EOFError, RuntimeError, KeyError ...
-        raise CheckpointError(f"{file} is truncated or damaged ({type(error).__name__}); copy or download it "
-                              "again.") from error
+        raise CheckpointError(f"{file} holds more than tensors, numbers and names, and was not opened, since that "
+                              "may run code on this machine; use a .safetensors file.") from error
+    except Exception as error:          # PyTorch raises whatever a made-up pickle leads it to
+        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {sentence(error)}); "
+                              "copy or download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__} where tensors by name are needed.")
     return content
+
+
+def check_small(file: Path):
+    """Raises CheckpointError unless there is a file with an ending that can be read."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing or no file; give the path of a .safetensors, .pt or .bin file.")
+    if file.suffix not in (SAFE, *PICKLES):
+        raise CheckpointError(f"{file} has an ending that cannot be read; give a .safetensors, .pt or .bin file.")

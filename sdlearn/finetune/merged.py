@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .lora import LoRA, check_fit, layers_of
+from .lora import LoRA, LowRank, check_fit, layers_of
 
 
 class Merged:
@@ -59,7 +59,8 @@ class Merged:
                        if name in getattr(one, part)]
             total = base.to(weight.device, torch.promote_types(base.dtype, torch.float32)) if changes else base
             for change, strength in changes:
-                total = total + strength * change.delta().reshape(weight.shape).to(total)
+                product = LowRank(change.down.to(total), change.up.to(total), change.alpha).delta()
+                total = total + strength * product.reshape(weight.shape)
             weight.copy_(total)
             self._seen[layer] = (weight, weight._version)
             if not changes:
