@@ -1,0 +1,217 @@
+r"""What a prompt says beside its words: weights, and more than the text tower has places for.
+
+B  prompts       K  chunks of a prompt        L  places of the text tower, 77
+T  width         M  tokens, K * L
+
+    "a (red:1.3) cat"  ── parse ──    a | red, 1.3 | cat
+                       ── weigh ──    words, each with its ids and its weight
+                       ── encode ──   rows of L ids, hidden states, times the weights     (B, M, T)
+
+A weight multiplies the hidden states of its words, as in AUTOMATIC1111's web UI, whose form
+`(words:1.3)` is the only one read here. Beyond L tokens a prompt is cut, or read in chunks: rows of their
+own, of which none sees another, laid end to end for the U-Net to attend to.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clip import TextTower
+from .tokenizer import LENGTH, Tokenizer
+
+MAX_WEIGHT = 10.0
+LONG = ("cut", "chunks")        # what becomes of a prompt past the tower's places
+MARKS = re.compile(r"""
+    (?P<plain> \\[()] )
+  | (?P<open>  \( )
+  | (?P<close> (?: : \s* (?P<number> [+-]? (?: (?: [0-9]+ (?:\.[0-9]*)? | \.[0-9]+ ) (?:e[+-]?[0-9]+)? | inf | nan ) )
+               \s* )? \) )
+    """, re.VERBOSE | re.IGNORECASE | re.ASCII)
+
+
+class Piece(NamedTuple):
+    """A part of a prompt and how much it is to be heard."""
+
+    text: str
+    weight: float
+
+
+class Word(NamedTuple):
+    """A word as the tokenizer cuts it, its ids, and how much it is to be heard."""
+
+    text: str
+    ids: list[int]
+    weight: float
+
+
+def parse(text: str) -> list[Piece]:
+    r"""The pieces of a prompt, neighbours of different weight; one of weight 1 for a prompt without any.
+
+    `(words:1.3)` gives the words the weight 1.3; nested weights multiply. `\(` and `\)` are plain
+    parentheses. So is every other one, "(a cat)" or one without a partner: it stays in the text, and
+    nothing else is ever changed in it. "(in 16:9)" does have the form; write `\(in 16:9\)`.
+    Raises ValueError, with the place, for a weight that is not in -10...10.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
+    parts, opens, closes = _groups(text)
+    runs, around = [], [1.0]
+    for i, part in enumerate(parts):
+        if i in opens:
+            around.append(_product(around[-1], opens[i]))
+        elif i in closes:
+            around.pop()
+        elif part:
+            runs.append((part, around[-1]))
+    pieces = [Piece("".join(part for part, _ in same), weight) for weight, same in groupby(runs, key=itemgetter(1))]
+    return pieces or [Piece("", 1.0)]
+
+
+def _groups(text: str) -> tuple[list[str], dict[int, re.Match], set[int]]:
+    """The text in parts, and which of them open a weight, with the mark that closes it, and which close one."""
+    parts, opens, closes = [], {}, set()
+    opened, words, place = [], -1, 0            # parentheses still open; the last part that is not blank
+    for mark in MARKS.finditer(text):
+        parts.append(text[place:mark.start()])
+        words = len(parts) - 1 if parts[-1].strip() else words
+        parts.append(mark[0][-1] if mark["plain"] else mark[0])
+        place = mark.end()
+        if mark["open"]:
+            opened.append(len(parts) - 1)
+        start = opened.pop() if mark["close"] and opened else len(parts)
+        if mark["number"] and words > start:
+            opens[start] = mark
+            closes.add(len(parts) - 1)
+        elif mark["plain"] or mark["close"]:
+            words = len(parts) - 1
+    return [*parts, text[place:]], opens, closes
+
+
+def _product(around: float, mark: re.Match) -> float:
+    product = around * float(mark["number"])
+    if not abs(product) <= MAX_WEIGHT:
+        times = f", times the {around:g} around it" if around != 1 else ""
+        raise ValueError(f"the prompt's weight {mark['number']}{times}, at character {mark.start('number')}, is not "
+                         f"in -{MAX_WEIGHT:g}...{MAX_WEIGHT:g}: give another, or write \\( if no weight is meant")
+    return product
+
+
+def plain(text: str) -> str:
+    """The words of a prompt alone, without weights and backslashes. Errors as in `parse`."""
+    return "".join(piece.text for piece in parse(text))
+
+
+def weigh(text: str, tokenizer: Tokenizer) -> list[Word]:
+    """The words of a prompt, with their ids and weights. Errors as in `parse` and of the tokenizer.
+
+    The ids are always those of `tokenizer.encode(plain(text))`: a weight never makes another token of a
+    word. So a word in which a piece ends is not cut there; it has the weight that it begins with.
+    """
+    pieces = parse(text)
+    words = tokenizer.words("".join(piece.text for piece in pieces))
+    weights, so_far = [], ""
+    for piece in pieces[:-1]:
+        so_far += piece.text
+        begun = _begun(tokenizer.words(so_far), words)
+        weights += [piece.weight] * (begun - len(weights))
+    weights += [pieces[-1].weight] * (len(words) - len(weights))
+    return [Word(word, list(tokenizer._encode_word(word)), weight)
+            for word, weight in zip(words, weights, strict=True)]
+
+
+def _begun(part: list[str], whole: list[str]) -> int:
+    """How many words of the whole text begin in its first part, of which `part` are the words.
+
+    They are the same up to the end of the part; a last one that differs is a word of the whole, cut.
+    """
+    same = next((i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
+    return same + (same < min(len(part), len(whole)))
+
+
+def lost(text: str, tokenizer: Tokenizer, length: int = LENGTH) -> str:
+    """The end of a prompt that a row of `length` tokens does not hold, cleaned; "" if all of it fits.
+
+    That is what `encode` leaves out with "cut". Errors as in `weigh`.
+    """
+    return tokenizer.truncated(plain(text), length)
+
+
+def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) -> list[tuple[list[int], list[float]]]:
+    """Rows of `length` ids for the text tower, and the weight of each place: start, words, end, padding.
+
+    With "cut" one row, as `tokenizer(text, length)` makes it. With "chunks" as many as the words need, at
+    least one; a word goes into the next row as a whole unless it is longer than a row. Start, end and
+    padding have the weight 1.
+    """
+    room, chunks = length - 2, [[]]
+    for word in words:
+        tokens = [(i, word.weight) for i in word.ids]
+        if long == "chunks" and len(chunks[-1]) + len(tokens) > room >= len(tokens):
+            chunks.append([])
+        for token in tokens:
+            if long == "chunks" and len(chunks[-1]) == room:
+                chunks.append([])
+            chunks[-1].append(token)
+    made = []
+    for chunk in chunks:
+        tokens = [(tokenizer.start, 1.0), *chunk[:room], (tokenizer.end, 1.0)]
+        tokens += [(tokenizer.pad, 1.0)] * (length - len(tokens))
+        made.append(([i for i, _ in tokens], [weight for _, weight in tokens]))
+    return made
+
+
+def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, tower: TextTower, *, long: str = "cut",
+           restore_mean: bool = True) -> Tensor:
+    """What the U-Net attends to: the tower's hidden states of a prompt or several, (B, M, T), on its device.
+
+    long: "cut" leaves out what L places do not hold, so M = L (`lost` says what that is). "chunks" encodes
+    every 75 tokens in a row of their own, with start, end and padding; shorter prompts of the same call
+    get rows of the empty prompt, so that all have the same M = K * L. restore_mean: see `weighted`.
+    Without weights, or with none but 1, "cut" gives exactly `tower(tokenizer(prompts, L)).hidden`.
+
+    Raises ValueError for another `long`, no prompts, a weight out of range, and a word whose id is past
+    the tower's vocabulary.
+    """
+    if long not in LONG:
+        raise ValueError(f"long is '{long}': choose one of {', '.join(LONG)}")
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ValueError("there is no prompt to encode: give one or more; \"\" is the empty one")
+    length, known = tower.config.length, tower.embeddings.token_embedding.num_embeddings
+    sheets = []
+    for text in texts:
+        words = weigh(text, tokenizer)
+        if strange := [word.text for word in words if max(word.ids) >= known]:
+            raise ValueError(f"the text tower knows {known} ids, and '{strange[0]}' has one past them: add its "
+                             "embedding to the tower, or take the tokenizer that belongs to it")
+        sheets.append(rows(words, tokenizer, length, long))
+    most = max(map(len, sheets))
+    empty = rows([], tokenizer, length, long)
+    flat = [row for sheet in sheets for row in sheet + empty * (most - len(sheet))]
+    device = tower.embeddings.token_embedding.weight.device
+    hidden = tower(torch.tensor([ids for ids, _ in flat]).to(device)).hidden                 # (B K, L, T)
+    if any(weight != 1 for _, weights in flat for weight in weights):
+        weights = torch.tensor([weights for _, weights in flat], dtype=hidden.dtype)         # (B K, L)
+        hidden = weighted(hidden, weights.to(device), restore_mean=restore_mean)
+    return hidden.reshape(len(texts), most * length, -1)                                     # (B, M, T)
+
+
+def weighted(hidden: Tensor, weights: Tensor, *, restore_mean: bool = True) -> Tensor:
+    """Hidden states (B, L, T) times the weight (B, L) of their token.
+
+    Then, unless `restore_mean` is off, all of a row times one factor that gives it the mean it had, as
+    AUTOMATIC1111's web UI does it. The factor is a quotient of two means, and wild where they are close to
+    0, which no weight near 1 on a few tokens makes them. A row of weights 1 stays as it is, bit by bit.
+    """
+    scaled = hidden * weights[:, :, None].to(hidden.dtype)
+    if not restore_mean:
+        return scaled
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    before, after = (each.mean(dim=(1, 2), keepdim=True, dtype=exact) for each in (hidden, scaled))  # (B, 1, 1)
+    factor = torch.where(after == 0, 1.0, before / after)
+    return (scaled * factor).to(hidden.dtype)
