@@ -91,6 +91,7 @@ def difference(ours, wanted) -> float:
     (r"a \(cat:1.3\)", [("a (cat:1.3)", 1)]),                               # escaped
     (r"(a \(b\) c:2)", [("a (b) c", 2)]),
     (r"\(a (b:2)\)", [("(a ", 1), ("b", 2), (")", 1)]),
+    (r"(\(:2) (():3)", [("(", 2), (" ", 1), ("()", 3)]),                     # signs are words too
     (r"(a:2\) b", [("(a:2) b", 1)]),
     (r"a\b \\ \n", [(r"a\b \\ \n", 1)]),
     ("red(dish:1)", [("reddish", 1)]),                                      # neighbours of one weight are one
@@ -388,6 +389,9 @@ def test_types_are_kept(dtype, tokenizer, tower):
     assert ours.dtype == dtype
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float64: 1e-5}[dtype]
     assert difference(ours.double(), encode(text, tokenizer, tower).double()) < tolerance
+    [(ids, weights)] = rows(weigh(text, tokenizer), tokenizer, LENGTH, "cut")
+    hidden = twin(torch.tensor([ids])).hidden
+    assert torch.equal(ours, weighted(hidden, torch.tensor([weights], dtype=torch.float64)))
 
 
 def test_nothing_waits_for_the_device(tokenizer):
