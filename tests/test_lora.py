@@ -229,6 +229,18 @@ def test_a_weight_that_was_changed_meanwhile_is_not_lost(unet, text):
     assert same(unet, changed) and merged.strengths == {lora: 1.0}
 
 
+def test_a_weight_may_change_while_nothing_is_merged(unet, text):
+    lora, merged = random_lora(unet), Merged(unet, text)
+    merged.add(lora)
+    merged.remove(lora)
+    randomise(unet, torch.Generator().manual_seed(8))
+    trained = bits(unet)
+    merged.add(lora)
+    assert not same(unet, trained)
+    merged.remove(lora)
+    assert same(unet, trained)
+
+
 def test_what_does_not_fit_changes_nothing(unet, text):
     before, merged = bits(unet), Merged(unet, text)
     good = random_lora(unet)
