@@ -25,6 +25,7 @@ from .clip import TextTower
 from .tokenizer import LENGTH, Tokenizer
 
 MAX_WEIGHT = 10.0
+NO_MEAN = 0.02                  # share of the standard deviation below which a mean of hidden states is noise
 LONG = ("cut", "chunks")        # what becomes of a prompt past the tower's places
 MARKS = re.compile(r"""
     (?P<plain> \\[()] )
@@ -205,13 +206,16 @@ def weighted(hidden: Tensor, weights: Tensor, *, restore_mean: bool = True) -> T
     """Hidden states (B, L, T) times the weight (B, L) of their token.
 
     Then, unless `restore_mean` is off, all of a row times one factor that gives it the mean it had, as
-    AUTOMATIC1111's web UI does it. The factor is a quotient of two means, and wild where they are close to
-    0, which no weight near 1 on a few tokens makes them. A row of weights 1 stays as it is, bit by bit.
+    AUTOMATIC1111's web UI does it. That factor is a quotient of two means, and says something only where they
+    are well away from 0, as they are with OpenAI's CLIP (about -0.1, with a standard deviation near 1): a row
+    whose mean is below `NO_MEAN` of its standard deviation keeps its weights as they are. A row of weights 1
+    stays as it is, bit by bit.
     """
     scaled = hidden * weights[:, :, None].to(hidden.dtype)
     if not restore_mean:
         return scaled
     exact = torch.promote_types(hidden.dtype, torch.float32)
     before, after = (each.mean(dim=(1, 2), keepdim=True, dtype=exact) for each in (hidden, scaled))  # (B, 1, 1)
-    factor = torch.where(after == 0, 1.0, before / after)
+    least = NO_MEAN * hidden.to(exact).std(dim=(1, 2), keepdim=True)
+    factor = torch.where(torch.minimum(before.abs(), after.abs()) > least, before / after, 1.0)
     return (scaled * factor).to(hidden.dtype)

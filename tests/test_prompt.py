@@ -40,7 +40,9 @@ def reference() -> CLIPTextModel:
         num_hidden_layers=CONFIG.layers, num_attention_heads=CONFIG.heads, hidden_act=CONFIG.activation,
         max_position_embeddings=LENGTH, projection_dim=CONFIG.projection_dim)).eval()
     randomise(model, torch.Generator().manual_seed(0))
-    return model
+    with torch.no_grad():
+        model.state_dict()[next(n for n in model.state_dict() if n.endswith("final_layer_norm.bias"))].sub_(0.2)
+    return model                    # hidden states with a mean, as OpenAI's CLIP has them
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +320,16 @@ def test_weights_are_those_applied_by_hand(pad_with_end, restore_mean, reference
     ours = encode("a (red apple:1.5) and a (cat:0.25)", tokenizer, tower, restore_mean=restore_mean)
     assert difference(ours, wanted) < 1e-5
     assert difference(encode("a red apple and a cat", tokenizer, tower), wanted) > 1e-2
+
+
+def test_a_mean_that_is_no_more_than_noise_is_not_put_back():
+    hidden = torch.randn(1, 77, 16, generator=torch.Generator().manual_seed(0))
+    hidden -= hidden.mean() - 1e-4              # the factor would be any number
+    weights = torch.ones(1, 77)
+    weights[0, 3] = -2.0
+    assert torch.equal(weighted(hidden, weights), weighted(hidden, weights, restore_mean=False))
+    restored = weighted(hidden + 0.3, weights)
+    assert abs(float(restored.mean() / (hidden + 0.3).mean()) - 1) < 1e-5
 
 
 def test_chunks_are_encoded_one_by_one(reference, tokenizer, tower):

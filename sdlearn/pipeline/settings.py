@@ -8,13 +8,13 @@ from numbers import Integral, Real
 
 import torch
 
+from ..prompt import LONG
 from ..samplers import SAMPLERS
 from ..schedule import SPACINGS
 
 MAX_SIDE = 2048         # pixels; beyond it attention takes hours and all memory
 MAX_BATCH = 256         # pictures at once
 MAX_RESAMPLE = 100      # times that a step of inpainting is done again
-LONG_PROMPTS = ("cut", "chunks")
 
 
 class SettingsError(ValueError):
@@ -45,8 +45,8 @@ class Settings:
             raise SettingsError(f"there is no sampler '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
         if self.spacing not in (None, *SPACINGS):
             raise SettingsError(f"there is no spacing '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
-        if self.long_prompts not in LONG_PROMPTS:
-            raise SettingsError(f"long_prompts is '{self.long_prompts}'; choose one of {', '.join(LONG_PROMPTS)}")
+        if self.long_prompts not in LONG:
+            raise SettingsError(f"long_prompts is '{self.long_prompts}'; choose one of {', '.join(LONG)}")
         for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
             if not whole(value := getattr(self, name), low, high):
                 raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
