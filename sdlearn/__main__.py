@@ -1,4 +1,4 @@
-"""The command line: `python -m sdlearn generate | scenes | train`.
+"""The command line: `python -m sdlearn generate | scenes | train | export`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
 imported only when it is the one that runs, so that help comes at once.
@@ -6,6 +6,7 @@ imported only when it is the one that runs, so that help comes at once.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -123,6 +124,59 @@ def train(args: argparse.Namespace):
     run(args)
 
 
+# --- export -----------------------------------------------------------------------------------------
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export_arguments(parser: argparse.ArgumentParser):
+    from .pipeline import shipped
+
+    names = ", ".join(shipped())
+    parser.add_argument("source", help=f"{names}, a model folder, a .safetensors or .ckpt file, or owner/name "
+                                       "on the hub")
+    parser.add_argument("--to", choices=("diffusers", "single"), required=True,
+                        help="a folder for diffusers, or a single .safetensors file")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the folder or file to write")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (%(default)s)")
+    parser.add_argument("--prediction", help="what a single file of SD 2.x predicts: epsilon or v_prediction")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH",
+                        help="of a single file: a folder, or CLIP's bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument("--revision", help="of a model on the hub: a branch, tag or commit")
+
+
+def export(args: argparse.Namespace):
+    import torch
+
+    from .checkpoint import load, save_folder, save_single
+    from .pipeline import SHIPPED, shipped
+
+    single = args.to == "single"
+    check_target(args.out, single)
+    source = SHIPPED / args.source if args.source in shipped() else args.source
+    parts = load(source, prediction=args.prediction, tokenizer=args.tokenizer, revision=args.revision)
+    save = save_single if single else save_folder
+    save(args.out, parts, dtype=getattr(torch, args.dtype))
+    print(args.out)
+
+
+def check_target(out: Path, single: bool):
+    """Raises SettingsError where no model can be written: asked before the model is read, not after."""
+    from .pipeline import SettingsError
+
+    if single and out.suffix.lower() != ".safetensors":
+        raise SettingsError(f"{out} does not end in .safetensors; single files are written as such")
+    if single and out.is_dir():
+        raise SettingsError(f"{out} is a folder; give the name of a file in it")
+    if not single and out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file; give the name of a folder")
+    if not single and out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").exists():
+        raise SettingsError(f"{out} is a folder with other things in it; give a new one, or that of a model")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise SettingsError(f"{out} cannot be written: {above} may not be written to")
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 def check_writable(files: list[Path]) -> list[Path]:
@@ -163,6 +217,7 @@ COMMANDS = {
     "generate": ("make pictures of a prompt", generate_arguments, generate),
     "scenes": ("draw a sheet of the scenes that the model learns from", scenes_arguments, scenes),
     "train": ("train the model's parts", train_arguments, train),
+    "export": ("write a model as a folder for diffusers or as a single file", export_arguments, export),
 }
 
 

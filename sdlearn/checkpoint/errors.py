@@ -32,7 +32,7 @@ class TensorMismatch(CheckpointError):
         super().__init__("\n".join(lines))
 
 
-class NotFinite(CheckpointError):
+class TensorsNotFinite(CheckpointError):
     """Tensors of a file hold NaN or infinity; `names` are all of them, a line each behind the sentence."""
 
     def __init__(self, file: Path, names: list[str], dtype: object):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError, NotFinite, TensorMismatch, sentence
+from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, sentence
 
 Shape = tuple[int, ...]
 Key = Hashable
@@ -134,7 +134,7 @@ def copied(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str |
            dtype: torch.dtype) -> dict[Key, Tensor]:
     """(key, name in the file, tensor) as they are read, one by one copied to `device` as `dtype`.
 
-    Raises CheckpointError for a tensor that holds no floating-point numbers, NotFinite for those with NaN.
+    Raises CheckpointError for a tensor that holds no floating-point numbers, TensorsNotFinite for those with NaN.
     """
     copies, bad = {}, []
     for key, name, tensor in tensors:
@@ -146,7 +146,7 @@ def copied(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str |
         if not copies[key].isfinite().all():
             bad.append(name)
     if bad:
-        raise NotFinite(file, list(dict.fromkeys(bad)), dtype)
+        raise TensorsNotFinite(file, list(dict.fromkeys(bad)), dtype)
     return copies
 
 

@@ -44,7 +44,7 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
     bpe_simple_vocab_16e6.txt.gz; without it CLIP's is taken from the hub. A file that `save_single` wrote
     needs neither. Names and shapes are checked before a tensor is read, and tensors are read one by one, so
     that there is never a second copy of a model. Raises CheckpointError, in one sentence that names the file,
-    and TensorMismatch and NotFinite, which list the tensors.
+    and TensorMismatch and TensorsNotFinite, which list the tensors.
     """
     file = Path(file)
     check_arguments(file, prediction)
