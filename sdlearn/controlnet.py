@@ -231,5 +231,5 @@ def check_version(control: UNetConfig, unet: UNetConfig) -> None:
 
 def _another_size(hint: Sequence[int], cells: Sequence[int], factor: int) -> str:
     rows, columns = (side * factor for side in cells)
-    return (f"the hint is {hint[0]} x {hint[1]} pixels (height x width), but the picture {rows} x {columns}: "
-            "resize the hint")
+    return (f"the hint is {hint[0]} x {hint[1]} pixels (height x width), but a latent of {cells[0]} x {cells[1]} "
+            f"needs one of {rows} x {columns}, the picture's size: resize the hint")

@@ -156,7 +156,7 @@ def blended(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, schedu
     """
     _same_size("mask", mask, "known latent", known)
     _same_size("noise", noise, "known latent", known)
-    keep = mask < 0.5                                                                # (B, 1, h, w)
+    keep, noise = (mask < 0.5).to(known.device), noise.to(known)                     # (B, 1, h, w), (B, C, h, w)
 
     def told(x: Tensor, t: float) -> Tensor:
         _same_size("mask", mask, "latent", x)

@@ -429,8 +429,8 @@ def test_a_control_that_cannot_be_is_told_in_a_sentence(options, words):
 
 
 @pytest.mark.parametrize("cells, words", [
-    ((8, 8), "the hint is 16 x 12 pixels .* but the picture 16 x 16: resize the hint"),
-    ((4, 3), "the hint is 16 x 12 pixels .* but the picture 8 x 6"),
+    ((8, 8), "the hint is 16 x 12 pixels .* but a latent of 8 x 8 needs one of 16 x 16, .* resize the hint"),
+    ((4, 3), "the hint is 16 x 12 pixels .* a latent of 4 x 3 needs one of 8 x 6"),
 ])
 def test_a_hint_of_another_size_is_told_with_both_sizes(cells, words):
     net, _ = pair("tiny")
