@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import TextTower
-from ..tokenizer import Tokenizer, clean
+from ..tokenizer import WORD_END, Tokenizer, clean
 from .loop import (
     LatentDiffusion,
     TrainStep,
@@ -81,7 +81,7 @@ def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -
     """Teach a model the word: its tokenizer gets new ids, which are returned, its text tower their rows.
 
     The table grows unless it has rows that no token uses. Raises ValueError, with nothing changed, for
-    vectors of another width, values that are not finite, and a word that the tokenizer has already.
+    vectors of another width, values that are not finite, and a word that the model has already.
     """
     width, needed = embedding.vectors.shape[1], text.config.dim
     if width != needed:
@@ -89,6 +89,12 @@ def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -
                          f"{needed}: the embedding was made for another model")
     if not embedding.vectors.isfinite().all():
         raise ValueError(f"the vectors of '{embedding.token}' are not finite: make or fetch the embedding again")
+    if clean(embedding.token) not in tokenizer.added and len(tokenizer.encode(embedding.token)) == 1:
+        raise ValueError(f"'{embedding.token}' is a word of this model already, and would be lost: choose another for "
+                         f"the embedding, such as '<{embedding.token}>'")
+    if clean(embedding.token) + WORD_END in tokenizer.vocab:        # every such word of every prompt would change
+        raise ValueError(f"'{embedding.token}' is a word of this model's vocabulary already: give the embedding another "
+                         f"one, such as '<{embedding.token}>'")
     ids = tokenizer.add_token(embedding.token, len(embedding.vectors))
     if (lacking := tokenizer.vocab_size - text.config.vocab_size) > 0:
         grow(text, lacking)
