@@ -259,7 +259,7 @@ def test_a_new_word_starts_like_a_known_one(model):
 @pytest.mark.parametrize("embedding, words", [
     (Embedding("<toy>", torch.zeros(1, 24)), "24 wide.*takes 16"),
     (Embedding("<taken>", torch.zeros(1, 16)), "has '<taken>' already"),
-    (Embedding("Cat", torch.zeros(1, 16)), "'Cat' is a word of this model's vocabulary already.*'<Cat>'"),
+    (Embedding("Cat", torch.zeros(1, 16)), "'Cat' is a word of this model already.*'<Cat>'"),
     (Embedding("two words", torch.zeros(1, 16)), "without spaces"),
     (Embedding("<toy>", torch.full((1, 16), math.nan)), "not finite"),
 ])

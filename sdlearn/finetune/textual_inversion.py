@@ -92,9 +92,6 @@ def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -
     if clean(embedding.token) not in tokenizer.added and len(tokenizer.encode(embedding.token)) == 1:
         raise ValueError(f"'{embedding.token}' is a word of this model already, and would be lost: choose another for "
                          f"the embedding, such as '<{embedding.token}>'")
-    if clean(embedding.token) + WORD_END in tokenizer.vocab:        # every such word of every prompt would change
-        raise ValueError(f"'{embedding.token}' is a word of this model's vocabulary already: give the embedding another "
-                         f"one, such as '<{embedding.token}>'")
     ids = tokenizer.add_token(embedding.token, len(embedding.vectors))
     if (lacking := tokenizer.vocab_size - text.config.vocab_size) > 0:
         grow(text, lacking)
