@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import TextTower
-from ..tokenizer import WORD_END, Tokenizer, clean
+from ..tokenizer import Tokenizer, clean
 from .loop import (
     LatentDiffusion,
     TrainStep,
