@@ -105,15 +105,16 @@ def numbered(names):
 def test_unets_of_any_depth_are_named_as_diffusers_reads_them(attention, layers):
     config = UNetConfig(channels=(32,) * len(attention), attention=tuple(attention), layers_per_block=layers,
                         context_dim=8, groups=8)
-    ours = numbered(meta(UNet, config).state_dict())
+    sizes = shapes(meta(UNet, config))
+    ours = numbered(sizes)
     places = layouts.unet_places(ours)
     assert len({place.name for place in places.values()}) == len(ours)
     there = {UNET + place.name: ours[name] for name, place in places.items()}
     values = {"layers_per_block": layers, "class_embed_type": None, "addition_embed_type": None}
     assert theirs.convert_ldm_unet_checkpoint(there, values) == ours
     # And what the names of the file tell is the config again.
-    read = detect.unet_config(Path("x.ckpt"), {place.name: tuple(shapes(meta(UNet, config))[name]) for name, place
-                              in places.items() if "attn2.to_k" not in name and "attn2.to_v" not in name})
+    read = detect.unet_config(Path("x.ckpt"), {place.name: sizes[name] for name, place in places.items()
+                                               if "attn2.to_k" not in name and "attn2.to_v" not in name})
     assert (read.channels, read.attention, read.layers_per_block) == (config.channels, config.attention, layers)
 
 
@@ -121,8 +122,8 @@ def test_unets_of_any_depth_are_named_as_diffusers_reads_them(attention, layers)
 @given(st.integers(2, 6), st.integers(1, 3))
 def test_autoencoders_of_any_depth_are_named_as_diffusers_reads_them(levels, layers):
     config = VAEConfig(channels=tuple(4 * (i + 1) for i in range(levels)), layers_per_block=layers, groups=2)
-    module = meta(Autoencoder, config)
-    ours = {name: torch.full((1,), float(i)) for i, name in enumerate(module.state_dict())}
+    sizes = shapes(meta(Autoencoder, config))
+    ours = {name: torch.full((1,), float(i)) for i, name in enumerate(sizes)}
     places = layouts.vae_places(ours)
     assert len({place.name for place in places.values()}) == len(ours)
     there = {VAE + place.name: ours[name][:, None, None, None] if place.pointwise else ours[name]
@@ -130,7 +131,7 @@ def test_autoencoders_of_any_depth_are_named_as_diffusers_reads_them(levels, lay
     kinds = {"down_block_types": [""] * levels, "up_block_types": [""] * levels}
     read = theirs.convert_ldm_vae_checkpoint(there, kinds)
     assert {name: tensor.flatten() for name, tensor in read.items()} == ours
-    found = detect.vae_config({place.name: tuple(shapes(module)[name]) for name, place in places.items()})
+    found = detect.vae_config({place.name: sizes[name] for name, place in places.items()})
     assert replace(found, groups=2) == config
 
 
