@@ -3,7 +3,8 @@
 Widths, levels, layers and the levels with attention stand in the shapes. Where several tensors tell the same
 number they vote, so that one that is missing or damaged does not change what the others are compared with.
 What no tensor tells follows the published models: 8 heads where the text is 768 wide (SD 1.x), heads 64
-wide where it is 1024 wide (SD 2.x), 32 groups, the scaling factor, the noise schedule.
+wide where it is 1024 wide (SD 2.x), 32 groups, 4 channels out of the U-Net, the scaling factor, the noise
+schedule.
 """
 
 import re
@@ -96,7 +97,6 @@ def unet_config(file: Path, shapes: dict[str, Shape]) -> UNetConfig:
     ranks = Counter(len(shape) for name, shape in shapes.items() if re.fullmatch(r".*\.proj_(in|out)\.weight", name))
     return UNetConfig(
         in_channels=vote(shapes, r"input_blocks\.0\.0\.weight", 1, 4),
-        out_channels=vote(shapes, r"out\.2\.(weight|bias)", 0, 4),
         channels=tuple(vote(shapes, rf"input_blocks\.({row})\.0\.(in_layers\.2|out_layers\.\d)\.\w+", 0, 320)
                        for row in level),
         attention=tuple(any(re.match(rf"input_blocks\.({row})\.1\.", name) for name in shapes) for row in level),

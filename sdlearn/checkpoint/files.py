@@ -29,7 +29,7 @@ Key = Hashable
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")      # what torch.save wrote goes by these names
 # Left in the files of the first Stable Diffusions by the code that trained them.
 INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
-         "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
+         "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
 
 
 @contextmanager
