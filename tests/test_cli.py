@@ -14,8 +14,9 @@ import pytest
 from models import one_thread, tiny_parts  # noqa: F401
 from PIL import Image
 
-from sdlearn import __main__ as cli
+from sdlearn.__main__ import main
 from sdlearn.checkpoint import save_folder
+from sdlearn.commands import files as command_files
 from sdlearn.pipeline import PromptWarning, StableDiffusion
 
 PROMPT = "a red apple"
@@ -38,7 +39,7 @@ def run(written, tmp_path, monkeypatch, capsys):
             args = ("--model", model, "--device", "cpu", *args)
         before = set(here.rglob("*"))
         try:
-            status = cli.main([command, *map(str, args)])
+            status = main([command, *map(str, args)])
         except SystemExit as stop:      # argparse's own errors
             status = stop.code
         out, err = capsys.readouterr()
@@ -70,7 +71,8 @@ def test_a_picture_is_written_with_its_settings(run, written):
         told = json.loads(image.text["sdlearn"])
         pixels = np.asarray(image)
     assert told == {"prompt": PROMPT, "negative_prompt": "a cat", "steps": 3, "sampler": "euler", "guidance": 4.0,
-                    "size": "24x16", "batch": 1, "seed": 5, "model": "tiny"}
+                    "size": "24x16", "batch": 1, "seed": 5, "model": "tiny", "rescale": 0.0, "spacing": None,
+                    "long_prompts": "cut"}
     model = StableDiffusion.load(written, device="cpu")
     [wanted] = model.text2img(PROMPT, "a cat", steps=3, sampler="euler", guidance=4.0, size=(24, 16), seed=5)
     assert np.array_equal(pixels, np.asarray(wanted))
@@ -155,7 +157,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path,
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(command_files.tempfile, "TemporaryFile", denied)
     refused(run("generate", PROMPT, "--out", "x.png"), "x.png cannot be written: Permission denied")
 
 
@@ -236,7 +238,7 @@ def test_help_comes_without_pytorch():
 @pytest.mark.parametrize("args, told", [([], "required: command"), (["draw"], "invalid choice: 'draw'")])
 def test_an_unknown_command_is_status_2(args, told, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(args)
+        main(args)
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
 

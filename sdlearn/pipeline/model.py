@@ -281,9 +281,8 @@ class StableDiffusion:
             lost = told(prompt_room.lost, prompt, self.tokenizer, self.config.text.length)
             if lost and long_prompts == "cut":
                 yield LongPromptWarning, (
-                    f"the prompt is longer than {self.config.text.length} tokens; its end is cut off (with "
-                    "long_prompts=\"chunks\" it is heard, too): "
-                    f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"")
+                    f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
+                    f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"; long_prompts=\"chunks\" reads all of it")
         text = " ".join(map(prompt_room.plain, prompts)).lower()
         for word in sorted(self.tokenizer.added, key=len, reverse=True):      # learnt since, the longest first
             text = text.replace(word, " ")

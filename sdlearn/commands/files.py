@@ -1,0 +1,52 @@
+"""Files that commands write: asked about before the work, and never half-written."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from PIL.PngImagePlugin import PngInfo
+
+from ..checkpoint import written_beside
+from ..pipeline import SettingsError
+
+
+def check_writable(files: list[Path]) -> list[Path]:
+    """The files, when a PNG can be written at each of them: asked before the work, not after."""
+    for file in files:
+        if file.suffix.lower() != ".png":
+            raise SettingsError(f"{file} does not end in .png; pictures are written as PNG files")
+        try:
+            if file.is_dir():
+                raise SettingsError(f"{file} is a folder; give the name of a file in it")
+            if not file.absolute().parent.is_dir():
+                raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
+            with file.open("ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
+                pass                        # opened for writing, and left as it was
+        except OSError as error:
+            raise SettingsError(f"{file} cannot be written: {error.strerror or error}") from error
+    return files
+
+
+def save_png(file: Path, image, settings: dict):
+    """Write a picture with its settings, as JSON, in PNG text named "sdlearn"."""
+    info = PngInfo()
+    info.add_text("Software", "sdlearn")
+    info.add_text("sdlearn", json.dumps(settings))
+    with written_beside(file) as beside:
+        image.save(beside, format="PNG", pnginfo=info)
+
+
+def check_target(out: Path, single: bool):
+    """Raises SettingsError where no model can be written: asked before the model is read, not after."""
+    if single and out.suffix.lower() != ".safetensors":
+        raise SettingsError(f"{out} does not end in .safetensors; single files are written as such")
+    if single and out.is_dir():
+        raise SettingsError(f"{out} is a folder; give the name of a file in it")
+    if not single and out.exists() and not out.is_dir():
+        raise SettingsError(f"{out} is a file; give the name of a folder")
+    if not single and out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").exists():
+        raise SettingsError(f"{out} is a folder with other things in it; give a new one, or that of a model")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise SettingsError(f"{out} cannot be written: {above} may not be written to")
