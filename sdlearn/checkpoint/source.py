@@ -1,6 +1,7 @@
 """One way in for every model: a folder, a single file, or a name on the hub."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,11 +27,13 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
     place = {"device": device, "dtype": dtype}
     if path.is_file():
         return load_single(path, prediction=prediction, tokenizer=tokenizer, **place)
-    if not path.exists():
-        path = from_hub(str(source), revision)
+    folder = path if path.exists() else from_hub(str(source), revision)
     if tokenizer is not None:       # padded as the folder's own
-        tokenizer = find_tokenizer(path, tokenizer, read_tokenizer(path / "tokenizer").pad_with_end)
-    return load_folder(path, prediction=prediction, tokenizer=tokenizer, **place)
+        tokenizer = find_tokenizer(folder, tokenizer, read_tokenizer(folder / "tokenizer").pad_with_end)
+    parts = load_folder(folder, prediction=prediction, tokenizer=tokenizer, **place)
+    if folder is not path:          # a folder of the cache, which is named after a commit
+        parts.config = replace(parts.config, name=path.name)
+    return parts
 
 
 def from_hub(source: str, revision: str | None) -> Path:
