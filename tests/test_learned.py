@@ -54,6 +54,26 @@ def test_a_lora_changes_the_picture_and_leaves_no_trace(model, tmp_path):
         model.remove_lora(first)
 
 
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "peft"])
+def test_a_lora_gives_the_pictures_that_diffusers_gives(model, tmp_path, spelling):
+    """Read by diffusers through peft, in the U-Net and in the text tower, at part of its strength."""
+    folder = save_folder(tmp_path / "tiny", model.parts)
+    file = save_lora(tmp_path / "lora.safetensors", lora_for(model), spelling=spelling)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    given = {"latents": noise, "num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "np"}
+    plain = pipe(PROMPT, **given).images
+    pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="ours")
+    pipe.set_adapters(["ours"], adapter_weights=[0.7])
+    theirs = pipe(PROMPT, **given).images
+    assert np.abs(theirs - plain).max() > 0.05
+    model.add_lora(file, strength=0.7)
+    ours = model.text2img(PROMPT, latent=noise, steps=5, guidance=4.0, sampler="ddim")
+    assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
+
+
 def test_a_merged_lora_is_saved_with_the_model(model, tmp_path):
     model.add_lora(lora_for(model))
     picture = arrays(model.text2img(PROMPT, steps=3))
