@@ -69,8 +69,9 @@ def undeclared(folders: list[Path], declared: set[str]) -> list[str]:
     local = {PACKAGE} | {path.stem for folder in folders for path in folder.rglob("*.py")}
     local |= {path.name for folder in folders for path in folder.rglob("*") if path.is_dir()}
     complaints = set()
-    for folder, path in ((folder, path) for folder in folders for path in folder.rglob("*.py")):
-        deep = len(path.relative_to(folder).parts)      # relative imports start from the file's own package
+    files = [(root, path) for root in folders for path in root.rglob("*.py")]
+    for root, path in files:
+        deep = len(path.relative_to(root).parts)      # relative imports start from the file's own package
         for _, name in imports(path.read_text(encoding="utf-8"), ".".join([PACKAGE] * deep)):
             library = name.split(".")[0]
             if library in local or library in sys.stdlib_module_names:
