@@ -7,12 +7,15 @@ every step, so that the U-Net never waits and no scene is seen for ever.
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from torch import nn
 from tqdm import tqdm
 
 from ..clip import TextTower
@@ -83,24 +86,44 @@ class LatentCache:
         self.arrays["latents"][rows] = latents.cpu().numpy()
         self.arrays["contexts"][rows] = contexts.cpu().numpy()
         self.meta["made"] += count
-        if self.meta["made"] % 50 == 0:
-            self.meta_file.write_text(json.dumps(self.meta))
+        # At every call, so that a kill leaves no row counted under another scene than it holds: the few that
+        # were written and not counted are the next to be made, again.
+        beside = self.meta_file.with_suffix(".part")
+        beside.write_text(json.dumps(self.meta))
+        os.replace(beside, self.meta_file)
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.randint(len(self), (size,), generator=generator).numpy()
+    def draw(self, size: int, generator: torch.Generator) -> np.ndarray:
+        """Rows at random, (size,)."""
+        return torch.randint(len(self), (size,), generator=generator).numpy()
+
+    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, C, h, w) and text features (B, L, D) of rows (B,)."""
         return tuple(torch.from_numpy(self.arrays[name][rows]).float() for name in ("latents", "contexts"))
 
+    def seeds(self, rows: np.ndarray) -> np.ndarray:
+        """Seeds of the scenes that rows (B,) hold: whatever else of a scene is wanted is drawn from them."""
+        made, capacity = self.meta["made"], self.meta["capacity"]
+        return self.offset + rows + (made - 1 - rows) // capacity * capacity
 
-class UNetRecipe:
-    name = "unet"
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.take(self.draw(size, generator))
+
+
+class LatentRecipe:
+    """What every stage on cached latents has in common: its batches, its loss, its samples.
+
+    A model that reads more than latent, timestep and text says in `beside` what, in `network` how, and
+    `loss` follows.
+    """
+
     warmup = 300
     decay_share = 0.0           # the run has no end: it goes on in the next call
 
-    def __init__(self, config: ModelConfig, vae: VAE, text: TextTower, tokenizer: Tokenizer, folder: Path, *,
-                 world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4, dropout: float = 0.1,
-                 fresh: int = 2, guidance: float = 3.0, **cache):
+    def __init__(self, model: nn.Module, config: ModelConfig, vae: VAE, text: TextTower, tokenizer: Tokenizer,
+                 folder: Path, *, world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4,
+                 dropout: float = 0.1, fresh: int = 2, guidance: float = 3.0, **cache):
         """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step."""
-        self.model = UNet(config.unet).to(memory_format=torch.channels_last)     # some 8 % faster, on a CPU too
+        self.model = model.to(memory_format=torch.channels_last)                 # some 8 % faster, on a CPU too
         self.schedule, self.tokenizer, self.text, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
         self.dropout, self.fresh, self.guidance = dropout, fresh, guidance
@@ -112,17 +135,50 @@ class UNetRecipe:
 
     def batch(self, generator: torch.Generator):
         self.cache.refresh(self.fresh)
-        latents, contexts = self.cache.batch(self.batch_size, generator)
+        rows = self.draw(generator)
+        latents, contexts = self.cache.take(rows)
         dropped = torch.rand(self.batch_size, generator=generator) < self.dropout
         contexts[dropped] = self.empty.cpu()
         # One timestep from each of `batch_size` equal parts of the schedule: less noise in the loss.
         parts = torch.arange(self.batch_size) + torch.rand(self.batch_size, generator=generator)
         t = (parts * self.schedule.steps / self.batch_size).long().clamp(max=self.schedule.steps - 1)
-        return latents, contexts, t, torch.randn(latents.shape, generator=generator)
+        return latents, contexts, t, torch.randn(latents.shape, generator=generator), *self.beside(rows)
 
-    def loss(self, model, latents, contexts, t, noise):
-        output = model(self.schedule.add_noise(latents, noise, t), t, contexts)
+    def draw(self, generator: torch.Generator) -> np.ndarray:
+        """Which rows of the cache make a batch, (B,)."""
+        return self.cache.draw(self.batch_size, generator)
+
+    def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """What the model reads beside latents and text of these rows: nothing, for the plain U-Net."""
+        return ()
+
+    def network(self, model, *beside) -> Callable:
+        """The model as a function (x, t, context) -> output."""
+        return model
+
+    def loss(self, model, latents, contexts, t, noise, *beside):
+        output = self.network(model, *beside)(self.schedule.add_noise(latents, noise, t), t, contexts)
         return F.mse_loss(output.float(), self.schedule.target(latents, noise, t)), {}
+
+    @torch.no_grad()
+    def sample(self, network, prompts: list[str], steps: int = 20) -> np.ndarray:
+        """Pictures of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
+        device = self.empty.device
+        context = self.text(self.tokenizer(prompts).to(device)).hidden
+        shape = self.cache.arrays["latents"].shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
+                             for i in range(len(prompts))]).to(device)
+        denoise = predict_x0(network, self.schedule, context, self.empty.expand_as(context), scale=self.guidance)
+        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
+        return to_images(torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]))
+
+
+class UNetRecipe(LatentRecipe):
+    name = "unet"
+
+    def __init__(self, config: ModelConfig, *frozen, **options):
+        """`frozen` and `options` as in `LatentRecipe`: autoencoder, text tower, tokenizer, the run's folder."""
+        super().__init__(UNet(config.unet), config, *frozen, **options)
 
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
@@ -130,19 +186,6 @@ class UNetRecipe:
         images = self.sample(averaged, prompts)
         save_sheet(contact_sheet(images, prompts), folder / f"{self.name}-{step:07d}.png")
         return self.listening(averaged)
-
-    @torch.no_grad()
-    def sample(self, unet, prompts: list[str], steps: int = 20) -> np.ndarray:
-        """Pictures of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
-        device = next(unet.parameters()).device
-        context = self.text(self.tokenizer(prompts).to(device)).hidden
-        shape = self.cache.arrays["latents"].shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
-                             for i in range(len(prompts))]).to(device)
-        denoise = predict_x0(unet, self.schedule, context, self.empty.to(device).expand_as(context),
-                             scale=self.guidance)
-        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
-        return to_images(torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]))
 
     @torch.no_grad()
     def listening(self, unet, count: int = 128) -> dict[str, float]:
