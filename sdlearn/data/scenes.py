@@ -6,6 +6,7 @@ on every machine.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -131,6 +132,42 @@ def scenes(start: int, count: int, split: str = "train", world: World = FULL):
     return (scene(seed, split, world) for seed in range(start, start + count))
 
 
+def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = None, relation: str | None = None,
+             background: str | None = None, seed: int = 0) -> Scene:
+    """A scene of just these objects, whatever training shows; what is left out is drawn from the seed.
+
+    names: one to three, the same one again for a count. colours: one for each; all natural by default. relation: of
+    the first of two objects to the second. The caption is empty. Raises ValueError for what no scene can hold.
+    """
+    colours = [None] * len(names) if colours is None else list(colours)
+    _check_wanted(names, colours, relation, background)
+    rng = random.Random(f"sdlearn of {seed} {list(names)} {colours} {relation} {background}")
+    if len(names) > 1 and len(set(zip(names, colours, strict=True))) == 1:
+        sizes = [rng.choice(("small", "medium"))] * len(names)
+    else:
+        sizes = [_size(rng, len(names)) for _ in names]
+        if sizes == ["large", "large"]:
+            sizes[rng.randrange(2)] = "medium"
+    return _composed(rng, seed, "test", names, colours, sizes, relation, background)
+
+
+def _check_wanted(names, colours, relation, background):
+    if not 1 <= len(names) <= 3 or len(colours) != len(names):
+        raise ValueError(f"a scene holds one to three objects with a colour (or None) for each, not {len(names)} "
+                         f"objects and {len(colours)} colours")
+    for name, colour in zip(names, colours, strict=True):
+        if name not in OBJECTS:
+            raise ValueError(f"there is no object '{name}'; choose one of {', '.join(OBJECTS)}")
+        if colour is not None and not (OBJECTS[name].tintable and colour in COLOURS):
+            raise ValueError(f"'{name}' cannot be {colour}; the colours are {', '.join(COLOURS)}, and only some objects "
+                             "take them: see tintable in OBJECTS")
+    if relation is not None and (relation not in RELATIONS or len(names) != 2):
+        raise ValueError(f"relation is '{relation}' for {len(names)} objects; give two objects and one of "
+                         f"{', '.join(RELATIONS)}")
+    if background is not None and background not in BACKGROUNDS:
+        raise ValueError(f"there is no background '{background}'; choose one of {', '.join(BACKGROUNDS)}")
+
+
 def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
     forms = ("single", "count", "pair", "triple")
     form = rng.choices(forms, [getattr(world, form) for form in forms])[0]
@@ -146,14 +183,22 @@ def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
         sizes = [_size(rng, number) for _ in names]
         if number == 2 and sizes == ["large", "large"]:
             sizes[rng.randrange(2)] = "medium"
+    return _composed(rng, seed, split, names, colours, sizes, relation)
+
+
+def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, relation,
+              background: str | None = None) -> Scene:
+    """A scene of objects whose sizes are known: places, depths and the ground."""
+    number = len(names)
     boxes = _place(rng, names, colours, sizes, relation)
     depths = rng.sample(range(number), number)
-    background = rng.choice(tuple(BACKGROUNDS))
+    background = background or rng.choice(tuple(BACKGROUNDS))
     shade = rng.randint(-8, 8)
     rgb = tuple(min(255, max(0, value + shade)) for value in BACKGROUNDS[background])
     objects = tuple(Placed(name, OBJECTS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
                     in zip(names, colours, sizes, boxes, depths, strict=True))
-    return Scene(seed, split, "", objects, background, rgb, relation, number if form == "count" else 1)
+    count = number if number > 1 and len(set(names)) == 1 else 1
+    return Scene(seed, split, "", objects, background, rgb, relation, count)
 
 
 def _colour(rng: random.Random, name: str) -> str | None:
@@ -178,7 +223,7 @@ def _extent(rng: random.Random, name: str, colour: str | None, size: str, number
 def _place(rng, names, colours, sizes, relation) -> list[tuple[int, int, int, int]]:
     """Boxes for the objects. Things of one count are all of one size."""
     number = len(names)
-    alike = number > 1 and len(set(names)) == 1
+    alike = number > 1 and len(set(zip(names, colours, sizes, strict=True))) == 1
     extents = [_extent(rng, *what, number) for what in zip(names, colours, sizes, strict=True)]
     if alike:
         extents = extents[:1] * number
