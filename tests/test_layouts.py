@@ -25,7 +25,7 @@ from models import one_thread  # noqa: F401
 
 from sdlearn.checkpoint import CheckpointError, detect, layouts, shapes
 from sdlearn.clip import TextTower
-from sdlearn.config import PRESETS, UNetConfig, VAEConfig
+from sdlearn.config import PRESETS, ControlNetConfig, UNetConfig, VAEConfig
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE as Autoencoder
 
@@ -189,8 +189,8 @@ def test_full_size_files_are_told_by_their_shapes(name, newer, in_channels, pred
     assert found == wanted
 
 
-def test_a_controlnet_s_shapes_tell_its_unet():
-    assert replace(detect.unet_config(Path("x"), controlnet_shapes()), out_channels=4) == PRESETS["sd15"].unet
+def test_a_controlnet_s_shapes_tell_its_config():
+    assert detect.controlnet_config(Path("x"), controlnet_shapes()) == ControlNetConfig(PRESETS["sd15"].unet)
 
 
 def test_one_damaged_tensor_does_not_change_what_is_read():

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm_names import HF, OPEN_CLIP, UNET
+from diffusers import ControlNetModel
+from ldm_names import HF, NAMES, OPEN_CLIP, UNET
 from ldm_names import VAE as VAE_PREFIX
-from models import ZERO_SNR, one_thread, tiny_config, tiny_parts  # noqa: F401
+from models import ZERO_SNR, one_thread, randomise, tiny_config, tiny_parts  # noqa: F401
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_files import VOCABULARY, small, text_state, tokenizer
@@ -28,6 +29,7 @@ from sdlearn.checkpoint import (
     load,
     load_folder,
     load_single,
+    load_single_controlnet,
     save_folder,
     save_single,
     sentence,
@@ -231,6 +233,53 @@ def test_modules_take_the_tensors_as_they_were_read(old_file, words, monkeypatch
     assert sizes == {0}                 # no view that keeps a larger tensor alive
 
 
+# --- ControlNets ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def control():
+    """Diffusers' module, and its tensors named by the table."""
+    theirs = ControlNetModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=768, attention_head_dim=8)
+    randomise(theirs.eval(), torch.Generator().manual_seed(0))
+    names = NAMES["unet"] | NAMES["controlnet"]
+    return theirs, {names[ours]: tensor for ours, tensor in theirs.state_dict().items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix, prefix", [(".pth", ""), (".safetensors", "control_model."), (".ckpt", "whole")])
+def test_a_controlnet_is_read_alone_and_from_beside_a_model(control, older, tmp_path, suffix, prefix):
+    theirs, tensors = control
+    if prefix:
+        tensors = {f"control_model.{name}": one for name, one in tensors.items()}
+    if prefix == "whole":
+        tensors = tensors | older.tensors
+    file = tmp_path / f"control{suffix}"
+    save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
+    net = load_single_controlnet(file)
+    same(net.state_dict(), theirs.state_dict())
+    assert net.control_config.unet == replace(PRESETS["sd15"].unet, channels=(32, 64, 64, 64))
+    assert net.control_config.hint_widths == (16, 32, 96, 256) and not net.training
+    generator = torch.Generator().manual_seed(1)
+    x, text, hint = (torch.randn(shape, generator=generator) for shape in
+                     ((1, 4, 8, 8), (1, 77, 768), (1, 3, 64, 64)))
+    features = theirs(x, 500, text, hint, return_dict=False)
+    ours = net(x, 500, text, hint)
+    for one, other in zip(ours, [*features[0], features[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_wrong_with_a_controlnet_is_told(control, old_file, tmp_path):
+    with pytest.raises(CheckpointError, match="model.safetensors holds no ControlNet"):
+        load_single_controlnet(old_file)
+    tensors = dict(control[1])
+    tensors["stray"] = tensors.pop("zero_convs.3.0.weight")
+    save_file(tensors, tmp_path / "control.safetensors")
+    with pytest.raises(TensorMismatch) as caught:
+        load_single_controlnet(tmp_path / "control.safetensors")
+    assert (caught.value.missing, caught.value.unexpected) == (["zero_convs.3.0.weight"], ["stray"])
+    with pytest.raises(CheckpointError, match="holds a ControlNet, which works beside a model"):
+        load(tmp_path / "control.safetensors")
+
+
 # --- tokenizers -------------------------------------------------------------------------------------
 
 def test_a_tokenizer_is_fetched_from_the_hub_or_asked_for(older, old_file, words, monkeypatch):
@@ -286,6 +335,15 @@ def test_what_tensors_cannot_tell_is_written_beside_them(config, tmp_path):
     style = HF if config.text.activation == "quick_gelu" and config.text.pad_with_end else OPEN_CLIP
     assert any(name.startswith(style) for name in names)
     assert {name.split(".")[0] for name in names} == {"model", "first_stage_model", "cond_stage_model", "sdlearn"}
+
+
+def test_a_tower_of_many_layers_loses_none(tmp_path):
+    """Of a published SD 2.x' text tower the 24th layer is passed over; of one of ours nothing is."""
+    text = replace(tiny_config().text, layers=25, activation="gelu")
+    parts = tiny_parts(config=replace(tiny_config(), text=text))
+    file = save_single(tmp_path / "tiny.safetensors", parts)
+    assert f"{OPEN_CLIP}transformer.resblocks.23.ln_1.weight" in load_file(file)
+    same_parts(load_single(file), parts)
 
 
 def test_words_that_were_added_are_kept(tmp_path):
@@ -601,6 +659,13 @@ def test_pickles_in_a_folder_are_told_as_such(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(CheckpointError, match="unet.diffusion_pytorch_model.safetensors is missing.*model.bin, a pic"):
+        load_folder(folder)
+
+
+def test_a_folder_s_tensors_that_are_not_finite_are_named(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"conv_out.bias": torch.full((4,), float("nan"))}, file)
+    with pytest.raises(TensorsNotFinite, match="conv_out.bias"):
         load_folder(folder)
 
 

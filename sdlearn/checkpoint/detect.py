@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import PRESETS, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
+from ..config import PRESETS, ControlNetConfig, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig
 from .errors import CheckpointError
 from .files import Shape
 from .layouts import count
@@ -102,6 +102,18 @@ def unet_config(file: Path, shapes: dict[str, Shape]) -> UNetConfig:
         attention=tuple(any(re.match(rf"input_blocks\.({row})\.1\.", name) for name in shapes) for row in level),
         layers_per_block=layers, heads=8 if context == 768 else None, head_dim=None if context == 768 else 64,
         context_dim=context, linear_projection=ranks.most_common(1) != [] and ranks.most_common(1)[0][0] == 2)
+
+
+def controlnet_config(file: Path, shapes: dict[str, Shape]) -> ControlNetConfig:
+    """Of a ControlNet's tensors, without their prefix."""
+    if not any(name.startswith("zero_convs.") for name in shapes):
+        raise CheckpointError(f"{file} holds no ControlNet in the layout of single files; give one that does, or the "
+                              "folder of a ControlNet to load_controlnet.")
+    # The first convolution of the hint's network, and then every second one, gives a new width.
+    widths = [vote(shapes, rf"input_hint_block\.{4 * i}\.\w+", 0, 16)
+              for i in range((count(shapes, r"input_hint_block\.(\d+)\.") + 1) // 2)]
+    return ControlNetConfig(unet_config(file, shapes), vote(shapes, r"input_hint_block\.0\.weight", 1, 3),
+                            tuple(widths) or (16,))
 
 
 def vae_config(shapes: dict[str, Shape]) -> VAEConfig:

@@ -4,6 +4,7 @@
     first_stage_model.              the autoencoder
     cond_stage_model.transformer.   SD 1.x' text tower, under the names of transformers
     cond_stage_model.model.         SD 2.x' text tower, under those of OpenCLIP
+    control_model.                  a ControlNet, which also comes alone, with or without this prefix
     sdlearn.vision.                 ours: CLIP's vision tower, both projections and the logit scale
 
 Published files are .safetensors or .ckpt; what is written is .safetensors, with the configs and the
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..clip import CLIP, TextTower
 from ..config import ModelConfig
+from ..controlnet import ControlNet
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -91,6 +93,28 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
     with written_beside(file) as beside:
         write_tensors(beside, single_tensors(tensors, places), dtype, metadata=write_header(parts), told=file.name)
     return file
+
+
+def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cpu",
+                           dtype: torch.dtype = torch.float32) -> ControlNet:
+    """The ControlNet of a single file, on `device`, cast to `dtype`; a model that is in it too is passed over.
+
+    Its config is read off the tensors. Raises as `load_single` does.
+    """
+    file = Path(file)
+    check_arguments(file, None)
+    with stored(file) as there:
+        prefix = detect.CONTROL if any(name.startswith(detect.CONTROL) for name in there.shapes) else ""
+        with torch.device("meta"):
+            net = ControlNet(detect.controlnet_config(file, detect.part(there.shapes, prefix)))
+        found = {name: shape for name, shape in there.shapes.items() if name.startswith(prefix)}
+        places = {("controlnet", name): place._replace(name=prefix + place.name)
+                  for name, place in unet_places(net.state_dict()).items()}
+        compare(file, found, {"controlnet": net}, places)
+        tensors = copied(file, ((name, place.name, there.read(place.name))
+                                for (_, name), place in places.items()), device, dtype)
+    net.load_state_dict(tensors, strict=True, assign=True)
+    return net.eval()
 
 
 # --- where the parts lie ----------------------------------------------------------------------------
