@@ -1,0 +1,147 @@
+"""A network stored as its difference to the base it was trained from, in a fifth of the room.
+
+A ControlNet starts as a copy of the U-Net's encoder, an inpainting model as the whole U-Net, and training
+moves their weights a little. What they moved by is stored, of each tensor in one of three forms:
+
+    <name>                      the tensor itself: what the base does not have, or has in another shape
+    <name>.difference           what to add to the base's tensor, whole: biases, norms, small weights
+    <name>.up, <name>.down      (M, R) and (R, N): their product is what to add, as one matrix (M, N) with
+                                everything behind the first dimension in its columns
+
+The last is the singular value decomposition, cut off: of all matrices of rank R the nearest (Eckart and
+Young 1936). The header tells the fingerprint of the base, since with any other one the sum is nonsense.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .files import check_shapes, copied, shapes, stored, write_tensors
+
+Tensors = dict[str, Tensor]
+STORED = torch.float16
+SMALL = 4096            # numbers; what has fewer is stored whole
+
+
+def fingerprint(file: Path) -> str:
+    """Of the tensors of a file, as they are stored: 16 hexadecimal digits, the same wherever they are equal."""
+    digest = hashlib.sha256()
+    with stored(file) as there:
+        for name in sorted(there.shapes):
+            tensor = there.read(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def difference(tensors: Tensors, base: Tensors, budget: int) -> Tensors:
+    """What to store of `tensors` so that `restored` gives them back nearly: at most about `budget` bytes of it.
+
+    What is stored whole costs what it costs. The rest of the budget goes to singular values, the largest
+    square for its bytes first, over all matrices: so the sum of all squared errors is as small as it can
+    be. Raises ValueError for a budget that what is stored whole exceeds.
+    """
+    kept, left = {}, budget
+    triples: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().float().cpu()
+        if name not in base or base[name].shape != tensor.shape:
+            kept[name] = tensor
+        elif tensor.ndim < 2 or tensor.numel() <= SMALL:
+            kept[f"{name}.difference"] = tensor - base[name].float().cpu()
+        else:
+            moved = (tensor - base[name].float().cpu()).flatten(1)                   # (M, N)
+            triples[name] = torch.linalg.svd(moved, full_matrices=False)
+    left -= sum(tensor.numel() for tensor in kept.values()) * STORED.itemsize
+    if left < 0:
+        raise ValueError(f"a budget of {budget:,} bytes is too small by {-left:,} for what must be stored whole: "
+                         "give more")
+    ranks = _ranks(triples, left)
+    for name, (up, values, down) in triples.items():
+        root = values[:ranks[name]].sqrt()                      # half to each, so that neither leaves fp16's range
+        kept[f"{name}.up"] = up[:, :ranks[name]] * root                              # (M, R)
+        kept[f"{name}.down"] = root[:, None] * down[:ranks[name]]                    # (R, N)
+    return kept
+
+
+def _ranks(triples: dict[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> dict[str, int]:
+    """How many singular values of each matrix fit into `budget` bytes when the best for their bytes go first."""
+    names = list(triples)
+    if not names:
+        return {}
+    costs = {name: (len(up) + down.shape[1]) * STORED.itemsize for name, (up, _, down) in triples.items()}
+    worth = torch.cat([values.square() / costs[name] for name, (_, values, _) in triples.items()])
+    whose = torch.cat([torch.full((len(triples[name][1]),), i) for i, name in enumerate(names)])
+    order = worth.argsort(descending=True)
+    order = order[worth[order] > 0]
+    spent = torch.tensor([costs[name] for name in names])[whose[order]].cumsum(0)
+    taken = whose[order][spent <= budget].bincount(minlength=len(names))
+    return dict(zip(names, taken.tolist(), strict=True))
+
+
+def write_difference(file: Path, kept: Tensors, base_file: Path):
+    """Not atomic by itself: for use inside `written_beside`."""
+    write_tensors(file, kept, STORED, metadata={"base": fingerprint(base_file)})
+
+
+def check_base(file: Path, base_file: Path):
+    """Raise CheckpointError unless the differences in `file` were taken from the tensors in `base_file`."""
+    with stored(file) as there:
+        wanted = there.metadata.get("base")
+    if wanted is None:
+        raise CheckpointError(f"{file} does not say which base it belongs to; write it again with `train ship`.")
+    if fingerprint(base_file) != wanted:
+        raise CheckpointError(f"{file} belongs to another base than {base_file}, whose weights have changed since; "
+                              "train and ship it again with this base, or take both from one model.")
+
+
+def restored(file: Path, module: nn.Module, base: Tensors) -> Tensors:
+    """All tensors of `module`, which may be on the meta device, in float32: the base's plus the differences in `file`.
+
+    `check_base` has said that it is the right base. Raises CheckpointError for a file that is missing or
+    damaged, TensorMismatch for one that does not fit the module.
+    """
+    wanted = shapes(module)
+    with stored(file) as there:
+        forms = dict(_forms(there.shapes, wanted))
+        check_shapes(file, {name: shape for name, (_, shape) in forms.items()}, wanted)
+        kept = copied(file, ((name, name, there.read(name)) for name in there.shapes), "cpu", torch.float32)
+    whole = {}
+    for name, (form, shape) in forms.items():
+        if form == "":
+            whole[name] = kept[name]
+        elif form == "difference":
+            whole[name] = base[name] + kept[f"{name}.difference"]
+        else:
+            whole[name] = base[name] + (kept[f"{name}.up"] @ kept[f"{name}.down"]).reshape(shape)
+    return whole
+
+
+def _forms(found: dict[str, tuple[int, ...]], wanted: dict) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """(name, (form, shape)) of the tensors that a file with such names and shapes gives."""
+    for key, shape in found.items():
+        name, _, form = key.rpartition(".")
+        if key in wanted or form not in ("difference", "up", "down"):
+            yield key, ("", shape)
+        elif form == "difference":
+            yield name, (form, shape)
+        elif form == "up":
+            down = found.get(f"{name}.down", (0, 0))
+            full = wanted.get(name, ())
+            fits = shape[1:] == down[:1] and full[:1] == shape[:1] and prod(full[1:]) == down[-1]
+            yield name, (form, full if fits else (*shape, *down))
+        elif f"{name}.up" not in found:
+            yield key, ("", shape)                              # half of a pair: told as unexpected
+
+
+def relative_error(tensors: Tensors, approximate: Tensors, base: Tensors) -> float:
+    """|| tensors - approximate || / || tensors - base || over all tensors that the base has in the same shape."""
+    shared = [name for name in tensors if name in base and base[name].shape == tensors[name].shape]
+    lost = sum(float((tensors[name] - approximate[name]).double().square().sum()) for name in shared)
+    moved = sum(float((tensors[name] - base[name]).double().square().sum()) for name in shared)
+    return (lost / max(moved, 1e-30)) ** 0.5

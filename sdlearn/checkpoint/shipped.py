@@ -1,0 +1,149 @@
+"""The models that come with the package, and what was trained on top of them.
+
+    weights/<model>/                    a model folder, see `folder`
+    weights/<model>/control-<name>/     a ControlNet: config.json, difference.safetensors
+    weights/<model>/inpaint/            the nine-channel U-Net: config.json, difference.safetensors
+
+The last two hold differences to the model's own U-Net, see `difference`; loaded they are plain modules.
+Wherever a model is asked for, the path of any folder of this kind serves as well as a shipped name.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..controlnet import ControlNet
+from ..unet import UNet
+from .configs import controlnet_from_dict, controlnet_to_dict, unet_from_dict, unet_to_dict
+from .difference import Tensors, check_base, difference, restored, write_difference
+from .errors import CheckpointError
+from .files import read_tensors, shapes, write_json, written_beside
+from .folder import DIFFUSERS_FILE, Parts, _read, load_folder, weights_file
+
+SHIPPED = Path(__file__).parents[1] / "weights"
+CONTROL, INPAINT = "control-", "inpaint"        # folders; the second is also what an inpainting model's name ends in
+DIFFERENCE_FILE = "difference.safetensors"
+
+
+def shipped_models() -> list[str]:
+    """Names that `load_shipped` takes: "mini", and "mini-inpaint" where the model has one for inpainting."""
+    folders = sorted(file.parent for file in SHIPPED.glob("*/model_index.json"))
+    return [name for folder in folders for name in
+            [folder.name, *([f"{folder.name}-{INPAINT}"] if (folder / INPAINT / DIFFERENCE_FILE).exists() else [])]]
+
+
+def shipped_controls(model: str | Path = "mini") -> list[str]:
+    """Names of a model's ControlNets, as `load_shipped_control` takes them."""
+    return sorted(file.parent.name.removeprefix(CONTROL)
+                  for file in model_folder(model).glob(f"{CONTROL}*/{DIFFERENCE_FILE}"))
+
+
+def load_shipped(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
+    """Every part of a shipped model. Raises CheckpointError for a name that is none of `shipped_models`."""
+    if name not in shipped_models():
+        known = ", ".join(shipped_models()) or "none: the package was installed without its weights"
+        raise CheckpointError(f"there is no shipped model '{name}'; there are {known}.")
+    if (SHIPPED / name).is_dir():
+        return load_folder(SHIPPED / name, device=device, dtype=dtype)
+    return load_inpaint(name.removesuffix(f"-{INPAINT}"), device=device, dtype=dtype)
+
+
+def load_shipped_control(model: str | Path, name: str, *, device: str | torch.device = "cpu",
+                         dtype: torch.dtype = torch.float32) -> ControlNet:
+    """A ControlNet of a model, by the name of its hint: load_shipped_control("mini", "edges").
+
+    Raises CheckpointError, in a sentence, for one that the model does not have, that is damaged, or that
+    belongs to another base.
+    """
+    folder = model_folder(model)
+    place = folder / f"{CONTROL}{name}"
+    if not (place / DIFFERENCE_FILE).exists():
+        known = ", ".join(shipped_controls(model)) or "none"
+        raise CheckpointError(f"{folder} has no ControlNet '{name}'; it has {known}.")
+    config = _read(place / "config.json", controlnet_from_dict)
+    with torch.device("meta"):
+        net = ControlNet(config)
+    return _filled(net, place, folder).to(device, dtype)
+
+
+def load_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32) -> Parts:
+    """A model with its nine-channel U-Net in the place of the base's. Errors as in `load_shipped_control`."""
+    folder = model_folder(model)
+    place = folder / INPAINT
+    if not (place / DIFFERENCE_FILE).exists():
+        raise CheckpointError(f"{folder} has no U-Net for inpainting; ask for the model itself, which inpaints by "
+                              "blending.")
+    config = _read(place / "config.json", unet_from_dict)
+    with torch.device("meta"):
+        unet = UNet(config)
+    unet = _filled(unet, place, folder).to(device, dtype)
+    parts = load_folder(folder, device=device, dtype=dtype)
+    return replace(parts, unet=unet, config=replace(parts.config, name=f"{folder.name}-{INPAINT}", unet=config))
+
+
+def save_control(model: Path, name: str, net: ControlNet, *, budget: int) -> Path:
+    """Store a ControlNet as its difference to the U-Net of a model folder, in about `budget` bytes.
+
+    Raises CheckpointError when it cannot be written, ValueError for a budget that is too small.
+    """
+    return _save(model, f"{CONTROL}{name}", net.state_dict(), controlnet_to_dict(net.control_config), budget)
+
+
+def save_inpaint(model: Path, unet: UNet, *, budget: int) -> Path:
+    """Store a nine-channel U-Net as its difference to that of a model folder; as `save_control`."""
+    side = _read(model / "unet" / "config.json", lambda values: int(values["sample_size"]))
+    return _save(model, INPAINT, unet.state_dict(), unet_to_dict(unet.config, side), budget)
+
+
+def remove_strangers(model: Path) -> list[str]:
+    """Remove what belongs to another base than the U-Net that a model folder holds now; the names of what went."""
+    gone = []
+    for file in sorted([*model.glob(f"{CONTROL}*/{DIFFERENCE_FILE}"), *model.glob(f"{INPAINT}/{DIFFERENCE_FILE}")]):
+        try:
+            check_base(file, base_file(model))
+        except CheckpointError:
+            shutil.rmtree(file.parent)
+            gone.append(file.parent.name)
+    return gone
+
+
+# --- where things are -------------------------------------------------------------------------------
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a shipped model, by name, or of any other, by path."""
+    for folder in (SHIPPED / model, Path(model)):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise CheckpointError(f"there is no model '{model}'; give a shipped one ({', '.join(shipped_models()) or 'none'}) "
+                          "or the path of a model folder.")
+
+
+def base_file(model: Path) -> Path:
+    return weights_file(model / "unet" / DIFFUSERS_FILE)
+
+
+def base_tensors(model: Path) -> Tensors:
+    """The U-Net's tensors as they are stored, in float32."""
+    with torch.device("meta"):
+        unet = UNet(_read(model / "unet" / "config.json", unet_from_dict))
+    return read_tensors(base_file(model), shapes(unet))
+
+
+def _filled(module: torch.nn.Module, place: Path, model: Path):
+    """A module on the meta device, filled with the base's tensors plus the differences in `place`."""
+    file = place / DIFFERENCE_FILE
+    check_base(file, base_file(model))                          # before the base is read
+    tensors = restored(file, module, base_tensors(model))
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval()
+
+
+def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int) -> Path:
+    kept = difference(tensors, base_tensors(model), budget)
+    with written_beside(Path(model).absolute() / name) as beside:
+        write_json(beside / "config.json", config)
+        write_difference(beside / DIFFERENCE_FILE, kept, base_file(model))
+    return model / name
