@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetP
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from models import one_thread, randomise  # noqa: F401
 
-from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs
+from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_control, source
 from sdlearn.checkpoint.control import load_controlnet, save_controlnet
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig, UNetConfig
 from sdlearn.controlnet import Control, ControlNet, check_version, controlled, guess_scales
@@ -573,3 +573,23 @@ def test_tensors_of_another_controlnet_are_told(folder):
     (folder / "config.json").write_text(json.dumps(values | {"cross_attention_dim": 24}))
     with pytest.raises(TensorMismatch, match="of another shape"):
         load_controlnet(folder)
+
+
+def test_a_control_is_loaded_from_a_folder_a_file_or_the_hub(folder, tmp_path, monkeypatch):
+    wanted = pair("sd1_small")[0].state_dict()
+    save_controlnet(folder, pair("sd1_small")[0])
+    asked = []
+
+    def download(repo, *, revision, file):
+        asked.append((repo, revision, file))
+        return folder / file
+
+    monkeypatch.setattr(source, "download", download)
+    for net in (load_control(folder), load_control("someone/control", revision="v2")):
+        assert all(torch.equal(net.state_dict()[name], wanted[name]) for name in wanted)
+    assert asked == [("someone/control", "v2", "config.json"), ("someone/control", "v2", FILE)]
+    with pytest.raises(CheckpointError, match="there is no file or folder none"):
+        load_control("none")
+    (tmp_path / "net.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="net.safetensors"):       # read as a single file
+        load_control(tmp_path / "net.safetensors")

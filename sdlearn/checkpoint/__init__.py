@@ -1,12 +1,16 @@
 """Checkpoints: whole models as folders and single files, read strictly and never half-written."""
 
+from .control import save_controlnet
+from .embedding import load_embedding, save_embedding
 from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, sentence
 from .files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
 from .folder import Parts, load_folder, save_folder
 from .hub import download
-from .single import load_single, load_single_controlnet, save_single
-from .source import load
+from .lora import load_lora, save_lora
+from .single import load_single, save_single
+from .source import load, load_control
 
-__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_folder",
-           "load_single", "load_single_controlnet", "read_json", "read_tensors", "save_folder", "save_single",
-           "sentence", "shapes", "write_json", "write_tensors", "written_beside"]
+__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_control",
+           "load_embedding", "load_folder", "load_lora", "load_single", "read_json", "read_tensors", "save_controlnet",
+           "save_embedding", "save_folder", "save_lora", "save_single", "sentence", "shapes", "write_json",
+           "write_tensors", "written_beside"]

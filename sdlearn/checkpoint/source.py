@@ -1,4 +1,4 @@
-"""One way in for every model: a folder, a single file, or a name on the hub."""
+"""One way in for every model and every ControlNet: a folder, a single file, or a name on the hub."""
 
 import re
 from dataclasses import replace
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ..controlnet import ControlNet
+from .control import load_controlnet
 from .errors import CheckpointError
-from .folder import Parts, load_folder, read_tokenizer
+from .folder import DIFFUSERS_FILE, Parts, load_folder, read_tokenizer
 from .hub import download
-from .single import SUFFIXES, Source, find_tokenizer, load_single
+from .single import SUFFIXES, Source, find_tokenizer, load_single, load_single_controlnet
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -36,11 +38,27 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
     return parts
 
 
-def from_hub(source: str, revision: str | None) -> Path:
+def from_hub(source: str, revision: str | None, file: str | None = None) -> Path:
     if not HUB_NAME.fullmatch(source) or source.lower().endswith(SUFFIXES):
         raise CheckpointError(f"there is no file or folder {source}; give the path of a model folder or of a single "
                               "file, or a repository on the hub as owner/name.")
     try:
-        return download(source, revision=revision)
+        return download(source, revision=revision, file=file)
     except CheckpointError as error:
         raise CheckpointError(f"there is no file or folder {source} here, and as a name on the hub: {error}") from error
+
+
+def load_control(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32) -> ControlNet:
+    """A ControlNet: the path of its folder or of a single file, or a repository on the hub, "owner/name".
+
+    Raises CheckpointError, in one sentence.
+    """
+    path = Path(source).expanduser()
+    place = {"device": device, "dtype": dtype}
+    if path.is_file():
+        return load_single_controlnet(path, **place)
+    if not path.exists():
+        path = from_hub(str(source), revision, file="config.json").parent
+        from_hub(str(source), revision, file=DIFFUSERS_FILE)        # into the same folder
+    return load_controlnet(path, **place)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint.control import load_controlnet
+from ..checkpoint import load_control
 from ..pipeline import PromptWarning, Settings, SettingsError, StableDiffusion, make_control
 from ..prompt import LONG
 from ..samplers import SAMPLERS
@@ -42,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser):
                                                        "with a mask 1)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="the image is made anew where it is white")
     parser.add_argument("--resample", type=int, default=1, metavar="N", help="with a mask: each step N times (1)")
-    parser.add_argument("--control", nargs="+", action="append", default=[], metavar=("FOLDER", "HINT"),
-                        help="a ControlNet's folder, a picture, and a strength if it is not 1; may be given again")
+    parser.add_argument("--control", nargs="+", action="append", default=[], metavar=("NET", "HINT"),
+                        help="a ControlNet's folder, file or hub name, a picture, and a strength if it is not 1; may be "
+                             "given again")
     parser.add_argument("--lora", nargs="+", action="append", default=[], metavar=("FILE", "STRENGTH"),
                         help="a LoRA file, and a strength if it is not 1; may be given again")
     parser.add_argument("--embedding", nargs="+", action="append", default=[], metavar=("FILE", "WORD"),
@@ -109,7 +110,7 @@ def task(model: StableDiffusion, args: argparse.Namespace) -> dict:
         given["mask"] = opened(args.mask)
     controls = []
     for (folder, hint), strength in (with_number(control, 2, "--control") for control in args.control):
-        net = load_controlnet(Path(folder), device=model.device, dtype=model.dtype)
+        net = load_control(folder, device=model.device, dtype=model.dtype)
         controls.append(make_control(net, opened(Path(hint)), strength=strength))
     return given | {"resample": args.resample, "controls": controls}
 

@@ -23,9 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import prompt as prompt_room
-from ..checkpoint import CheckpointError, Parts, load, load_folder
-from ..checkpoint.embedding import load_embedding
-from ..checkpoint.lora import load_lora
+from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_folder, load_lora
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, Merged, add_embedding
 from ..guidance import check_guidance, predict_x0
