@@ -59,7 +59,7 @@ def steps(recipe, folder, count, **options):
 
 
 def test_every_stage_leaves_state_figures_and_a_sheet(run):
-    for name in stages.STAGES:
+    for name in ("vae", "clip", "unet"):
         progress = load_state(run / f"{name}-state.pt")["progress"]
         assert progress["step"] > 0 and progress["samples"] > 0 and 0 < progress["seconds"] < 60
         assert math.isfinite(progress["loss"]) and progress["history"][-1]["step"] == progress["step"]

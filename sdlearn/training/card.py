@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
 from ..pictures import psnr, to_images, to_tensor
 from ..unet import UNet
+from .adapters import card_section, ship_adapters
 from .clip import retrieval, shortest
 from .loop import load_state
 from .stages import averaged, train_tokenizer, trained_vae
@@ -87,6 +88,9 @@ def ship(config: ModelConfig, run: Path, out: Path | None = None, *, world: Worl
     prompts = fixed_prompts(count, world)
     parts, figures, images = measure(config, run, prompts, world)
     folder = save_folder(out or SHIPPED / config.name, parts, dtype=torch.float16)
+    if adapters := ship_adapters(config, run, folder):
+        figures["on top"] = adapters
+        figures["training"] |= {stage: told["training"] for stage, told in adapters.items()}
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (folder / "MODEL_CARD.md").write_text(card(config, parts, figures), encoding="utf-8")
     contact_sheet(images, prompts).save(folder / "samples.png", optimize=True)
@@ -125,6 +129,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "## Samples", "",
         "Captions of unseen scenes, one seed each, none left out: DDIM, 25 steps, guidance 3.", "",
         "![pictures of unseen prompts](samples.png)", "",
+        *card_section(figures.get("on top", {})),
         "## Licence", "",
         "Trained on OpenMoji art: the weights and the pictures they make are shared under CC BY-SA 4.0. All emojis",
         "designed by OpenMoji, the open-source emoji and icon project.", ""))

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace):
     if args.stage == "ship":
         print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
         return
-    if args.start and (filled := stages.start_from(args.start, args.run)):
+    if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
         print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
         train_stage(name, args)

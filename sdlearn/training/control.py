@@ -63,7 +63,11 @@ class ControlRecipe(LatentRecipe):
 
     def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Hints (B, 3, H, W) of the rows' scenes."""
-        return hint_tensor([self.hint_of(scene(seed, world=self.world)) for seed in self.cache.seeds(rows).tolist()]),
+        return self.given([scene(seed, world=self.world) for seed in self.cache.seeds(rows).tolist()])
+
+    def given(self, drawn: list[Scene]) -> tuple[torch.Tensor, ...]:
+        """Hints (B, 3, H, W) of scenes."""
+        return hint_tensor([self.hint_of(one) for one in drawn]),
 
     def network(self, model, hints: torch.Tensor) -> Callable:
         return lambda x, t, context: self.unet(x, t, context, model(x, t, context, hints))
@@ -72,17 +76,21 @@ class ControlRecipe(LatentRecipe):
     def report(self, averaged: ControlNet, folder: Path, step: int) -> dict[str, float]:
         """A sheet of hints, pictures with them and pictures without, the same noise for both; how far they agree."""
         drawn = [scene(seed, "test", self.world) for seed in range(SHOWN)]
-        captions, hints = [one.caption for one in drawn], [self.hint_of(one) for one in drawn]
+        captions = [one.caption for one in drawn]
         led, free = self.led(averaged, drawn), self.sample(self.unet, captions)
-        triples = [np.concatenate([np.stack([hint] * 3, axis=2), *pair], axis=1)
-                   for hint, *pair in zip(hints, led, free, strict=True)]
-        save_sheet(contact_sheet(triples, captions, columns=3), folder / f"{self.name}-{step:07d}.png")
+        sheet = contact_sheet(self.strips(drawn, led, free), captions, columns=3)
+        save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
         return self.agreement(drawn, led, free)
+
+    def strips(self, drawn: list[Scene], *pictures) -> list[np.ndarray]:
+        """Each hint and, at its right, the pictures of its scene, uint8 (H, n W, 3)."""
+        return [np.concatenate([np.stack([self.hint_of(one)] * 3, axis=2), *row], axis=1)
+                for one, *row in zip(drawn, *pictures, strict=True)]
 
     def led(self, net: ControlNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Pictures of scenes' captions that follow their hints, uint8 (B, H, W, 3)."""
-        hints = hint_tensor([self.hint_of(one) for one in drawn]).to(self.empty.device)
-        return self.sample(controlled(self.unet, [Control(net, hints)]), [one.caption for one in drawn], steps)
+        control = Control(net, *(hints.to(self.empty.device) for hints in self.given(drawn)))
+        return self.sample(controlled(self.unet, [control]), [one.caption for one in drawn], steps)
 
     @torch.no_grad()
     def agreement(self, drawn: list[Scene], led, free) -> dict[str, float]:

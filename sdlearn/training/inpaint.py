@@ -185,14 +185,16 @@ class InpaintRecipe(LatentRecipe):
     def report(self, averaged: UNet, folder: Path, step: int) -> dict[str, float]:
         """A sheet of unseen scenes, what of them is shown, and the results."""
         drawn = [scene(seed, "test", self.world) for seed in range(SHOWN)]
-        pixels, mask = to_tensor([one.image for one in drawn]), mask_tensor([hole(one) for one in drawn])
         results = self.filled(averaged, drawn)
-        shown = to_images(masked_pixels(pixels, mask))
-        triples = [np.concatenate(three, axis=1) for three in
-                   zip([one.image for one in drawn], shown, results, strict=True)]
-        save_sheet(contact_sheet(triples, [one.caption for one in drawn], columns=3),
-                   folder / f"{self.name}-{step:07d}.png")
+        sheet = contact_sheet(self.strips(drawn, results), [one.caption for one in drawn], columns=3)
+        save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
         return {**self.kept(drawn, results), **self.listening(averaged)}
+
+    def strips(self, drawn: list[Scene], *pictures) -> list[np.ndarray]:
+        """Each scene, what is shown of it and, at its right, the pictures made from that, uint8 (H, n W, 3)."""
+        pixels, mask = to_tensor([one.image for one in drawn]), mask_tensor([hole(one) for one in drawn])
+        shown = to_images(masked_pixels(pixels, mask))
+        return [np.concatenate([one.image, *row], axis=1) for one, *row in zip(drawn, shown, *pictures, strict=True)]
 
     def filled(self, unet: UNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Scenes with their `hole` made anew from their caption, uint8 (B, H, W, 3); nothing is pasted back."""
@@ -222,15 +224,9 @@ class InpaintRecipe(LatentRecipe):
     def listening(self, unet: UNet, count: int = 64, step: int = 700) -> dict[str, float]:
         """The loss in the hole at one timestep, with the right captions and what is around it, and with the
         captions, then the surroundings, of other scenes: what is heard, and what is seen."""
-        device = self.empty.device
         drawn = [scene(1000 + seed, "test", self.world) for seed in range(count)]
-        pixels = to_tensor([one.image for one in drawn]).to(device)
-        latents = torch.cat([self.vae.to_latent(part) for part in pixels.split(16)])
         masks, masked = self.given(drawn)
-        contexts = self.text(self.tokenizer([one.caption for one in drawn]).to(device)).hidden
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
-        t = torch.full((count,), step, device=device)
-        noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
+        noisy, t, contexts, target = self.probe(drawn, step)
         figures = {}
         for name, context, around in (("right", contexts, masked), ("wrong", contexts.roll(1, dims=0), masked),
                                       ("unseen", contexts, masked.roll(1, dims=0))):

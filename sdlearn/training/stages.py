@@ -3,17 +3,23 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from torch import nn
 
 from ..checkpoint import CheckpointError, load_folder
-from ..clip import CLIP
+from ..checkpoint.shipped import DIFFERENCE_FILE, INPAINT, load_inpaint, load_shipped_control, shipped_controls
+from ..clip import CLIP, TextTower
 from ..config import ModelConfig
 from ..data import scene
 from ..tokenizer import Tokenizer
+from ..unet import UNet
 from ..vae import VAE
 from .clip import CLIPRecipe
+from .control import HINTS, ControlRecipe
+from .inpaint import InpaintRecipe
 from .loop import load_state, save_state
 from .unet import UNetRecipe
 from .vae import VAERecipe, measure_scaling
@@ -53,11 +59,12 @@ def trained_vae(config: ModelConfig, run: Path) -> VAE:
     return averaged(VAE(replace(config.vae, scaling_factor=factor)), run, "vae")
 
 
-def start_from(folder: Path, run: Path) -> list[str]:
+def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> list[str]:
     """Fill an empty `run` with the weights of a model folder, so that it goes on from them; the stages filled.
 
-    What the run has already stays. The optimiser starts anew, as its state is not shipped. Raises
-    CheckpointError for a folder that is no model or that lacks the vision tower.
+    What the run has already stays. The optimiser starts anew, as its state is not shipped. Where `config` asks
+    for a U-Net of another shape, autoencoder and towers alone are taken. Raises CheckpointError for a folder
+    that is no model or that lacks the vision tower.
     """
     parts = load_folder(folder)
     if parts.clip is None:
@@ -67,7 +74,10 @@ def start_from(folder: Path, run: Path) -> list[str]:
     if not (run / "tokenizer").exists():
         parts.tokenizer.save(run / "tokenizer")
     filled = []
-    for stage, module in (("vae", parts.vae), ("clip", parts.clip), ("unet", parts.unet)):
+    modules = {"vae": parts.vae, "clip": parts.clip}
+    if config is None or config.unet == parts.config.unet:
+        modules |= {"unet": parts.unet, **trained_on_top(folder)}
+    for stage, module in modules.items():
         if not (file := run / f"{stage}-state.pt").exists():
             weights = module.state_dict()
             save_state(file, {"model": weights, "average": weights, "progress": told.get(stage, {})})
@@ -75,6 +85,14 @@ def start_from(folder: Path, run: Path) -> list[str]:
     if "vae" in filled:
         (run / "scaling_factor.txt").write_text(f"{parts.vae.config.scaling_factor:.5f}")
     return filled
+
+
+def trained_on_top(folder: Path) -> dict[str, nn.Module]:
+    """The ControlNets and the inpainting U-Net of a model folder, by stage."""
+    modules = {name: load_shipped_control(folder, name) for name in shipped_controls(folder) if name in HINTS}
+    if (folder / INPAINT / DIFFERENCE_FILE).exists():
+        modules["inpaint"] = load_inpaint(folder).unet
+    return modules
 
 
 def make_vae(config: ModelConfig, run: Path, **options) -> VAERecipe:
@@ -85,14 +103,33 @@ def make_clip(config: ModelConfig, run: Path, **options) -> CLIPRecipe:
     return CLIPRecipe(config, train_tokenizer(config, run), **options)
 
 
-def make_unet(config: ModelConfig, run: Path, **options) -> UNetRecipe:
-    device = PartialState().device                              # where the frozen models make the latents, too
+def frozen(config: ModelConfig, run: Path) -> tuple[VAE, TextTower, Tokenizer, Path]:
+    """What the stages on latents take from the ones before, on the device where they will make the latents."""
+    device = PartialState().device
     text = averaged(CLIP(config.text, config.vision), run, "clip").text_model.to(device)
-    return UNetRecipe(config, trained_vae(config, run).to(device), text, train_tokenizer(config, run), run, **options)
+    return trained_vae(config, run).to(device), text, train_tokenizer(config, run), run
+
+
+def trained_unet(config: ModelConfig, run: Path) -> UNet:
+    return averaged(UNet(config.unet), run, "unet").to(PartialState().device)
+
+
+def make_unet(config: ModelConfig, run: Path, **options) -> UNetRecipe:
+    return UNetRecipe(config, *frozen(config, run), **options)
+
+
+def make_control(config: ModelConfig, run: Path, *, hint: str, **options) -> ControlRecipe:
+    return ControlRecipe(config, trained_unet(config, run), *frozen(config, run), hint=hint, **options)
+
+
+def make_inpaint(config: ModelConfig, run: Path, **options) -> InpaintRecipe:
+    return InpaintRecipe(config, trained_unet(config, run), *frozen(config, run), **options)
 
 
 STAGES = {
     "vae": Stage(make_vae, 40),
     "clip": Stage(make_clip, 10),
     "unet": Stage(make_unet, 600),
+    **{hint: Stage(partial(make_control, hint=hint), 60) for hint in HINTS},
+    "inpaint": Stage(make_inpaint, 120),
 }

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..clip import TextTower
 from ..config import ModelConfig
-from ..data import CORE, World, contact_sheet, scene
+from ..data import CORE, Scene, World, contact_sheet, scene
 from ..guidance import predict_x0
 from ..pictures import save_sheet, to_images, to_tensor
 from ..samplers import SAMPLERS
@@ -173,6 +173,18 @@ class LatentRecipe:
         return to_images(torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]))
 
 
+    @torch.no_grad()
+    def probe(self, drawn: list[Scene], step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of scenes: latents with noise at a timestep, that timestep, text features, and what the model should say."""
+        device, count = self.empty.device, len(drawn)
+        latents = torch.cat([self.vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
+                             for i in range(0, count, 32)])
+        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        t = torch.full((count,), step, device=device)
+        return self.schedule.add_noise(latents, noise, t), t, contexts, self.schedule.target(latents, noise, t)
+
+
 class UNetRecipe(LatentRecipe):
     name = "unet"
 
@@ -193,16 +205,10 @@ class UNetRecipe(LatentRecipe):
 
         The gap between the two says whether the prompt is heard, long before a picture shows it.
         """
-        device = next(unet.parameters()).device
         drawn = [scene(seed, "test", self.world) for seed in range(count)]
-        latents = torch.cat([self.vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
-                             for i in range(0, count, 32)])
-        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
         figures = {}
         for step in (999, 700):
-            t = torch.full((count,), step, device=device)
-            noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
+            noisy, t, contexts, target = self.probe(drawn, step)
             for name, context in (("right", contexts), ("wrong", contexts.roll(1, dims=0))):
                 figures[f"{name}@{step}"] = float(F.mse_loss(unet(noisy, t, context), target))
         return figures

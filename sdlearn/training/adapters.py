@@ -1,0 +1,112 @@
+"""Shipping what was trained on top of the base: ControlNets and the inpainting U-Net, as differences to it."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..checkpoint import load_folder
+from ..checkpoint.difference import relative_error
+from ..checkpoint.shipped import (
+    DIFFERENCE_FILE,
+    base_tensors,
+    load_inpaint,
+    load_shipped_control,
+    remove_strangers,
+    save_control,
+    save_inpaint,
+)
+from ..config import ModelConfig
+from ..controlnet import ControlNet
+from ..data import contact_sheet, scene
+from ..unet import UNet
+from . import stages
+from .control import ControlRecipe, hint_widths
+from .inpaint import InpaintRecipe, widened
+from .loop import load_state
+
+# Bytes of each: with base, autoencoder, towers and judge the weights stay below 64 MB.
+BUDGETS = {"edges": 3_200_000, "depth": 3_200_000, "inpaint": 5_000_000}
+
+
+def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 24) -> dict[str, dict]:
+    """Write whatever a run has on top of its U-Net into the model folder that was just shipped; figures by stage.
+
+    `count`: unseen scenes for the figures. Adapters of another base that the folder still holds are removed,
+    and that is said.
+    """
+    states = {stage: state for stage in BUDGETS if (state := load_state(run / f"{stage}-state.pt")) is not None}
+    figures = {}
+    for stage, state in states.items():
+        recipe = stages.STAGES[stage].make(config, run, first=0, **({"first_masks": 0} if stage == "inpaint" else {}))
+        figures[stage] = ship_one(recipe, state["average"], folder, count)
+        figures[stage]["training"] = {key: state["progress"].get(key, 0) for key in ("step", "samples", "seconds")}
+    for name in remove_strangers(folder):
+        print(f"removed: {folder / name}, which belongs to another base than the one that is shipped now, and which "
+              f"{run} has not trained; train it on this base and ship again")
+    return figures
+
+
+@torch.no_grad()
+def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path, count: int) -> dict[str, float]:
+    """Write one adapter, load it again, and measure what of it got lost; the sheet beside it."""
+    base = load_folder(folder).unet.to(recipe.empty.device)     # as stored: what it will be added to
+    drawn = [scene(seed, "test", recipe.world) for seed in range(count)]
+    captions = [one.caption for one in drawn]
+    if isinstance(recipe, ControlRecipe):
+        whole = ControlNet.from_unet(base, hint_widths=hint_widths(recipe.vae.config.factor))
+        whole.load_state_dict(weights)
+        recipe.unet = base
+        place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name])
+        stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
+        pictures, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
+        figures = recipe.agreement(drawn, pictures, free)
+        told = recipe.agreement(drawn, unstored, free)
+    else:
+        whole = widened(base)
+        whole.load_state_dict(weights)
+        place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name])
+        stored = load_inpaint(folder, device=recipe.empty.device).unet
+        pictures = recipe.filled(stored, drawn)
+        figures = {**recipe.kept(drawn, pictures), **recipe.listening(stored)}
+        told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole)}
+    sheet = contact_sheet(recipe.strips(drawn[:12], pictures[:12]), captions[:12], columns=3)
+    sheet.save(place / "samples.png", optimize=True)
+    return {**figures, **{f"{name} before storing": value for name, value in told.items() if value != figures[name]},
+            "error of the stored difference": relative_error(whole.state_dict(), stored.state_dict(),
+                                                             base_tensors(folder)),
+            "error of its effect on the output": effect_error(recipe, base, whole, stored, count),
+            "bytes": (place / DIFFERENCE_FILE).stat().st_size}
+
+
+def effect_error(recipe: ControlRecipe | InpaintRecipe, base: UNet, whole: nn.Module, stored: nn.Module,
+                 count: int, step: int = 500) -> float:
+    """How far the output moves by storing, as a share of how far the adapter moves the base's output, at a timestep."""
+    drawn = [scene(2000 + seed, "test", recipe.world) for seed in range(count)]
+    noisy, t, contexts, _ = recipe.probe(drawn, step)
+    beside = [part.to(noisy.device) for part in recipe.given(drawn)]
+    before, right, near = (network(noisy, t, contexts) for network in
+                           (base, recipe.network(whole, *beside), recipe.network(stored, *beside)))
+    return float((near - right).norm() / (right - before).norm())
+
+
+def card_section(figures: dict[str, dict]) -> list[str]:
+    """The lines of the model card that tell of adapters; none when there are none."""
+    if not figures:
+        return []
+    titles = {"edges": "ControlNet `edges`", "depth": "ControlNet `depth`", "inpaint": "Inpainting"}
+    lines = ["## Trained on top of it", "",
+             "Stored as low-rank differences to the U-Net. `error of the stored difference` is the share of the",
+             "difference that was cut off, `error of its effect on the output` how much of it is felt. `edge_f1` and",
+             "`covered_iou` compare pictures of unseen captions with the hint, with and without it given; their",
+             "ceiling is the scenes themselves through the autoencoder. `known_psnr`, in dB, is of what was to stay.",
+             ""]
+    for stage, told in figures.items():
+        folder = "inpaint" if stage == "inpaint" else f"control-{stage}"
+        training = told["training"]
+        lines += [f"### {titles[stage]}", "", f"{training['step']:,} steps, {training['samples']:,} samples, "
+                  f"{training['seconds'] / 60:.0f} minutes; {told['bytes'] / 1e6:.2f} MB.", "", "| what | value |",
+                  "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in told.items()
+                                 if isinstance(value, float)),
+                  "", f"![samples of {stage}]({folder}/samples.png)", ""]
+    return lines
