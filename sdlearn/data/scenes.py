@@ -159,8 +159,8 @@ def _check_wanted(names, colours, relation, background):
         if name not in OBJECTS:
             raise ValueError(f"there is no object '{name}'; choose one of {', '.join(OBJECTS)}")
         if colour is not None and not (OBJECTS[name].tintable and colour in COLOURS):
-            raise ValueError(f"'{name}' cannot be {colour}; the colours are {', '.join(COLOURS)}, and only some objects "
-                             "take them: see tintable in OBJECTS")
+            raise ValueError(f"'{name}' cannot be {colour}; the colours are {', '.join(COLOURS)}, and only some "
+                             "objects take them: see tintable in OBJECTS")
     if relation is not None and (relation not in RELATIONS or len(names) != 2):
         raise ValueError(f"relation is '{relation}' for {len(names)} objects; give two objects and one of "
                          f"{', '.join(RELATIONS)}")
