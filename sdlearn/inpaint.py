@@ -48,8 +48,8 @@ def binary_mask(mask, size: tuple[int, int] | None = None, *, threshold: bool = 
         raise ValueError("the mask has values outside of 0...1 (0...255 in bytes): scale it first")
     binary = (values >= 0.5).float()
     if not threshold and not torch.equal(binary, values):
-        raise ValueError("the mask is not binary, it has values between 0 and 1 (0 and 255 in bytes): pass "
-                         "threshold=True to repaint where it is at least a half")
+        raise ValueError("the mask is not binary, it has values between 0 and 1 (0 and 255 in bytes): "
+                         "binary_mask(mask, threshold=True) makes it 1 where it is at least a half")
     if not bool(binary.flatten(1).any(dim=1).all()):
         raise ValueError("the mask is 0 everywhere, so nothing would be repainted: make it 1 where the "
                          "picture is to change")

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--mask", type=Path, metavar="FILE", help="the image is made anew where it is white")
     parser.add_argument("--resample", type=int, default=1, metavar="N", help="with a mask: each step N times (1)")
     parser.add_argument("--control", nargs="+", action="append", default=[], metavar=("NET", "HINT"),
-                        help="a ControlNet's folder, file or hub name, a picture, and a strength if it is not 1; may be "
-                             "given again")
+                        help="a ControlNet's folder, file or hub name, a picture, and a strength if it is not 1; may "
+                             "be given again")
     parser.add_argument("--lora", nargs="+", action="append", default=[], metavar=("FILE", "STRENGTH"),
                         help="a LoRA file, and a strength if it is not 1; may be given again")
     parser.add_argument("--embedding", nargs="+", action="append", default=[], metavar=("FILE", "WORD"),
