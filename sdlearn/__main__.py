@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
 COMMANDS = {
     "generate": ("make pictures of a prompt", "commands.generate"),
     "scenes": ("draw a sheet of the scenes that the model learns from", "commands.scenes"),
-    "train": ("train the model's parts", "training.command"),
+    "train": ("train the model's parts, or the judge", "commands.train"),
+    "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }
 

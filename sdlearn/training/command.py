@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -27,8 +29,9 @@ def positive(kind: type):
     return read
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("stage", choices=[*stages.STAGES, "all", "ship"],
+def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
+    """`beside`: what may be asked for beside the model's own stages."""
+    parser.add_argument("stage", choices=[*stages.STAGES, "all", "ship", *beside],
                         help="what to train; 'ship' writes a run's averaged weights as a model folder")
     parser.add_argument("--run", type=Path, default=Path("runs/mini"), help="folder of states and sheets")
     parser.add_argument("--start", type=Path, metavar="MODEL",
@@ -45,19 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--out", type=Path, help="folder that 'ship' writes (default: the package's own weights)")
 
 
-def run(args: argparse.Namespace):
-    """Train one stage, or all of them one after the other, or ship a run."""
+def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingProxyType({})):
+    """Train one stage, or all of the model's one after the other, or ship a run. `beside`: stages of other things."""
     if args.stage == "ship":
         print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
         return
     if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
         print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
-        train_stage(name, args)
+        train_stage(name, {**stages.STAGES, **beside}[name], args)
 
 
-def train_stage(name: str, args: argparse.Namespace):
-    stage = stages.STAGES[name]
+def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
     world = WORLDS[args.world] if args.world else None
     options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world}
     recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})

@@ -1,0 +1,116 @@
+"""How far the judge itself can be trusted: its precision and recall on scenes that it has never seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..data import FULL, OBJECTS, World, contact_sheet, scene
+from ..data.scenes import Scene
+from ..data.world import SIZES
+from .detector import Detector, look
+from .judge import Judge, Seen, overlap
+
+MATCH = 0.5             # intersection over union from which a detection is of an object
+
+
+@dataclass
+class Tally:
+    """Counts over scenes, and the shares that follow from them."""
+
+    found: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 0))      # by size class
+    there: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIZES, 0))
+    detections: int = 0
+    coloured: int = 0           # found objects whose class has colours
+    colour: int = 0             # of these, with the right one
+    background: int = 0
+    whole: int = 0              # scenes with nothing wrong at all
+    scenes: int = 0
+
+    def add(self, one: Scene, seen: Seen):
+        pairs = matches(one, seen)
+        for placed in one.objects:
+            self.there[placed.size] += 1
+        for placed, detection in pairs:
+            self.found[placed.size] += 1
+            if OBJECTS[placed.name].tintable:
+                self.coloured += 1
+                self.colour += detection.colour == look(placed.name, placed.colour)
+        self.detections += len(seen.objects)
+        self.background += seen.background == one.background
+        self.scenes += 1
+        exact = len(pairs) == len(one.objects) == len(seen.objects) and seen.background == one.background
+        self.whole += exact and all(d.colour == look(p.name, p.colour) for p, d in pairs if OBJECTS[p.name].tintable)
+
+    def figures(self) -> dict[str, float]:
+        """Shares, by name; a share of nothing is left out."""
+        found, there = sum(self.found.values()), sum(self.there.values())
+        shares = {
+            "precision": (found, self.detections), "recall": (found, there),
+            **{f"recall of {size} objects": (self.found[size], self.there[size]) for size in SIZES},
+            "colour": (self.colour, self.coloured), "background": (self.background, self.scenes),
+            "scenes without an error": (self.whole, self.scenes),
+        }
+        return {name: part / whole for name, (part, whole) in shares.items() if whole}
+
+
+def matches(one: Scene, seen: Seen) -> list[tuple]:
+    """(object, detection) that belong together: of one class, boxes that share half, the surest detection first;
+    each object and each detection once."""
+    pairs, left = [], list(one.objects)
+    for detection in seen.objects:
+        same = [placed for placed in left if placed.name == detection.name]
+        best = max(same, key=lambda placed: overlap(placed.box, detection.box), default=None)
+        if best is not None and overlap(best.box, detection.box) >= MATCH:
+            pairs.append((best, detection))
+            left.remove(best)
+    return pairs
+
+
+def accuracy(judge: Judge, *, count: int = 1000, start: int = 0, split: str = "test", world: World = FULL,
+             change=lambda images: images) -> dict[str, float]:
+    """Precision, recall (all, and by size class), colour, background, and scenes without any error.
+
+    change: what is done to the pictures (a list of bytes (H, W, 3)) before the judge sees them.
+    """
+    tally = Tally()
+    for first in range(start, start + count, 32):
+        drawn = [scene(seed, split, world) for seed in range(first, min(first + 32, start + count))]
+        for one, seen in zip(drawn, judge.look_at(change([one.image for one in drawn])), strict=True):
+            tally.add(one, seen)
+    return tally.figures()
+
+
+def measure_on_scenes(model: Detector, *, count: int = 512, shown: int = 16, world: World = FULL):
+    """Figures of a detector in training, and a sheet of what it finds in the first scenes."""
+    judge = Judge(model)
+    drawn = [scene(seed, "test", world) for seed in range(shown)]
+    images = [one.image for one in drawn]
+    return accuracy(judge, count=count, world=world), detection_sheet(images, judge.look_at(images))
+
+
+def detection_sheet(images: Sequence, found: Sequence[Seen], *, columns: int = 4, zoom: int = 2,
+                    captions: Sequence[str] | None = None) -> Image.Image:
+    """Pictures (PIL, or bytes (H, W, 3)) with the boxes of what the judge saw, and its words beneath each."""
+    told = captions or [words(seen) for seen in found]
+    return contact_sheet([boxed(image, seen, zoom) for image, seen in zip(images, found, strict=True)], told, columns,
+                         lines=3)
+
+
+def boxed(image, seen: Seen, zoom: int = 2) -> np.ndarray:
+    """The picture `zoom` times larger, with a box around every object found."""
+    picture = Image.fromarray(np.asarray(image))
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    for one in seen.objects:
+        left, top, right, bottom = (zoom * side for side in one.box)
+        draw.rectangle((left, top, right, bottom), outline="#ff00aa")
+        draw.text((left + 2, top + 1), f"{one.name} {one.score:.2f}", fill="#ff00aa")
+    return np.asarray(picture)
+
+
+def words(seen: Seen) -> str:
+    """What the judge saw, in words."""
+    things = [" ".join(filter(None, (one.colour, one.name))) for one in seen.objects]
+    return f"{', '.join(things) or 'nothing'} on {seen.background}"

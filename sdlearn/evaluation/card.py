@@ -1,0 +1,81 @@
+"""Shipping the judge: its weights, what it gets right on scenes it has never seen, and a card that says so."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import read_json
+from ..data import CORE, FULL
+from .accuracy import accuracy
+from .detector import Detector
+from .judge import WEIGHTS, Judge, load_judge, save_judge
+from .report import circumstances
+from .sampling import through
+
+FIGURES, CARD = "figures.json", "MODEL_CARD.md"
+
+
+def measure(judge: Judge, *, count: int, vae=None) -> dict[str, dict[str, float]]:
+    """Accuracy on `count` unseen scenes of each kind, by kind; also through an autoencoder, where one is given."""
+    kinds = {
+        "all objects": {"world": FULL}, "the core objects": {"world": CORE},
+        "held-out combinations": {"split": "held_out"},
+    }
+    if vae is not None:
+        kinds["the core objects, through mini's autoencoder"] = {"world": CORE, "change": partial(through, vae)}
+    return {kind: accuracy(judge, count=count, start=100_000, **options) for kind, options in kinds.items()}
+
+
+def ship_judge(detector: Detector, progress: dict, out: Path | None = None, *, count: int = 2000, vae=None) -> Path:
+    """Write a detector in half precision with its figures and card; the figures are those of the weights as written.
+
+    progress: steps, samples and seconds of training. Raises CheckpointError where the folder cannot be written.
+    """
+    folder = save_judge(out or WEIGHTS, detector, dtype=torch.float16)
+    judge = load_judge(folder)
+    figures = {"scenes of each kind": count, "unseen scenes": measure(judge, count=count, vae=vae),
+               "training": {name: progress[name] for name in ("step", "samples", "seconds")}, **circumstances()}
+    (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card(judge, figures), encoding="utf-8")
+    return folder
+
+
+def known_figures(folder: Path = WEIGHTS) -> dict | None:
+    """What `ship_judge` measured; None for weights without figures."""
+    return read_json(folder / FIGURES) if (folder / FIGURES).exists() else None
+
+
+def card(judge: Judge, figures: dict) -> str:
+    """The judge's card, in Markdown; every number in it was measured or read off the network."""
+    config, kinds, training = judge.config, figures["unseen scenes"], figures["training"]
+    names = list(dict.fromkeys(name for shares in kinds.values() for name in shares))
+    rows = [f"| {name} | " + " | ".join(f"{100 * kinds[kind][name]:.2f}" for kind in kinds) + " |" for name in names]
+    count = sum(parameter.numel() for parameter in judge.detector.parameters())
+    return "\n".join((
+        "# The judge", "",
+        f"A detector of {count / 1e6:.2f} M parameters that finds the {len(config.objects)} objects of the scenes, the "
+        "colours they", "show and the background, in pictures of any size. It says how well a model follows its "
+        "prompts: see", "`python -m sdlearn evaluate`. It is made after Zhou et al. 2019, \"Objects as points\".", "",
+        "## Training", "",
+        "On scenes of `sdlearn.data` alone, drawn on the fly, never on pictures of a model. In half of them every",
+        "combination of objects and colours is as likely as any other, so that the held-out ones are no stranger to it",
+        "than the rest. Three in four are blurred, shifted in colour and given fine and coarse noise, so that what an",
+        "autoencoder does to a picture does not matter.", "",
+        f"`python -m sdlearn train judge`: {training['step']:,} steps, {training['samples']:,} scenes, "
+        f"{training['seconds'] / 60:.0f} minutes of", f"{figures['machine']}, shared with other work.", "",
+        "## Figures", "",
+        f"On {figures['scenes of each kind']:,} scenes of each kind that training has not seen, in percent, measured "
+        f"{figures['date']}. A detection is right", "when its class is, and its box shares half of the area that both "
+        "cover.", "",
+        "| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|", *rows, "",
+        "A colour is the one that is seen: an apple that is red by nature and one that is tinted red are one and the",
+        "same picture. Classes that come in one look only have no colour.", "",
+        "## Limits", "",
+        "It knows the drawings of the scenes. What it says of other pictures, photographs say, means nothing; a thing",
+        "that is only nearly drawn may be found or not, at its threshold of "
+        f"{config.threshold}.", "",
+        "## Licence", "",
+        "Trained on OpenMoji art, so shared under CC BY-SA 4.0. All emojis designed by OpenMoji, the open-source emoji",
+        "and icon project.", ""))

@@ -1,0 +1,88 @@
+"""How well a model follows prompts: the whole of it, as a table, figures and a sheet of failures."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..checkpoint import write_json, written_beside
+from .card import known_figures
+from .judge import Judge, load_judge
+from .report import circumstances, column, failure_sheet, results, table, told, worst
+from .sampling import Judged, evaluate, evaluate_scenes
+from .tasks import PER_TASK, TASKS, Prompt, prompts_for
+
+FIGURES = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be measured. Raises ValueError for what cannot be."""
+
+    prompts: int = PER_TASK             # of each task
+    seeds: int = 4                      # pictures of each prompt
+    guidance: tuple[float, ...] = (5.0,)
+    steps: int = 20
+    sampler: str = "dpmpp_2m"
+
+    def __post_init__(self):
+        for name, most in (("prompts", 1000), ("seeds", 100)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a whole number from 1 to {most}")
+
+    @property
+    def pictures(self) -> int:
+        """That the model makes for each guidance scale."""
+        return len(TASKS) * self.prompts * self.seeds
+
+
+def check(model, plan: Plan, out: Path):
+    """Raises ValueError for a plan, a model or a folder with which nothing could be measured or kept."""
+    for scale in plan.guidance:
+        model.checked({"steps": plan.steps, "sampler": plan.sampler, "guidance": scale})
+    if model.world is None:
+        raise ValueError(f"'{model.config.name}' does not say which objects it was taught, so it cannot be asked for "
+                         "them; evaluate a model that was trained on the scenes")
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{out} cannot be written: {above} is no folder that may be written to")
+
+
+def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
+        watch: Callable = lambda items, **_: items) -> str:
+    """Measure a model, write figures and failures into `out`, and give the table.
+
+    watch(items, total=, desc=) hands its items on and may show how far they are, as tqdm does. Raises what `check`
+    and `evaluate` raise; nothing is written then.
+    """
+    check(model, plan, out)
+    judge = judge or load_judge(device=model.device)
+    prompts = prompts_for(model.world["objects"], count=plan.prompts)
+    figures = {"model": model.config.name, **circumstances(), "settings": asdict(plan),
+               "judge on unseen scenes": (known_figures() or {}).get("unseen scenes"), "columns": {}, "pictures": {}}
+    columns = []
+    for title, judged, kept in passes(model, plan, prompts, judge):
+        judged = list(watch(judged, total=plan.pictures, desc=title))
+        columns.append(column(title, judged, model.clip))
+        figures["columns"][title] = told(columns[-1], plan.prompts)
+        if kept:
+            figures["pictures"][title] = results(judged)
+        write(out, figures, worst(judged) if kept else [], title)
+    return table(columns)
+
+
+def passes(model, plan: Plan, prompts: Sequence[Prompt], judge: Judge) -> Iterator[tuple[str, Iterator[Judged], bool]]:
+    """What is judged, one after the other: a title, the pictures, and whether each of them is told in the figures."""
+    for scale in plan.guidance:
+        yield f"w = {scale:g}", evaluate(model, prompts, seeds=plan.seeds, judge=judge, steps=plan.steps,
+                                         sampler=plan.sampler, guidance=scale), True
+    for title, vae in (("ceiling", model.vae), ("scenes", None)):
+        yield title, evaluate_scenes(prompts, seeds=plan.seeds, vae=vae, judge=judge), False
+
+
+def write(out: Path, figures: dict, failures: Sequence[Judged], title: str):
+    """After every pass, so that what is done is kept when a later one is stopped."""
+    with written_beside(out) as beside:
+        write_json(beside / FIGURES, figures)
+        if failures:
+            failure_sheet(failures).save(beside / f"failures {title}.png".replace(" = ", " ").replace(" ", "-"))

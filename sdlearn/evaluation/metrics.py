@@ -1,0 +1,215 @@
+"""Measures of pictures, and of what a vision tower sees in them.
+
+B  pictures        H, W  pixels        S  channels of the towers' shared space        D  of the vision tower
+
+Pictures are bytes, uint8 (B, H, W, 3) or a list of (H, W, 3) or PIL pictures of one size, or pixels (B, 3, H, W)
+in [-1, 1]. Every function raises ValueError for what it cannot measure.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clip import CLIP
+from ..pictures import to_tensor
+
+LUMINANCE = (77 / 256, 150 / 256, 29 / 256)     # of red, green, blue: ITU-R BT.601, as in the scenes' edge maps
+EDGE = 40.0                             # jump of luminance between neighbours, of 255, that is an edge: as there
+AT_ONCE = 64                            # pictures in a batch of the vision tower
+
+
+def as_pixels(images) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1], float32."""
+    if isinstance(images, Tensor) and images.is_floating_point():
+        pixels = images
+    else:
+        arrays = [np.asarray(one) for one in images]
+        if not arrays or any(one.dtype != np.uint8 or one.ndim != 3 or one.shape[2] != 3 for one in arrays):
+            raise ValueError("pictures are bytes (B, H, W, 3), PIL pictures in RGB, or pixels (B, 3, H, W) in [-1, 1]")
+        pixels = to_tensor(arrays)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
+        raise ValueError(f"pixels are (B, 3, H, W) with one picture at least, not {tuple(pixels.shape)}")
+    return pixels.float()
+
+
+# --- one picture ------------------------------------------------------------------------------------
+
+def saturation(images) -> Tensor:
+    """Mean saturation of each picture, (B,), 0 grey to 1: (max - min) / max over the channels, as in HSV."""
+    levels = (as_pixels(images).clamp(-1, 1) + 1) / 2
+    high, low = levels.amax(dim=1), levels.amin(dim=1)                                # (B, H, W)
+    return ((high - low) / high.clamp(min=1e-6)).mean(dim=(1, 2))
+
+
+def clipped_share(images, *, margin: float = 1 / 255) -> Tensor:
+    """Share of each picture's numbers, (B,), that lie within `margin` (of the range 0...1) of black or white: where
+    guidance is too strong, channels run into the ends of the range."""
+    levels = (as_pixels(images) + 1) / 2
+    return ((levels <= margin) | (levels >= 1 - margin)).float().mean(dim=(1, 2, 3))
+
+
+def edges(images, *, threshold: float = EDGE) -> Tensor:
+    """Where luminance jumps by more than `threshold` (of 255) from the pixel on the left or above: bool (B, H, W).
+
+    The rule of the scenes' own edge maps, which know the objects' borders as well.
+    """
+    levels = ((as_pixels(images).clamp(-1, 1) + 1) * 127.5).round()                   # the bytes that are shown
+    grey = (levels * torch.tensor(LUMINANCE, device=levels.device)[:, None, None]).sum(dim=1)   # (B, H, W)
+    jump = torch.zeros(grey.shape, dtype=torch.bool, device=grey.device)
+    jump[:, :, 1:] |= grey.diff(dim=2).abs() > threshold
+    jump[:, 1:] |= grey.diff(dim=1).abs() > threshold
+    return jump
+
+
+# --- a picture and what it should be ----------------------------------------------------------------
+
+def ssim(a, b, *, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """Structural similarity of each pair of pictures, (B,), 1 for equal ones. Wang et al. 2004.
+
+    Gaussian window of 11 with sigma 1.5, K1 0.01, K2 0.03, the mean over channels and over places where the whole
+    window lies inside the picture.
+    """
+    a, b = (as_pixels(some).double() for some in (a, b))
+    if a.shape != b.shape or min(a.shape[2:]) < window:
+        raise ValueError(f"SSIM compares pictures of one size, {window} pixels at least, not {tuple(a.shape)} with "
+                         f"{tuple(b.shape)}")
+    reach = torch.arange(window, dtype=torch.float64, device=a.device) - (window - 1) / 2
+    weights = (-reach ** 2 / (2 * sigma ** 2)).exp()
+    weights = weights / weights.sum()
+
+    def blurred(x: Tensor) -> Tensor:
+        flat = F.conv2d(x.flatten(0, 1)[:, None], weights[None, None, :, None])
+        return F.conv2d(flat, weights[None, None, None])[:, 0].unflatten(0, x.shape[:2])
+
+    mean_a, mean_b = blurred(a), blurred(b)                                           # (B, 3, H-10, W-10)
+    var_a, var_b = blurred(a * a) - mean_a ** 2, blurred(b * b) - mean_b ** 2
+    both = blurred(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                         # the range -1...1 is 2 wide
+    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
+    return value.mean(dim=(1, 2, 3)).float()
+
+
+def edge_agreement(images, maps, *, tolerance: int = 1) -> dict[str, float]:
+    """How well the edges of pictures follow edge maps: precision, recall and F1, over all pixels of all pairs.
+
+    maps: (B, H, W), bytes or bool, above 0 (and the hint of a ControlNet as well) an edge. An edge within
+    `tolerance` pixels, diagonals included, agrees. See `edge_chance` for what pairs that do not belong together get.
+    """
+    found = edges(images)
+    wanted = torch.as_tensor(np.asarray(maps)).to(found.device) > 0
+    if found.shape != wanted.shape:
+        raise ValueError(f"there must be one edge map of a picture's size for each, but the pictures are "
+                         f"{tuple(found.shape)} and the maps {tuple(wanted.shape)}")
+    return _agreement(found, wanted, tolerance)
+
+
+def edge_chance(images, maps, *, tolerance: int = 1) -> dict[str, float]:
+    """`edge_agreement` where each picture is compared with the next one's map: what no relation at all would give.
+    Raises ValueError for fewer than two pairs."""
+    if len(maps) < 2:
+        raise ValueError("chance needs two pairs at least, so that a picture can be compared with another's map")
+    return edge_agreement(images, np.roll(np.asarray(maps), 1, axis=0), tolerance=tolerance)
+
+
+def _agreement(found: Tensor, wanted: Tensor, tolerance: int) -> dict[str, float]:
+    def near(some: Tensor) -> Tensor:
+        side = 2 * tolerance + 1
+        return F.max_pool2d(some[:, None].float(), side, stride=1, padding=tolerance)[:, 0] > 0
+
+    def share(part: Tensor, whole: Tensor) -> float:
+        return float((part & whole).sum() / whole.sum()) if whole.any() else float(not part.any())
+
+    precision, recall = share(near(wanted), found), share(near(found), wanted)
+    total = precision + recall
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / total if total else 0.0}
+
+
+# --- many pictures ----------------------------------------------------------------------------------
+
+def pairwise_distance(vectors: Tensor) -> float:
+    """Mean Euclidean distance of all pairs of rows (B, anything). Raises ValueError for a single one."""
+    if len(vectors) < 2:
+        raise ValueError("diversity is a distance between pictures, so it needs two at least")
+    return float(torch.pdist(vectors.flatten(1).double()).mean())
+
+
+def pixel_diversity(images) -> float:
+    """How different pictures of one prompt are: mean over pairs of the root mean square difference of their pixels,
+    in [-1, 1]. 0 for copies of one picture."""
+    pixels = as_pixels(images)
+    return pairwise_distance(pixels) / pixels[0].numel() ** 0.5
+
+
+def feature_diversity(clip: CLIP, images) -> float:
+    """How different pictures of one prompt are to the vision tower: mean over pairs of 1 - cosine."""
+    embeds = image_embeds(clip, images)
+    if len(embeds) < 2:
+        raise ValueError("diversity is a distance between pictures, so it needs two at least")
+    rows, columns = torch.triu_indices(len(embeds), len(embeds), offset=1)
+    return float((1 - embeds @ embeds.T)[rows, columns].mean())
+
+
+def concept_fidelity(clip: CLIP, images, references) -> float:
+    """How much pictures show a concept: mean cosine, in the vision tower's eyes, of all pairs of a picture and a
+    reference picture. DreamBooth's CLIP-I (Ruiz et al. 2023), with this course's towers."""
+    return float((image_embeds(clip, images) @ image_embeds(clip, references).T).mean())
+
+
+@torch.no_grad()
+def image_embeds(clip: CLIP, images) -> Tensor:
+    """Unit vectors (B, S) in the space that pictures and texts share, on the CPU."""
+    device = clip.logit_scale.device
+    return torch.cat([clip.encode_image(part.to(device)).float().cpu() for part in as_pixels(images).split(AT_ONCE)])
+
+
+@torch.no_grad()
+def vision_features(clip: CLIP, images) -> Tensor:
+    """The vision tower's pooled features (B, D) before the projection, on the CPU: for the Fréchet distance."""
+    device = clip.logit_scale.device
+    return torch.cat([clip.vision_model(part.to(device)).pooled.float().cpu()
+                      for part in as_pixels(images).split(AT_ONCE)])
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Distance of two clouds of features (B, D), each taken as a Gaussian. Heusel et al. 2017.
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). It is biased upwards for few pictures: compare
+    with the floor, the distance of two halves of real pictures, at the same counts.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features are (pictures, channels), two pictures at least, of one width, not "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.double(), b.double()
+    apart = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)   # (D, D)
+    root = _root(cov_a)
+    # tr (cov_a cov_b)^(1/2) through a symmetric matrix with the same eigenvalues, root cov_b root.
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((apart + cov_a.trace() + cov_b.trace() - 2 * shared).clamp(min=0))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The square root of a symmetric matrix without negative eigenvalues, (D, D)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet_with_floor(clip: CLIP, images, real, others) -> tuple[float, float]:
+    """The Fréchet distance of pictures to real ones, and the floor: that of `others`, as many real pictures as
+    there are `images`, to the same real ones."""
+    if len(images) != len(others):
+        raise ValueError(f"the floor needs as many real pictures as there are made ones, {len(images)}, not "
+                         f"{len(others)}: the distance depends on the count")
+    made, wanted, rest = (vision_features(clip, some) for some in (images, real, others))
+    return frechet_distance(made, wanted), frechet_distance(rest, wanted)
+
+
+def by_prompt(items: Sequence, prompts: Sequence) -> dict:
+    """Items grouped by their prompt, for measures of pictures of one prompt."""
+    groups: dict = {}
+    for item, prompt in zip(items, prompts, strict=True):
+        groups.setdefault(prompt, []).append(item)
+    return groups

@@ -1,0 +1,123 @@
+"""An evaluation as a table, as JSON with every single result, and as a sheet of failures."""
+
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .accuracy import detection_sheet, words
+from .metrics import by_prompt, clipped_share, feature_diversity, pixel_diversity, saturation
+from .sampling import Judged, scores_of
+from .scoring import Scores, mean
+from .tasks import GENEVAL
+
+WORST = 28              # failures on the sheet
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: where the pictures come from, and what the judge says of them."""
+
+    title: str
+    scores: Scores
+    measures: dict[str, float]
+
+
+def column(title: str, judged: Sequence[Judged], clip=None) -> Column:
+    """Scores and measures of pictures. clip: the model's towers, if it has any that see pictures of this size."""
+    groups = [group for group in by_prompt([one.image for one in judged], [one.prompt for one in judged]).values()
+              if len(group) > 1]
+    images = [one.image for one in judged]
+    measures = {"saturation": float(saturation(images).mean()), "clipped": float(clipped_share(images).mean())}
+    if groups:
+        measures["diversity, pixels"] = mean([pixel_diversity(group) for group in groups])
+    side = clip.vision_model.config.image_size if clip is not None else None
+    if groups and images[0].shape[:2] == (side, side):
+        measures["diversity, features"] = mean([feature_diversity(clip, group) for group in groups])
+    return Column(title, scores_of(judged), measures)
+
+
+def table(columns: Sequence[Column]) -> str:
+    """Tasks as rows, in percent; the measures beneath."""
+    tasks = list(columns[0].scores.tasks)
+    rows = [(task, [one.scores.tasks[task] for one in columns]) for task in tasks]
+    if GENEVAL.keys() <= set(tasks):
+        rows.append(("overall (mean of the six)", [one.scores.overall for one in columns]))
+    rows.append(("background, where asked", [one.scores.background for one in columns]))
+    rows.append(("more than was asked for", [one.scores.duplicates for one in columns]))
+    lines = [line("% of pictures", [one.title for one in columns])]
+    lines += [line(name, [percent(share) for share in shares]) for name, shares in rows]
+    names = list(dict.fromkeys(name for one in columns for name in one.measures))
+    lines += [line(name, [figure(one.measures.get(name)) for one in columns]) for name in names]
+    return "\n".join(lines)
+
+
+def line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:26}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def told(one: Column, prompts: int) -> dict:
+    """A column for JSON. The standard error takes a task's prompts as independent, and the pictures of one prompt
+    as one: the true error is no larger."""
+    return {"tasks": one.scores.tasks, "standard error": {task: one.scores.error(task, prompts)
+                                                          for task in one.scores.tasks},
+            "overall": one.scores.overall, "background": one.scores.background,
+            "more than was asked for": one.scores.duplicates, "pictures": one.scores.pictures, **one.measures}
+
+
+def results(judged: Sequence[Judged]) -> list[dict]:
+    """Every picture for JSON: what was asked, what the judge saw, and the verdict."""
+    return [{"task": one.prompt.task, "prompt": one.prompt.text, "seed": one.seed, "right": one.verdict.right,
+             "wrong": list(one.verdict.wrong), "background": one.verdict.background, "seen": words(one.verdict.seen)}
+            for one in judged]
+
+
+def worst(judged: Sequence[Judged], count: int = WORST) -> list[Judged]:
+    """Failures, evenly from all tasks: those with the most that is wrong first, then those in which the judge
+    found least."""
+    tasks = defaultdict(list)
+    for one in judged:
+        if not one.verdict.right:
+            tasks[one.prompt.task].append(one)
+    for some in tasks.values():
+        some.sort(key=lambda one: (-len(one.verdict.wrong), sum(d.score for d in one.verdict.seen.objects)))
+    ranked = sorted(((place, order, one) for order, some in enumerate(tasks.values())
+                     for place, one in enumerate(some)), key=lambda item: item[:2])
+    chosen = [one for _, _, one in ranked[:count]]
+    return sorted(chosen, key=lambda one: list(tasks).index(one.prompt.task))
+
+
+def failure_sheet(judged: Sequence[Judged]) -> Image.Image:
+    """Pictures with the boxes of what the judge saw; beneath, what was asked, and why it is wrong."""
+    captions = [f"{one.prompt.text} (seed {one.seed}) - {'; '.join(one.verdict.wrong)}" for one in judged]
+    return detection_sheet([one.image for one in judged], [one.verdict.seen for one in judged], captions=captions)
+
+
+def circumstances() -> dict:
+    """Where and with what an evaluation was run."""
+    return {"machine": machine(), "python": platform.python_version(), "torch": torch.__version__,
+            "date": str(date.today())}
+
+
+def machine() -> str:
+    """The GPU, or else the CPU, by its name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [some.split(":")[1].strip() for some in lines if some.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,120 @@
+"""Pictures to be judged: what a model makes of the prompts, and real scenes of the same, as its ceiling.
+
+`model` is a `pipeline.StableDiffusion`, or anything with its parts.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data import Scene, scene_of
+from ..guidance import predict_x0
+from ..pictures import to_images, to_tensor
+from ..samplers import get_sampler, grid_for
+from .judge import Judge, load_judge
+from .scoring import Scores, Verdict, judge_pictures, scores
+from .tasks import Prompt
+
+AT_ONCE = 32            # pictures in a batch: on two cores, twice as many a second as one by one
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One picture, what it was to show, and the verdict."""
+
+    prompt: Prompt
+    seed: int
+    image: np.ndarray               # uint8 (H, W, 3)
+    verdict: Verdict
+
+
+def scores_of(judged: Sequence[Judged]) -> Scores:
+    """The shares of right pictures."""
+    return scores([one.prompt for one in judged], [one.verdict for one in judged])
+
+
+@torch.no_grad()
+def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, sampler: str = "dpmpp_2m",
+           guidance: float = 5.0) -> list[Image.Image]:
+    """One picture for each text and seed, in one batch: the one that `generate TEXT --seed SEED` gives, up to the
+    rounding of arithmetic on a batch. Raises what `StableDiffusion.steps` raises."""
+    chosen = model.checked({"steps": steps, "sampler": sampler, "guidance": guidance, "batch": len(texts)})
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = model.latent_shape(chosen)[1:]
+    noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(model.device)   # (B, C, h, w)
+    context = model.encode([*texts, ""])                                              # (B + 1, M, T)
+    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=guidance)
+    grid = grid_for(sampler, model.schedule, steps)
+    for step in get_sampler(sampler)(denoise, noise, grid, model.schedule, generator=generators):
+        latent = step.x
+    return model.decode(latent)
+
+
+def evaluate(model, prompts: Sequence[Prompt], *, seeds: int | Sequence[int] = 4, judge: Judge | None = None,
+             at_once: int = AT_ONCE, **settings) -> Iterator[Judged]:
+    """Pictures of the prompts, judged, one after the other as their batches are done: all seeds of a prompt together.
+
+        results = list(evaluate(model, prompts_for(model.world["objects"], count=25), guidance=5))
+        scores_of(results).overall
+
+    seeds: how many, from 0 on, or which. settings: steps, sampler, guidance, as in `sample`. Raises ValueError for an
+    inpainting model, CheckpointError where there is no judge, both before anything is made.
+    """
+    if model.inpaints:
+        raise ValueError(f"'{model.config.name}' is an inpainting model, which makes no pictures from prompts alone; "
+                         "evaluate a model that does")
+    judge = judge or load_judge(device=model.device)
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    return _evaluated(model, jobs, judge, at_once, settings)
+
+
+def _evaluated(model, jobs, judge, at_once, settings) -> Iterator[Judged]:
+    for batch in batches(jobs, at_once):
+        texts = [prompt.text for prompt, _ in batch]
+        images = [np.asarray(image) for image in sample(model, texts, [seed for _, seed in batch], **settings)]
+        yield from _judged(batch, images, judge)
+
+
+def _judged(batch, images, judge) -> Iterator[Judged]:
+    verdicts = judge_pictures(images, [prompt for prompt, _ in batch], judge)
+    for (prompt, seed), image, verdict in zip(batch, images, verdicts, strict=True):
+        yield Judged(prompt, seed, image, verdict)
+
+
+def scene_for(prompt: Prompt, seed: int = 0) -> Scene:
+    """A real scene that shows what the prompt asks for."""
+    names, colours = zip(*prompt.wanted.objects, strict=True)
+    return scene_of(names, colours=colours, relation=prompt.wanted.relation, background=prompt.wanted.background,
+                    seed=seed)
+
+
+@torch.no_grad()
+def evaluate_scenes(prompts: Sequence[Prompt], *, seeds: int = 1, vae=None, judge: Judge | None = None,
+                    at_once: int = AT_ONCE) -> Iterator[Judged]:
+    """Real scenes that fulfil the prompts, judged in the same way: as they are, which tells the judge's own errors,
+    or through an autoencoder and back, which is the ceiling of every model that draws with it."""
+    judge = judge or load_judge()
+    for batch in batches([(prompt, seed) for prompt in prompts for seed in range(seeds)], at_once):
+        images = [scene_for(prompt, seed).image for prompt, seed in batch]
+        if vae is not None:
+            images = list(through(vae, images))
+        yield from _judged(batch, images, judge)
+
+
+@torch.no_grad()
+def through(vae, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures encoded (the mean of the posterior) and decoded again, uint8 (B, H, W, 3)."""
+    parameter = next(vae.parameters())
+    pixels = to_tensor(images).to(parameter.device, parameter.dtype)
+    return to_images(vae.to_pixels(vae.to_latent(pixels), at_once=1).float())
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch

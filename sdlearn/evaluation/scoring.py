@@ -1,0 +1,111 @@
+"""Is a picture what the prompt asks for? GenEval's rules on what the judge saw.
+
+Ghosh et al. 2023, section 3: all wanted objects are there; of a count, exactly so many; a colour is that of the
+detections with the highest scores; a relation is read off the centres of the boxes.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..data.captions import WAYS
+from .judge import Judge, Seen, load_judge
+from .tasks import GENEVAL, Prompt, Thing, Wanted
+
+# The direction that a relation names may be off by 60 degrees, as in GenEval: "left" needs cos > 0.5.
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+LEAST_COSINE = 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Right or wrong, and why. `background` is None where none was asked for."""
+
+    right: bool
+    wrong: tuple[str, ...]          # what is missing or different, in words; empty when right
+    background: bool | None
+    seen: Seen
+
+
+def verdict(wanted: Wanted, seen: Seen) -> Verdict:
+    """What the judge's findings in one picture mean for what was wanted of it."""
+    groups = [[one for one in seen.objects if one.name == thing.name][:thing.count] for thing in wanted.things]
+    wrong = []
+    for thing, group in zip(wanted.things, groups, strict=True):
+        there = sum(one.name == thing.name for one in seen.objects)
+        if there < thing.count or (thing.count > 1 and there > thing.count):
+            wrong.append(f"{there} {thing.name}, not {thing.count}")
+        wrong += [f"{one.colour or 'natural'} {thing.name}, not {thing.colour}" for one in group
+                  if thing.colour and one.colour != thing.colour]
+    if wanted.relation and all(groups):
+        (first, *_), (second, *_) = groups
+        if not related(first.centre, second.centre, wanted.relation):
+            wrong.append(f"{first.name} not {WAYS[wanted.relation][0]} {second.name}")
+    background = None if wanted.background is None else seen.background == wanted.background
+    return Verdict(not wrong, tuple(wrong), background, seen)
+
+
+def related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:
+    """Whether the centre of the first lies left of, right of, above or below that of the second."""
+    x, y = first[0] - second[0], first[1] - second[1]
+    away = math.hypot(x, y)
+    across, down = DIRECTIONS[relation]
+    return away > 0 and (x * across + y * down) / away > LEAST_COSINE
+
+
+def judge_pictures(images, prompts: Sequence[Prompt], judge: Judge | None = None) -> list[Verdict]:
+    """A verdict on each picture: PIL pictures, bytes (H, W, 3), or pixels (B, 3, H, W) in [-1, 1].
+
+    Raises ValueError when there is not one prompt for each picture, CheckpointError where no judge is there.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"there are {len(images)} pictures for {len(prompts)} prompts; give one prompt for each")
+    judge = judge or load_judge()
+    return [verdict(prompt.wanted, seen) for prompt, seen in zip(prompts, judge.look_at(images), strict=True)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of right pictures."""
+
+    tasks: dict[str, float]
+    overall: float | None           # mean of GenEval's six tasks; None unless all six are there
+    background: float | None        # share of right backgrounds where one was asked for
+    duplicates: float               # share of pictures with more of a thing than was asked for
+    pictures: int
+
+    def error(self, task: str, each: int) -> float:
+        """Standard error of a task's share, from `each` pictures that are taken as independent."""
+        share = self.tasks[task]
+        return math.sqrt(share * (1 - share) / each)
+
+
+def scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
+    """The shares over pictures; one prompt for each verdict. Raises ValueError when there is none."""
+    if not verdicts or len(prompts) != len(verdicts):
+        raise ValueError(f"scores need one verdict for each prompt, and one at least, not {len(verdicts)} verdicts "
+                         f"for {len(prompts)} prompts")
+    right = defaultdict(list)
+    for prompt, one in zip(prompts, verdicts, strict=True):
+        right[prompt.task].append(one.right)
+    tasks = {task: mean(some) for task, some in right.items()}
+    grounds = [one.background for one in verdicts if one.background is not None]
+    return Scores(tasks, mean([tasks[task] for task in GENEVAL]) if GENEVAL.keys() <= tasks.keys() else None,
+                  mean(grounds) if grounds else None, duplicate_rate(prompts, [one.seen for one in verdicts]),
+                  len(verdicts))
+
+
+def duplicate_rate(prompts: Sequence[Prompt], seen: Sequence[Seen]) -> float:
+    """Share of pictures in which something that was asked for is there more often than asked."""
+    return mean([any(more(thing, one) > 0 for thing in prompt.wanted.things)
+                 for prompt, one in zip(prompts, seen, strict=True)])
+
+
+def more(thing: Thing, seen: Seen) -> int:
+    """By how many there are more of a thing than asked for; negative when there are fewer."""
+    return sum(one.name == thing.name for one in seen.objects) - thing.count
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,180 @@
+"""What a model is asked for: GenEval's six tasks in the world of the scenes, and the held-out combinations.
+
+Ghosh et al. 2023, "GenEval": each prompt asks for things that a detector can count, locate and colour, so a picture
+is right or wrong. The prompts are fixed: the same objects give the same prompts, on every machine.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..data import BACKGROUNDS, COLOURS, OBJECTS
+from ..data.captions import GROUNDS, NUMERALS, OPENINGS, WAYS, with_article
+from ..data.world import COUNTS, HELD_OUT_COLOURS, HELD_OUT_COUNTS, HELD_OUT_PAIRS, RELATIONS, is_held_out
+from .detector import look
+
+PER_TASK = 100          # prompts of each task
+GROUND_SAID = 0.8       # share of prompts that ask for a background, as in captions
+TRIES = 200             # draws of a prompt before two may be of one text
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One of the things asked for: so many of an object, in a colour or in any."""
+
+    name: str
+    count: int = 1
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a picture has to show. The relation is of the first thing to the second."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    background: str | None = None       # judged apart: no task depends on it
+
+    @property
+    def objects(self) -> tuple[tuple[str, str | None], ...]:
+        """(name, colour) of every object, one entry for each of a count."""
+        return tuple((thing.name, thing.colour) for thing in self.things for _ in range(thing.count))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no scene of training holds this combination."""
+        names, colours = zip(*self.objects, strict=True)
+        return is_held_out(len(names) if len(set(names)) == 1 else 1, names, colours)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, the task it belongs to, and what is wanted in a form that can be checked."""
+
+    task: str
+    text: str
+    wanted: Wanted
+
+
+class TooFewObjects(ValueError):
+    """A task cannot be made of the objects that are there."""
+
+
+def one_object(objects: Sequence[str], rng: random.Random) -> Wanted:
+    return Wanted((Thing(rng.choice(objects)),))
+
+
+def two_objects(objects: Sequence[str], rng: random.Random) -> Wanted:
+    first, second = rng.sample(objects, 2)
+    return Wanted((Thing(first), Thing(second)))
+
+
+def counting(objects: Sequence[str], rng: random.Random) -> Wanted:
+    return Wanted((Thing(rng.choice(objects), count=rng.choice(tuple(COUNTS))),))
+
+
+def coloured(name: str, rng: random.Random) -> Thing:
+    """An object in a colour that is not its natural one: so the prompt has to be heard."""
+    return Thing(name, colour=rng.choice([colour for colour in COLOURS if colour != look(name, None)]))
+
+
+def colours(objects: Sequence[str], rng: random.Random) -> Wanted:
+    return Wanted((coloured(rng.choice(tintable(objects)), rng),))
+
+
+def position(objects: Sequence[str], rng: random.Random) -> Wanted:
+    first, second = rng.sample(objects, 2)
+    return Wanted((Thing(first), Thing(second)), relation=rng.choice(RELATIONS))
+
+
+def colour_binding(objects: Sequence[str], rng: random.Random) -> Wanted:
+    first, second = (coloured(name, rng) for name in rng.sample(tintable(objects), 2))
+    while first.colour == second.colour:
+        second = coloured(second.name, rng)
+    return Wanted((first, second))
+
+
+def held_out(objects: Sequence[str], rng: random.Random) -> Wanted:
+    """One of the colours, counts and pairs that training never shows."""
+    kinds = [some for some in (
+        [Wanted((Thing(name, colour=colour),)) for colour, name in sorted(HELD_OUT_COLOURS) if name in objects],
+        [Wanted((Thing(name, count=count),)) for count, name in sorted(HELD_OUT_COUNTS) if name in objects],
+        [Wanted((Thing(a), Thing(b))) for a, b in sorted(map(sorted, HELD_OUT_PAIRS)) if {a, b} <= set(objects)],
+    ) if some]
+    return rng.choice(rng.choice(kinds))
+
+
+def tintable(objects: Sequence[str]) -> list[str]:
+    return [name for name in objects if OBJECTS[name].tintable]
+
+
+GENEVAL: dict[str, Callable[[Sequence[str], random.Random], Wanted]] = {
+    "one object": one_object, "two objects": two_objects, "counting": counting, "colours": colours,
+    "position": position, "colour binding": colour_binding,
+}
+HELD_OUT = "held out"
+TASKS = {**GENEVAL, HELD_OUT: held_out}
+
+
+def prompts_for(objects: Sequence[str], *, count: int = PER_TASK, seed: int = 0,
+                tasks: Sequence[str] = tuple(TASKS)) -> list[Prompt]:
+    """`count` prompts of each task about these objects; a smaller count gives the first of a larger one.
+
+    The six tasks ask for combinations that training may show, "held out" for those that it never does. Raises
+    ValueError for an object or a task that does not exist, TooFewObjects where a task cannot be made.
+    """
+    if strange := [name for name in objects if name not in OBJECTS]:
+        raise ValueError(f"the judge does not know {', '.join(strange)}; its objects are {', '.join(OBJECTS)}")
+    if strange := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"there is no task '{strange[0]}'; the tasks are {', '.join(TASKS)}")
+    objects = sorted(set(objects))
+    return [prompt for task in tasks for prompt in _of_task(task, objects, count, seed)]
+
+
+def _of_task(task: str, objects: list[str], count: int, seed: int) -> list[Prompt]:
+    rng = random.Random(f"sdlearn prompts {seed} {task}")
+    made: list[Prompt] = []
+    texts: set[str] = set()
+    for _ in range(count):
+        for _ in range(TRIES):                      # with very few objects, the last try may be a text that is there
+            prompt = _drawn(task, objects, rng)
+            if prompt.text not in texts:
+                break
+        made.append(prompt)
+        texts.add(prompt.text)
+    return made
+
+
+def _drawn(task: str, objects: list[str], rng: random.Random) -> Prompt:
+    wanted = _wanted(task, objects, rng)
+    if rng.random() < GROUND_SAID:
+        wanted = replace(wanted, background=rng.choice(tuple(BACKGROUNDS)))
+    return Prompt(task, worded(wanted, rng), wanted)
+
+
+def _wanted(task: str, objects: list[str], rng: random.Random) -> Wanted:
+    for _ in range(TRIES):
+        try:
+            wanted = TASKS[task](objects, rng)
+        except (ValueError, IndexError):            # a sample of more than there are, a choice from nothing
+            break
+        if wanted.held_out == (task == HELD_OUT):
+            return wanted
+    raise TooFewObjects(f"the task '{task}' cannot be made of {len(objects)} objects ({', '.join(objects[:8])} ...); "
+                        "give more of them, or leave the task out")
+
+
+def worded(wanted: Wanted, rng: random.Random) -> str:
+    """A text that asks for it, in the words of captions."""
+    things = [_phrase(thing, rng) for thing in wanted.things]
+    joint = f" {rng.choice(WAYS[wanted.relation])} " if wanted.relation else " and "
+    text = rng.choice(OPENINGS) + joint.join(things)
+    if wanted.background:
+        ground = rng.choice(GROUNDS).replace("a {}", with_article(wanted.background))
+        text = f"{text} {ground}"
+    return text
+
+
+def _phrase(thing: Thing, rng: random.Random) -> str:
+    phrase = " ".join(filter(None, (thing.colour, OBJECTS[thing.name].noun(thing.count))))
+    return with_article(phrase) if thing.count == 1 else f"{rng.choice(NUMERALS[thing.count])} {phrase}"

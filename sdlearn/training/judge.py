@@ -1,0 +1,90 @@
+"""Training the judge: which objects does a scene hold, and where?
+
+The network and what is asked of it are the caller's, since a judge belongs to evaluation, not to training: it sees
+scenes only, and nothing that was trained.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import COLOURS, FULL, OBJECTS, Scene, World, scene, scene_of
+from ..pictures import save_sheet, to_tensor
+
+SEEN_FROM = 2**20       # seeds of training scenes start here; those below are for measuring
+
+
+def any_scene(seed: int, world: World = FULL) -> Scene:
+    """A scene in which every combination is as likely as any other, those that the model's training leaves out
+    included: the judge may have no opinion on whether an apple can be blue."""
+    rng = random.Random(f"sdlearn judge {seed}")
+    number = rng.choice((1, 2, 2, 3))
+    names = [rng.choice(world.objects)] * number if rng.random() < 0.25 else rng.choices(world.objects, k=number)
+    alike = rng.random() < 0.5                      # so that colours of equal things are equal half of the time
+    drawn = {}
+    colours = []
+    for name in names:
+        colour = rng.choice((None, *COLOURS)) if OBJECTS[name].tintable else None
+        colours.append(drawn.setdefault(name, colour) if alike else colour)
+    return scene_of(names, colours=colours, seed=seed)
+
+
+def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
+    """(B, 3, H, W), each picture blurred by a Gaussian of its own `sigma` (B,), in pixels."""
+    reach = torch.arange(-3.0, 4.0, device=pixels.device)
+    kernel = (-reach ** 2 / (2 * sigma[:, None] ** 2)).exp()                          # (B, 7)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)   # (3B, 7)
+    flat = F.pad(pixels.flatten(0, 1)[None], (3, 3, 3, 3), mode="replicate")          # (1, 3B, H+6, W+6)
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
+    return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(pixels)
+
+
+def disturbed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Scenes (B, 3, H, W) with what an autoencoder may do to them, and somewhat more: blur, noise of fine and of
+    coarse grain, and shifts of colour. So the judge looks at what is drawn, not at how crisply."""
+    count, _, height, width = pixels.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    def noise(grain: int, high: float) -> Tensor:
+        small = torch.randn(count, 3, -(-height // grain), -(-width // grain), generator=generator)
+        grown = F.interpolate(small, (height, width), mode="bilinear") if grain > 1 else small
+        return uniform(0, high, count, 1, 1, 1) * grown
+
+    pixels = blurred(pixels, uniform(0.2, 1.3, count))
+    pixels = pixels * uniform(0.9, 1.06, count, 1, 1, 1) + uniform(-0.06, 0.06, count, 3, 1, 1)
+    return (pixels + noise(1, 0.06) + noise(4, 0.08)).clamp(-1, 1)
+
+
+class JudgeRecipe:
+    name = "judge"
+    warmup = 100
+    decay_share = 0.4
+
+    def __init__(self, model: nn.Module, loss: Callable, measure: Callable, *, world: World = FULL,
+                 batch_size: int = 32, learning_rate: float = 2e-3):
+        """`model` has `targets(scenes)`, a named tuple of tensors; `loss(heads, targets)` gives the loss and its
+        parts; `measure(model)` gives figures and a sheet of what the model finds in unseen scenes."""
+        self.model, self.of, self.measure = model, loss, measure
+        self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
+        self.kind = type(model.targets([scene(0, world=world)]))
+
+    def batch(self, generator: torch.Generator):
+        seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
+        drawn = [(scene if i % 2 else any_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
+        pixels = to_tensor([one.image for one in drawn])
+        crisp = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.25          # so that clean scenes stay easy
+        return torch.where(crisp, pixels, disturbed(pixels, generator)), *self.model.targets(drawn)
+
+    def loss(self, model, pixels, *targets):
+        return self.of(model(pixels), self.kind(*targets))
+
+    def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
+        figures, sheet = self.measure(averaged)
+        save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
+        return figures
