@@ -25,7 +25,7 @@ from .files import check_shapes, copied, shapes, stored, write_tensors
 
 Tensors = dict[str, Tensor]
 STORED = torch.float16
-SMALL = 4096            # numbers; what has fewer is stored whole
+SMALL = 1024            # numbers; what has fewer is stored whole
 
 
 def fingerprint(file: Path) -> str:

@@ -60,8 +60,8 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
         place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name])
         stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
         pictures, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
-        figures = recipe.agreement(drawn, pictures, free)
-        told = recipe.agreement(drawn, unstored, free)
+        figures = {**recipe.agreement(drawn, pictures, free), **recipe.listening(stored)}
+        told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole)}
     else:
         whole = widened(base)
         whole.load_state_dict(weights)

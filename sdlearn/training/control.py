@@ -80,7 +80,18 @@ class ControlRecipe(LatentRecipe):
         led, free = self.led(averaged, drawn), self.sample(self.unet, captions)
         sheet = contact_sheet(self.strips(drawn, led, free), captions, columns=3)
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
-        return self.agreement(drawn, led, free)
+        return {**self.agreement(drawn, led, free), **self.listening(averaged)}
+
+    @torch.no_grad()
+    def listening(self, net: ControlNet, count: int = 64, step: int = 700) -> dict[str, float]:
+        """The loss at one timestep with the right hints, with those of other scenes, and with no ControlNet."""
+        drawn = [scene(1000 + seed, "test", self.world) for seed in range(count)]
+        noisy, t, contexts, target = self.probe(drawn, step)
+        hints, = (part.to(noisy.device) for part in self.given(drawn))
+        networks = {"right": self.network(net, hints), "wrong": self.network(net, hints.roll(1, dims=0)),
+                    "without": self.unet}
+        return {f"{name}@{step}": float(F.mse_loss(network(noisy, t, contexts), target))
+                for name, network in networks.items()}
 
     def strips(self, drawn: list[Scene], *pictures) -> list[np.ndarray]:
         """Each hint and, at its right, the pictures of its scene, uint8 (H, n W, 3)."""

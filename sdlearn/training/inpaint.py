@@ -128,6 +128,8 @@ class MaskCache:
     @torch.no_grad()
     def refresh(self, count: int, generator: torch.Generator):
         """Draw new masks for `count` rows at random."""
+        if count == 0:
+            return
         rows = np.unique(self.cache.draw(count, generator))
         seeds = self.cache.seeds(rows)
         drawn = [scene(seed, world=self.cache.world) for seed in seeds.tolist()]

@@ -78,6 +78,8 @@ class LatentCache:
     @torch.no_grad()
     def refresh(self, count: int):
         """Encode `count` new scenes and put them in the place of the oldest."""
+        if count == 0:
+            return
         device = next(self.vae.parameters()).device
         drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
