@@ -11,7 +11,7 @@ from ..data import CORE, FULL
 from .accuracy import accuracy
 from .detector import Detector
 from .judge import WEIGHTS, Judge, load_judge, save_judge
-from .report import circumstances
+from .report import circumstances, percent
 from .sampling import through
 
 FIGURES, CARD = "figures.json", "MODEL_CARD.md"
@@ -51,7 +51,8 @@ def card(judge: Judge, figures: dict) -> str:
     """The judge's card, in Markdown; every number in it was measured or read off the network."""
     config, kinds, training = judge.config, figures["unseen scenes"], figures["training"]
     names = list(dict.fromkeys(name for shares in kinds.values() for name in shares))
-    rows = [f"| {name} | " + " | ".join(f"{100 * kinds[kind][name]:.2f}" for kind in kinds) + " |" for name in names]
+    rows = [f"| {name} | " + " | ".join(percent(shares.get(name)) for shares in kinds.values()) + " |"
+            for name in names]
     count = sum(parameter.numel() for parameter in judge.detector.parameters())
     return "\n".join((
         "# The judge", "",

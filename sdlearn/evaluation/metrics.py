@@ -70,9 +70,9 @@ def ssim(a, b, *, window: int = 11, sigma: float = 1.5) -> Tensor:
     """Structural similarity of each pair of pictures, (B,), 1 for equal ones. Wang et al. 2004.
 
     Gaussian window of 11 with sigma 1.5, K1 0.01, K2 0.03, the mean over channels and over places where the whole
-    window lies inside the picture.
+    window lies inside the picture; intensities from 0, as the paper compares means by their ratio.
     """
-    a, b = (as_pixels(some).double() for some in (a, b))
+    a, b = ((as_pixels(some).double() + 1) / 2 for some in (a, b))
     if a.shape != b.shape or min(a.shape[2:]) < window:
         raise ValueError(f"SSIM compares pictures of one size, {window} pixels at least, not {tuple(a.shape)} with "
                          f"{tuple(b.shape)}")
@@ -87,7 +87,7 @@ def ssim(a, b, *, window: int = 11, sigma: float = 1.5) -> Tensor:
     mean_a, mean_b = blurred(a), blurred(b)                                           # (B, 3, H-10, W-10)
     var_a, var_b = blurred(a * a) - mean_a ** 2, blurred(b * b) - mean_b ** 2
     both = blurred(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                         # the range -1...1 is 2 wide
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
     value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
     return value.mean(dim=(1, 2, 3)).float()
 

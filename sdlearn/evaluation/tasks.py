@@ -123,11 +123,11 @@ def prompts_for(objects: Sequence[str], *, count: int = PER_TASK, seed: int = 0,
     The six tasks ask for combinations that training may show, "held out" for those that it never does. Raises
     ValueError for an object or a task that does not exist, TooFewObjects where a task cannot be made.
     """
+    objects = sorted(set(objects))
     if strange := [name for name in objects if name not in OBJECTS]:
         raise ValueError(f"the judge does not know {', '.join(strange)}; its objects are {', '.join(OBJECTS)}")
     if strange := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"there is no task '{strange[0]}'; the tasks are {', '.join(TASKS)}")
-    objects = sorted(set(objects))
     return [prompt for task in tasks for prompt in _of_task(task, objects, count, seed)]
 
 
