@@ -11,6 +11,6 @@ from .single import load_single, load_single_controlnet, save_single
 from .source import load, load_control
 
 __all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_control",
-           "load_embedding", "load_folder", "load_lora", "load_single", "load_single_controlnet", "read_json", "read_tensors",
-           "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "sentence", "shapes", "write_json",
-           "write_tensors", "written_beside"]
+           "load_embedding", "load_folder", "load_lora", "load_single", "load_single_controlnet", "read_json",
+           "read_tensors", "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "sentence",
+           "shapes", "write_json", "write_tensors", "written_beside"]
