@@ -28,7 +28,7 @@ from sdlearn.evaluation.report import percent, table, worst
 from sdlearn.evaluation.sampling import evaluate, evaluate_scenes, sample, scene_for, scores_of
 from sdlearn.evaluation.tasks import GENEVAL, PER_TASK, TASKS, TooFewObjects, prompts_for
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training.judge import JudgeRecipe, any_scene, disturbed
+from sdlearn.training.judge import JudgeRecipe, any_scene, disturbed, littered
 from sdlearn.training.loop import fit, load_state
 
 SMALL = DetectorConfig(channels=(8, 8, 8), blocks=(1, 1, 1), head=8)
@@ -184,6 +184,7 @@ CASES = {
         (Wanted((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 70, 100)], ()),       # 45 degrees off
         (Wanted((CAT, APPLE), "left"), [at("cat", 90, 60), at("apple", 30, 60)], ("cat not to the left of apple",)),
         (Wanted((CAT, APPLE), "left"), [at("cat", 60, 20), at("apple", 70, 90)], ("cat not to the left of apple",)),
+        (Wanted((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 33, 60)], ("cat not to the left of apple",)),
         (Wanted((CAT, APPLE), "right"), [at("cat", 90, 60), at("apple", 30, 60)], ()),
         (Wanted((CAT, APPLE), "above"), [at("cat", 60, 20), at("apple", 60, 90)], ()),
         (Wanted((CAT, APPLE), "above"), [at("cat", 60, 90), at("apple", 60, 20)], ("cat not above apple",)),
@@ -415,6 +416,13 @@ def test_the_shipped_judge_counts_in_a_larger_picture(judge):
 
 
 @shipped
+def test_the_shipped_judge_takes_few_blobs_for_things(judge):
+    drawn = [replace(scene(seed, "test"), objects=()) for seed in range(30)]
+    found = judge.look_at([littered(one.image, one.masks, one.seed) for one in drawn])
+    assert sum(len(some.objects) for some in found) < 0.5 * len(drawn)
+
+
+@shipped
 def test_real_scenes_are_judged_right(judge):
     asked = prompts_for(CORE.objects, count=6)
     judged = list(evaluate_scenes(asked, judge=judge))
@@ -490,6 +498,25 @@ def test_pictures_are_disturbed_but_stay_what_they_are():
     away = (there - pixels).abs().mean(dim=(1, 2, 3))
     assert (away > 0.005).all() and (away < 0.15).all()
     assert torch.equal(there, disturbed(pixels, torch.Generator().manual_seed(0)))
+
+
+def test_blobs_lie_behind_the_objects():
+    for seed in range(10):
+        drawn = scene(seed)
+        there = littered(drawn.image, drawn.masks, seed)
+        seen = drawn.masks.any(axis=0)
+        assert there.dtype == np.uint8 and np.array_equal(there[seen], drawn.image[seen])
+        assert 0.02 < (there != drawn.image).any(axis=-1).mean() < 0.5
+        assert np.array_equal(there, littered(drawn.image, drawn.masks, seed))
+
+
+def test_pictures_without_objects_are_learnt_from_too():
+    blobs = replace(scene(1), objects=())
+    targets = Detector(SMALL).targets([blobs])
+    assert targets.classes.tolist() == [[-1]] and blobs.masks.shape == (0, 128, 128)
+    loss, _ = detection_loss(Detector(SMALL)(torch.zeros(1, 3, 128, 128)), targets)
+    loss.backward()
+    assert bool(loss.isfinite())
 
 
 # --- measures ---------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class Detector(nn.Module):
     def targets(self, scenes: Sequence) -> Targets:
         """What the scenes hold, as tensors to learn from."""
         config = self.config
-        most = max(len(one.objects) for one in scenes)
+        most = max(1, *(len(one.objects) for one in scenes))
         boxes, classes = torch.zeros(len(scenes), most, 4), torch.full((len(scenes), most), -1)
         colours = classes.clone()
         for i, one in enumerate(scenes):

@@ -19,7 +19,7 @@ from .judge import Judge, load_judge
 from .scoring import Scores, Verdict, judge_pictures, scores
 from .tasks import Prompt
 
-AT_ONCE = 32            # pictures in a batch: on two cores, twice as many a second as one by one
+AT_ONCE = 32            # pictures in a batch
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.captions import WAYS
-from .judge import Judge, Seen, load_judge
+from .judge import Detection, Judge, Seen, load_judge
 from .tasks import GENEVAL, Prompt, Thing, Wanted
 
-# The direction that a relation names may be off by 60 degrees, as in GenEval: "left" needs cos > 0.5.
+# GenEval's reading of a relation: what centres are apart, less a tenth of both extents on each axis, points in the
+# direction that is named, or up to 60 degrees (cosine 0.5) beside it.
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-LEAST_COSINE = 0.5
+MARGIN, LEAST_COSINE = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,22 @@ def verdict(wanted: Wanted, seen: Seen) -> Verdict:
                   if thing.colour and one.colour != thing.colour]
     if wanted.relation and all(groups):
         (first, *_), (second, *_) = groups
-        if not related(first.centre, second.centre, wanted.relation):
+        if not related(first, second, wanted.relation):
             wrong.append(f"{first.name} not {WAYS[wanted.relation][0]} {second.name}")
     background = None if wanted.background is None else seen.background == wanted.background
     return Verdict(not wrong, tuple(wrong), background, seen)
 
 
-def related(first: tuple[float, float], second: tuple[float, float], relation: str) -> bool:
-    """Whether the centre of the first lies left of, right of, above or below that of the second."""
-    x, y = first[0] - second[0], first[1] - second[1]
-    away = math.hypot(x, y)
+def related(first: Detection, second: Detection, relation: str) -> bool:
+    """Whether the first lies left of, right of, above or below the second."""
+    apart = []
+    for low, high in ((0, 2), (1, 3)):                                                # along x, along y
+        extents = first.box[high] - first.box[low] + second.box[high] - second.box[low]
+        between = (first.box[low] + first.box[high] - second.box[low] - second.box[high]) / 2
+        apart.append(math.copysign(max(abs(between) - MARGIN * extents, 0.0), between))
+    away = math.hypot(*apart)
     across, down = DIRECTIONS[relation]
-    return away > 0 and (x * across + y * down) / away > LEAST_COSINE
+    return away > 0 and (apart[0] * across + apart[1] * down) / away > LEAST_COSINE
 
 
 def judge_pictures(images, prompts: Sequence[Prompt], judge: Judge | None = None) -> list[Verdict]:

@@ -6,10 +6,13 @@ scenes only, and nothing that was trained.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageFilter
 from torch import Tensor, nn
 
 from ..data import COLOURS, FULL, OBJECTS, Scene, World, scene, scene_of
@@ -31,6 +34,30 @@ def any_scene(seed: int, world: World = FULL) -> Scene:
         colour = rng.choice((None, *COLOURS)) if OBJECTS[name].tintable else None
         colours.append(drawn.setdefault(name, colour) if alike else colour)
     return scene_of(names, colours=colours, seed=seed)
+
+
+def littered(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
+    """A scene uint8 (H, W, 3) with blobs behind its objects: outlined, in the objects' colours, and nothing.
+
+    A model that has not learnt much draws such things, and a judge that has never seen any takes them for whatever
+    comes nearest. masks: bool (objects, H, W), what of each object can be seen.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = image.shape[:2]
+
+    def smooth(cells: int) -> np.ndarray:
+        coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+        return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+    field = smooth(rng.integers(3, 9))
+    inside = field > np.quantile(field, rng.uniform(0.75, 0.97))                      # (H, W)
+    around = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MaxFilter(5))) > 0
+    palette = [ImageColor.getrgb(tint) for tints in COLOURS.values() for tint in tints] + [(255, 255, 255)]
+    first, second = (np.array(palette[i], np.float32) for i in rng.integers(len(palette), size=2))
+    share = (smooth(rng.integers(3, 9)) > rng.uniform(0, 2))[..., None]
+    ground = ~masks.any(axis=0)
+    littered = np.where((around & ground)[..., None], 0, image)
+    return np.where((inside & ground)[..., None], np.where(share, second, first), littered).astype(np.uint8)
 
 
 def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
@@ -77,9 +104,13 @@ class JudgeRecipe:
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
         drawn = [(scene if i % 2 else any_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
-        pixels = to_tensor([one.image for one in drawn])
+        drawn = [replace(one, objects=()) if one.seed % 100 < 6 else one for one in drawn]      # blobs alone
+        pixels = to_tensor([self._picture(one) for one in drawn])
         crisp = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.25          # so that clean scenes stay easy
         return torch.where(crisp, pixels, disturbed(pixels, generator)), *self.model.targets(drawn)
+
+    def _picture(self, one: Scene) -> np.ndarray:
+        return littered(one.image, one.masks, one.seed) if one.seed % 10 < 3 else one.image
 
     def loss(self, model, pixels, *targets):
         return self.of(model(pixels), self.kind(*targets))
