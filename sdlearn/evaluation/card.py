@@ -63,7 +63,7 @@ def card(judge: Judge, figures: dict) -> str:
         "On scenes of `sdlearn.data` alone, drawn on the fly, never on pictures of a model. In half of them every",
         "combination of objects and colours is as likely as any other, so that the held-out ones are no stranger to it",
         "than the rest. Three in four are blurred, shifted in colour and given fine and coarse noise, so that what an",
-        "autoencoder does to a picture does not matter. Three in ten have blobs behind their objects, outlined and in the",
+        "autoencoder does to a picture does not matter. Three in ten have blobs behind their objects, outlined, in the",
         "same colours, that are nothing: what a model draws that has learnt little. One in twenty has no object.", "",
         f"`python -m sdlearn train judge`: {training['step']:,} steps, {training['samples']:,} scenes, "
         f"{training['seconds'] / 60:.0f} minutes of", f"{figures['machine']}, shared with other work.", "",
