@@ -160,6 +160,8 @@ MINI = ModelConfig(
     noise=NoiseConfig(prediction="v_prediction", zero_terminal_snr=True),
     image_size=128,
 )
+# A U-Net of 2.9 M parameters on `mini`'s autoencoder and towers, to be trained from nothing in a lesson.
+CLASSROOM = replace(MINI, name="classroom", unet=replace(MINI.unet, channels=(32, 64, 96)))
 TINY = ModelConfig(
     "tiny",
     unet=UNetConfig(channels=(8, 16), attention=(True, False), layers_per_block=1, heads=2,
@@ -174,6 +176,7 @@ TINY = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "tiny": TINY,
     "mini": MINI,
+    "classroom": CLASSROOM,
     "sd15": SD15,
     "sd15_inpaint": replace(SD15, name="sd15_inpaint", unet=replace(SD15.unet, in_channels=9)),
     "sd2_base": SD2_BASE,

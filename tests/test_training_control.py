@@ -1,6 +1,7 @@
 """ControlNets and inpainting at small size: hints and masks are the scenes' own, the loss falls, runs go on, and
 what is shipped as a difference to the base comes back."""
 
+import argparse
 import json
 import random
 import shutil
@@ -35,7 +36,7 @@ from sdlearn.data import CORE, scene
 from sdlearn.inpaint import latent_mask, masked_pixels
 from sdlearn.pictures import to_images, to_tensor
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training import adapters, card, stages
+from sdlearn.training import adapters, card, classroom, command, control, inpaint, stages
 from sdlearn.training.control import HINTS, ControlRecipe, covered_iou, edge_f1, hint_tensor, hint_widths
 from sdlearn.training.inpaint import MASKS, MaskCache, hole, random_mask, widened
 from sdlearn.training.loop import fit, load_state, save_state
@@ -198,7 +199,9 @@ def test_the_hints_network_is_as_deep_as_the_autoencoder():
 
 
 @pytest.mark.parametrize("stage", SMALL)
-def test_a_stage_stops_goes_on_and_reports(config, run, stage):
+def test_a_stage_stops_goes_on_and_reports(config, run, stage, monkeypatch):
+    for room in (control, inpaint):
+        monkeypatch.setattr(room, "SHOWN", 2)
     first = steps(make(stage, config, run), run, 2)
     again = make(stage, config, run)
     progress, _ = next(fit(quiet(again), run, minutes=10, precision="no", compiled=False))
@@ -548,3 +551,48 @@ def test_recipes_are_what_the_stages_make(config, run):
     assert list(stages.STAGES)[:6] == ["vae", "clip", "unet", "edges", "depth", "inpaint"] or \
         [name for name in stages.STAGES if name in SMALL] == list(SMALL)
     assert hint_tensor([np.full((4, 4), 255, np.uint8)]).shape == (1, 3, 4, 4)
+
+
+def test_minutes_for_all_stages_are_shared_out():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    for words, wanted in ((["all"], 60.0), (["all", "--minutes", "93"], 6.0), (["edges", "--minutes", "93"], 93.0)):
+        args = parser.parse_args(words)
+        whole = sum(stage.minutes for stage in stages.STAGES.values())
+        wanted = wanted if len(words) == 1 or words[0] != "all" else 93 * 60 / whole
+        assert command.budget(stages.STAGES["edges"], args) == pytest.approx(wanted)
+    args = parser.parse_args(["all", "--minutes", "10"])
+    assert sum(command.budget(stage, args) for stage in stages.STAGES.values()) == pytest.approx(10)
+
+
+# --- a lesson ---------------------------------------------------------------------------------------
+
+def test_a_lesson_learns_from_nothing_and_can_be_sampled(config, base):
+    vae, text, tokenizer, _ = stages.frozen(config, base)
+    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae, stages.trained_unet(config, base))
+    material = classroom.prepare(parts, 40)
+    unseen = classroom.prepare(parts, 8, split="test")
+    assert material.latents.shape == (40, 4, 16, 16) and material.contexts.shape == (40, 77, config.text.dim)
+    assert not torch.equal(material.latents[:8], unseen.latents)
+    before, told = parts.unet.state_dict(), []
+    for lesson in classroom.learn(parts, material, steps=12, batch_size=8):
+        told.append(lesson.loss)
+    assert lesson.step == 12 and lesson.samples == 96 and told[-1] < told[0]
+    assert set(classroom.heard(lesson, unseen)) == {"right@999", "wrong@999", "right@700", "wrong@700"}
+    assert lesson.parts.config.name == "classroom" and parts.unet.state_dict().keys() == before.keys()
+    picture, = StableDiffusion(lesson.parts).text2img("a star", steps=2)
+    assert picture.size == (128, 128)
+    again = [one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)]
+    assert again == pytest.approx([one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)])
+    assert sum(1 for _ in classroom.learn(parts, material, minutes=1e-9)) == 1
+    for wrong in ({"minutes": 0}, {"steps": 0}, {"batch_size": 0}, {"learning_rate": float("inf")}):
+        with pytest.raises(ValueError, match="give a number above 0"):
+            classroom.learn(parts, material, **wrong)
+
+
+def test_the_lessons_world_is_plain():
+    drawn = [scene(seed, world=classroom.WORLD) for seed in range(60)]
+    assert {one.objects[0].name for one in drawn} == set(classroom.WORLD.objects)
+    assert all(len(one.objects) == 1 for one in drawn)
+    assert sum(p.numel() for p in UNet(classroom.CONFIG.unet).parameters()) < 3e6
+    assert replace(classroom.CONFIG, name="mini", unet=PRESETS["mini"].unet) == PRESETS["mini"]

@@ -160,7 +160,9 @@ class World:
 
 FULL = World()
 CORE = World(objects=CORE_OBJECTS, single=0.5, count=0.1, pair=0.4, triple=0.0)
-WORLDS = {"core": CORE, "full": FULL}
+# One thing at a time, of four that look nothing alike: what a small U-Net learns within a lesson.
+CLASSROOM = World(objects=("apple", "star", "tree", "sun"), single=1.0, count=0.0, pair=0.0, triple=0.0)
+WORLDS = {"classroom": CLASSROOM, "core": CORE, "full": FULL}
 
 
 def is_held_out(count: int, names: tuple[str, ...], colours: tuple[str | None, ...]) -> bool:

@@ -29,7 +29,7 @@ from .loop import load_state
 BUDGETS = {"edges": 3_200_000, "depth": 3_200_000, "inpaint": 5_000_000}
 
 
-def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 24) -> dict[str, dict]:
+def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32) -> dict[str, dict]:
     """Write whatever a run has on top of its U-Net into the model folder that was just shipped; figures by stage.
 
     `count`: unseen scenes for the figures. Adapters of another base that the folder still holds are removed,
@@ -60,16 +60,16 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
         place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name])
         stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
         pictures, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
-        figures = {**recipe.agreement(drawn, pictures, free), **recipe.listening(stored)}
-        told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole)}
+        figures = {**recipe.agreement(drawn, pictures, free), **recipe.listening(stored, count)}
+        told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole, count)}
     else:
         whole = widened(base)
         whole.load_state_dict(weights)
         place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name])
         stored = load_inpaint(folder, device=recipe.empty.device).unet
         pictures = recipe.filled(stored, drawn)
-        figures = {**recipe.kept(drawn, pictures), **recipe.listening(stored)}
-        told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole)}
+        figures = {**recipe.kept(drawn, pictures), **recipe.listening(stored, count)}
+        told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole, count)}
     sheet = contact_sheet(recipe.strips(drawn[:12], pictures[:12]), captions[:12], columns=3)
     sheet.save(place / "samples.png", optimize=True)
     return {**figures, **{f"{name} before storing": value for name, value in told.items() if value != figures[name]},

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
                         help="a model folder whose weights an empty run starts from")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
-    parser.add_argument("--minutes", type=positive(float), help="budget of this call (default: the stage's own)")
+    parser.add_argument("--minutes", type=positive(float), 
+                        help="budget of this call, shared out among the stages for 'all' (default: the stage's own)")
     parser.add_argument("--batch", type=positive(int), help="scenes in a batch")
     parser.add_argument("--rate", type=positive(float), help="learning rate")
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="chosen by a short trial when left out")
@@ -59,11 +60,20 @@ def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingPr
         train_stage(name, {**stages.STAGES, **beside}[name], args)
 
 
+def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
+    """Minutes of a stage: its own unless told, and of what is told for all of them together its share."""
+    if args.minutes is None:
+        return stage.minutes
+    if args.stage == "all":
+        return args.minutes * stage.minutes / sum(each.minutes for each in stages.STAGES.values())
+    return args.minutes
+
+
 def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
     world = WORLDS[args.world] if args.world else None
     options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world}
     recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
-    minutes = stage.minutes if args.minutes is None else args.minutes
+    minutes = budget(stage, args)
     steps = fit(recipe, args.run, minutes=minutes, precision=args.precision, compiled=args.compile,
                 report_minutes=args.report_minutes, seed=args.seed)
     bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0)

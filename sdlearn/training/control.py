@@ -50,10 +50,10 @@ class ControlRecipe(LatentRecipe):
     is, so the copy learns to see what it shows and not only where lines are.
     """
 
-    warmup = 100
+    warmup = 50
 
     def __init__(self, config: ModelConfig, unet: UNet, *frozen, hint: str, dropout: float = 0.5,
-                 learning_rate: float = 3e-4, **options):
+                 learning_rate: float = 1e-3, **options):
         """`frozen` and other `options` as in `LatentRecipe`; `hint`: one of HINTS, and the stage's name."""
         net = ControlNet.from_unet(unet, hint_widths=hint_widths(config.vae.factor))
         super().__init__(net.requires_grad_(True), config, *frozen, dropout=dropout, learning_rate=learning_rate,

@@ -38,6 +38,37 @@ def fixed_prompts(count: int, world: World = CORE) -> list[str]:
     return [FIRST_PROMPT, *(scene(seed, "test", world).caption for seed in range(count - 1))]
 
 
+@torch.no_grad()
+def encoded(drawn: list[Scene], vae: VAE, text: TextTower, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (B, C, h, w) and text features (B, L, D) of scenes."""
+    device = next(vae.parameters()).device
+    latents = torch.cat([vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
+                         for i in range(0, len(drawn), 32)])
+    return latents, text(tokenizer([s.caption for s in drawn]).to(device)).hidden
+
+
+def noised(latents: torch.Tensor, step: int, schedule: NoiseSchedule) -> tuple[torch.Tensor, ...]:
+    """Latents with noise at one timestep, that timestep for each, and what a network should say of them. The noise
+    is the same at every call, so that figures can be compared."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
+    t = torch.full((len(latents),), step, device=latents.device)
+    return schedule.add_noise(latents, noise, t), t, schedule.target(latents, noise, t)
+
+
+@torch.no_grad()
+def listening(unet, schedule: NoiseSchedule, latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
+    """The loss at two timesteps with the right captions and with the captions of other scenes.
+
+    The gap between the two says whether the prompt is heard, long before a picture shows it.
+    """
+    figures = {}
+    for step in (999, 700):
+        noisy, t, target = noised(latents, step, schedule)
+        for name, context in (("right", contexts), ("wrong", contexts.roll(1, dims=0))):
+            figures[f"{name}@{step}"] = float(F.mse_loss(unet(noisy, t, context), target))
+    return figures
+
+
 class LatentCache:
     """Latents (N, C, H, W) and text features (N, L, D) of training scenes, half precision, on disk.
 
@@ -80,11 +111,9 @@ class LatentCache:
         """Encode `count` new scenes and put them in the place of the oldest."""
         if count == 0:
             return
-        device = next(self.vae.parameters()).device
         drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
-        latents = self.vae.to_latent(to_tensor([s.image for s in drawn]).to(device))
-        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
+        latents, contexts = encoded(drawn, self.vae, self.text, self.tokenizer)
         self.arrays["latents"][rows] = latents.cpu().numpy()
         self.arrays["contexts"][rows] = contexts.cpu().numpy()
         self.meta["made"] += count
@@ -178,13 +207,9 @@ class LatentRecipe:
     @torch.no_grad()
     def probe(self, drawn: list[Scene], step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of scenes: latents with noise at a timestep, that timestep, text features, and what the model should say."""
-        device, count = self.empty.device, len(drawn)
-        latents = torch.cat([self.vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
-                             for i in range(0, count, 32)])
-        contexts = self.text(self.tokenizer([s.caption for s in drawn]).to(device)).hidden
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(device)
-        t = torch.full((count,), step, device=device)
-        return self.schedule.add_noise(latents, noise, t), t, contexts, self.schedule.target(latents, noise, t)
+        latents, contexts = encoded(drawn, self.vae, self.text, self.tokenizer)
+        noisy, t, target = noised(latents, step, self.schedule)
+        return noisy, t, contexts, target
 
 
 class UNetRecipe(LatentRecipe):
@@ -201,16 +226,6 @@ class UNetRecipe(LatentRecipe):
         save_sheet(contact_sheet(images, prompts), folder / f"{self.name}-{step:07d}.png")
         return self.listening(averaged)
 
-    @torch.no_grad()
     def listening(self, unet, count: int = 128) -> dict[str, float]:
-        """The loss at two timesteps with the right captions and with the captions of other scenes.
-
-        The gap between the two says whether the prompt is heard, long before a picture shows it.
-        """
         drawn = [scene(seed, "test", self.world) for seed in range(count)]
-        figures = {}
-        for step in (999, 700):
-            noisy, t, contexts, target = self.probe(drawn, step)
-            for name, context in (("right", contexts), ("wrong", contexts.roll(1, dims=0))):
-                figures[f"{name}@{step}"] = float(F.mse_loss(unet(noisy, t, context), target))
-        return figures
+        return listening(unet, self.schedule, *encoded(drawn, self.vae, self.text, self.tokenizer))

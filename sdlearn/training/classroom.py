@@ -1,0 +1,110 @@
+"""A lesson in training: a small U-Net from nothing, in minutes, on the autoencoder and the towers of a finished model.
+
+    material = prepare(model.parts)
+    for lesson in learn(model.parts, material, minutes=5):
+        ...                                             # lesson.loss, lesson.samples; a picture whenever one is wanted:
+    StableDiffusion(lesson.parts).text2img("a red star on a blue background", guidance=3)
+
+All is in memory, and nothing is left behind. The recipe is that of `training.unet` with a smaller network, a
+smaller world, and a learning rate that falls to zero within the lesson.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoint import Parts
+from ..config import CLASSROOM as CONFIG
+from ..data import World, scene
+from ..data.world import CLASSROOM as WORLD
+from ..finetune.loop import Diverged, diffusion_loss, draw_rows
+from ..schedule import NoiseSchedule
+from ..unet import UNet
+from .loop import Average
+from .unet import encoded, listening
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What is learnt from: latents (N, C, h, w) and text features (N, L, D) of scenes."""
+
+    latents: torch.Tensor
+    contexts: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """How far it is. `parts` is the whole model with the averaged U-Net, which goes on changing."""
+
+    step: int
+    samples: int
+    seconds: float              # of training; whatever is done between two steps does not count
+    loss: float                 # running mean
+    parts: Parts
+
+
+def prepare(parts: Parts, count: int = 1500, *, split: str = "train", world: World = WORLD) -> Material:
+    """Encode the first `count` scenes of a split: some 70 a second on two CPU cores."""
+    found = []
+    for first in tqdm(range(0, count, 50), desc="scenes", unit="50 scenes"):
+        drawn = [scene(seed, split, world) for seed in range(first, min(first + 50, count))]
+        found.append(encoded(drawn, parts.vae, parts.text, parts.tokenizer))
+    return Material(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def learn(parts: Parts, material: Material, *, minutes: float = 5.0, steps: int | None = None, batch_size: int = 32,
+          learning_rate: float = 1.5e-3, dropout: float = 0.1, seed: int = 0) -> Iterator[Lesson]:
+    """Train a fresh U-Net of the preset `classroom` for so many minutes, or steps where they are given.
+
+    dropout: the share of captions replaced by the empty one, for guidance. Raises ValueError for a budget,
+    a batch or a rate that is not above zero, Diverged when the loss is no longer a number.
+    """
+    for what, value in (("minutes", minutes), ("batch size", batch_size), ("learning rate", learning_rate),
+                        ("number of steps", 1 if steps is None else steps)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"the {what} is {value}: give a number above 0")
+    return _learn(parts, material, 60 * minutes, steps, batch_size, learning_rate, dropout, seed)
+
+
+def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, seed):
+    torch.manual_seed(seed)                                     # of the first weights
+    generator = torch.Generator().manual_seed(seed)
+    config = replace(CONFIG.unet, context_dim=parts.config.text.dim, in_channels=parts.config.vae.latent_channels,
+                     out_channels=parts.config.vae.latent_channels)
+    unet = UNet(config).to(material.latents.device, memory_format=torch.channels_last)
+    average, schedule = Average(unet, decay=0.995), NoiseSchedule(parts.config.noise)
+    whole = replace(parts, unet=average.model, config=replace(parts.config, name=CONFIG.name, unet=config))
+    with torch.no_grad():
+        empty = parts.text(parts.tokenizer("").to(material.contexts.device)).hidden                     # 1 L D
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    step, seconds, mean = 0, 0.0, math.nan
+    while (step < steps) if steps else (seconds < budget):
+        start = time.perf_counter()
+        share = step / steps if steps else seconds / budget
+        for group in optimiser.param_groups:                    # a short rise, then the half of a cosine to zero
+            group["lr"] = learning_rate * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * share))
+        rows = draw_rows(len(material.latents), batch_size, generator)
+        dropped = torch.rand(len(rows), generator=generator) < dropout
+        contexts = torch.where(dropped[:, None, None].to(empty.device), empty, material.contexts[rows])
+        with torch.enable_grad():
+            loss = diffusion_loss(unet, schedule, material.latents[rows], contexts, generator)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        if not math.isfinite(value := float(loss.detach())):
+            raise Diverged(f"the loss became {value} at step {step}: train with a lower learning rate")
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        average.update(unet, step)
+        mean = value if step == 1 else mean + (value - mean) * 0.02
+        seconds += time.perf_counter() - start
+        yield Lesson(step, step * batch_size, seconds, mean, whole)
+
+
+def heard(lesson: Lesson, material: Material) -> dict[str, float]:
+    """The loss on scenes (unseen ones, if `material` was prepared from them) with right and with wrong captions."""
+    return listening(lesson.parts.unet, NoiseSchedule(lesson.parts.config.noise), material.latents, material.contexts)
