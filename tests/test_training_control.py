@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -367,6 +368,42 @@ def test_low_rank_is_the_best_for_its_bytes_and_keeps_the_budget():
         difference(net, base, 100)
 
 
+def test_what_inputs_never_contain_costs_nothing():
+    """A layer whose inputs fill 8 of 64 dimensions: of a difference that is large elsewhere, what they feel is kept."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    base = {"w": torch.randn(48, 64, generator=generator)}
+    net = {"w": base["w"] + 0.1 * torch.randn(48, 64, generator=generator)}
+    budget = 8 * 2 * (48 + 64)                          # rank 8
+    wanted = inputs @ (net["w"] - base["w"]).T
+    errors = []
+    for moments in (None, {"w": inputs.T @ inputs / 500}):
+        kept = difference(net, base, budget, moments)
+        assert kept["w.up"].shape == (48, 8)
+        errors.append(float((inputs @ (kept["w.up"] @ kept["w.down"]).T - wanted).norm() / wanted.norm()))
+    assert errors[1] < 0.02 < 0.3 < errors[0]
+
+
+@pytest.mark.parametrize("stage", ["edges", "inpaint"])
+def test_moments_are_those_of_every_layers_inputs(config, run, stage):
+    recipe = make(stage, config, run)
+    base = stages.trained_unet(config, run)
+    network = moved(recipe.model)
+    found = adapters.input_moments(recipe, network, base, count=4)
+    weights = {name: value for name, value in network.state_dict().items() if value.ndim > 1}
+    assert found.keys() == weights.keys() & base.state_dict().keys()
+    for name, moment in found.items():
+        inputs = weights[name][0].numel()
+        assert moment.shape == (inputs, inputs) and torch.equal(moment, moment.T), name
+        assert moment.diagonal().min() >= 0 and torch.linalg.eigvalsh(moment).min() > -1e-3 * moment.trace()
+    # conv_in's inputs are patches of the noisy latents; the middle pixel of each channel has their mean square.
+    noisy = torch.cat([recipe.probe([scene(10**6 + 4 * i + j, world=CORE) for j in range(4)], step)[0]
+                       for i, step in enumerate((50, 250, 450, 650, 850, 999))])
+    middle = found["conv_in.weight"].diagonal().reshape(-1, 3, 3)[:4, 1, 1]
+    torch.testing.assert_close(middle, noisy.square().mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not any(layer._forward_pre_hooks for layer in network.modules())
+
+
 def test_a_control_comes_back_whole_with_room_and_nearly_without(folder, config):
     net, base = a_control(folder, config), base_tensors(folder)
     errors = {}
@@ -499,10 +536,7 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
     monkeypatch.setattr(card, "ship_adapters", lambda *args: adapters.ship_adapters(*args, count=2))
-    out = card.ship(config, run, tmp_path / "model", count=2)
-    assert shipped_controls(out) == [] and not (out / "inpaint").exists(), "a run without them ships none"
-    assert "Trained on top" not in (out / "MODEL_CARD.md").read_text()
-
+    monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=4))
     recipes = {stage: trained(stage, config, run) for stage in SMALL}
     out = card.ship(config, run, tmp_path / "model", count=2)
     assert shipped_controls(out) == ["depth", "edges"]
@@ -535,7 +569,8 @@ def test_reshipping_a_base_removes_what_belonged_to_another(config, run, tmp_pat
     vae, text, tokenizer, _ = stages.frozen(config, run)
     parts = Parts(replace(config, vision=None), tokenizer, text, vae, stages.trained_unet(config, run))
     save_folder(parts_folder, parts, dtype=torch.float16)
-    assert adapters.ship_adapters(config, run, parts_folder, count=1) == {}
+    assert adapters.ship_adapters(config, run, parts_folder, count=1) == {} and adapters.card_section({}) == []
+    assert shipped_controls(parts_folder) == [] and not (parts_folder / "inpaint").exists()
     save_control(parts_folder, "edges", a_control(parts_folder, config), budget=10**7)
     assert adapters.ship_adapters(config, run, parts_folder, count=1) == {}
     assert shipped_controls(parts_folder) == ["edges"], "of the same base: nothing changes"

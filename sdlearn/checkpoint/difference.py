@@ -39,12 +39,14 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def difference(tensors: Tensors, base: Tensors, budget: int) -> Tensors:
+def difference(tensors: Tensors, base: Tensors, budget: int, moments: Tensors | None = None) -> Tensors:
     """What to store of `tensors` so that `restored` gives them back nearly: at most about `budget` bytes of it.
 
     What is stored whole costs what it costs. The rest of the budget goes to singular values, the largest
     square for its bytes first, over all matrices: so the sum of all squared errors is as small as it can
-    be. Raises ValueError for a budget that what is stored whole exceeds.
+    be. moments: of some matrices, how their inputs x are spread, the mean of x x^T, (N, N); then the errors
+    that count are those of the layers' outputs on such inputs, and what the inputs never contain costs
+    nothing. Raises ValueError for a budget that what is stored whole exceeds.
     """
     kept, left = {}, budget
     triples: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -56,7 +58,7 @@ def difference(tensors: Tensors, base: Tensors, budget: int) -> Tensors:
             kept[f"{name}.difference"] = tensor - base[name].float().cpu()
         else:
             moved = (tensor - base[name].float().cpu()).flatten(1)                   # (M, N)
-            triples[name] = torch.linalg.svd(moved, full_matrices=False)
+            triples[name] = _decomposed(moved, None if moments is None else moments.get(name))
     left -= sum(tensor.numel() for tensor in kept.values()) * STORED.itemsize
     if left < 0:
         raise ValueError(f"a budget of {budget:,} bytes is too small by {-left:,} for what must be stored whole: "
@@ -67,6 +69,20 @@ def difference(tensors: Tensors, base: Tensors, budget: int) -> Tensors:
         kept[f"{name}.up"] = up[:, :ranks[name]] * root                              # (M, R)
         kept[f"{name}.down"] = root[:, None] * down[:ranks[name]]                    # (R, N)
     return kept
+
+
+def _decomposed(moved: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, K), (K,), (K, N), the product of which is `moved` (M, N), the parts that matter most first.
+
+    With the inputs' moment L L^T the mean squared error of the output is || (moved - near) L ||^2, so it is
+    moved L that is decomposed.
+    """
+    if moment is None:
+        return torch.linalg.svd(moved, full_matrices=False)
+    ridge = 0.01 * moment.diagonal().mean() + 1e-12             # inputs of another kind count a little, too
+    root = torch.linalg.cholesky(moment + ridge * torch.eye(len(moment)))            # (N, N)
+    up, values, down = torch.linalg.svd(moved @ root, full_matrices=False)
+    return up, values, torch.linalg.solve_triangular(root, down, upper=False, left=False)
 
 
 def _ranks(triples: dict[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> dict[str, int]:

@@ -84,18 +84,20 @@ def load_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
     return replace(parts, unet=unet, config=replace(parts.config, name=f"{folder.name}-{INPAINT}", unet=config))
 
 
-def save_control(model: Path, name: str, net: ControlNet, *, budget: int) -> Path:
+def save_control(model: Path, name: str, net: ControlNet, *, budget: int, moments: Tensors | None = None) -> Path:
     """Store a ControlNet as its difference to the U-Net of a model folder, in about `budget` bytes.
 
-    Raises CheckpointError when it cannot be written, ValueError for a budget that is too small.
+    moments: see `difference`. Raises CheckpointError when it cannot be written, ValueError for a budget that is
+    too small.
     """
-    return _save(model, f"{CONTROL}{name}", net.state_dict(), controlnet_to_dict(net.control_config), budget)
+    return _save(model, f"{CONTROL}{name}", net.state_dict(), controlnet_to_dict(net.control_config), budget,
+                 moments)
 
 
-def save_inpaint(model: Path, unet: UNet, *, budget: int) -> Path:
+def save_inpaint(model: Path, unet: UNet, *, budget: int, moments: Tensors | None = None) -> Path:
     """Store a nine-channel U-Net as its difference to that of a model folder; as `save_control`."""
     side = _read(model / "unet" / "config.json", lambda values: int(values["sample_size"]))
-    return _save(model, INPAINT, unet.state_dict(), unet_to_dict(unet.config, side), budget)
+    return _save(model, INPAINT, unet.state_dict(), unet_to_dict(unet.config, side), budget, moments)
 
 
 def remove_strangers(model: Path) -> list[str]:
@@ -141,8 +143,8 @@ def _filled(module: torch.nn.Module, place: Path, model: Path):
     return module.eval()
 
 
-def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int) -> Path:
-    kept = difference(tensors, base_tensors(model), budget)
+def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int, moments: Tensors | None) -> Path:
+    kept = difference(tensors, base_tensors(model), budget, moments)
     with written_beside(Path(model).absolute() / name) as beside:
         write_json(beside / "config.json", config)
         write_difference(beside / DIFFERENCE_FILE, kept, base_file(model))

@@ -1,8 +1,10 @@
 """Shipping what was trained on top of the base: ControlNets and the inpainting U-Net, as differences to it."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import load_folder
@@ -26,7 +28,7 @@ from .inpaint import InpaintRecipe, widened
 from .loop import load_state
 
 # Bytes of each: with base, autoencoder, towers and judge the weights stay below 64 MB.
-BUDGETS = {"edges": 3_200_000, "depth": 3_200_000, "inpaint": 5_000_000}
+BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_700_000}
 
 
 def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32) -> dict[str, dict]:
@@ -57,7 +59,8 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
         whole = ControlNet.from_unet(base, hint_widths=hint_widths(recipe.vae.config.factor))
         whole.load_state_dict(weights)
         recipe.unet = base
-        place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name])
+        place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name],
+                             moments=input_moments(recipe, whole, base))
         stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
         pictures, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
         figures = {**recipe.agreement(drawn, pictures, free), **recipe.listening(stored, count)}
@@ -65,7 +68,7 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
     else:
         whole = widened(base)
         whole.load_state_dict(weights)
-        place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name])
+        place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name], moments=input_moments(recipe, whole, base))
         stored = load_inpaint(folder, device=recipe.empty.device).unet
         pictures = recipe.filled(stored, drawn)
         figures = {**recipe.kept(drawn, pictures), **recipe.listening(stored, count)}
@@ -77,6 +80,39 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
                                                              base_tensors(folder)),
             "error of its effect on the output": effect_error(recipe, base, whole, stored, count),
             "bytes": (place / DIFFERENCE_FILE).stat().st_size}
+
+
+@torch.no_grad()
+def input_moments(recipe: ControlRecipe | InpaintRecipe, network: nn.Module, base: UNet,
+                  count: int = 16) -> dict[str, torch.Tensor]:
+    """The mean of x x^T over the inputs x of each layer that the base has, too, (N, N), by its weight's name.
+
+    Inputs are those of `count` scenes at timesteps all over the schedule, a fourth of them without a caption,
+    as in guidance. A convolution's inputs are its patches, channel by channel.
+    """
+    sums, counts = {}, {}
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[torch.Tensor]):
+        x = inputs[0].float()
+        if x.ndim == 4:                                         # a map; 1x1 convolutions also take tokens
+            x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+        x = x.reshape(-1, x.shape[-1])                                               # (all, N)
+        sums[name] = sums.get(name, 0) + x.T @ x
+        counts[name] = counts.get(name, 0) + len(x)
+
+    hooks = [layer.register_forward_pre_hook(partial(watch, f"{name}.weight"))
+             for name, layer in network.named_modules()
+             if isinstance(layer, (nn.Linear, nn.Conv2d)) and f"{name}.weight" in base.state_dict()]
+    try:
+        for i, step in enumerate((50, 250, 450, 650, 850, 999)):
+            drawn = [scene(10**6 + count * i + j, world=recipe.world) for j in range(count)]
+            noisy, t, contexts, _ = recipe.probe(drawn, step)
+            contexts[:count // 4] = recipe.empty
+            recipe.network(network, *(part.to(noisy.device) for part in recipe.given(drawn)))(noisy, t, contexts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / counts[name]).cpu() for name, total in sums.items()}
 
 
 def effect_error(recipe: ControlRecipe | InpaintRecipe, base: UNet, whole: nn.Module, stored: nn.Module,

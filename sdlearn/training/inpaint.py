@@ -112,8 +112,9 @@ class MaskCache:
         self.masked = self._array(mine / "masked.f16", np.float16, (capacity, channels, *cells))
         self.seeds = self._array(mine / "seeds.i64", np.int64, (capacity,))           # the scene's plus one; 0: none
         generator = torch.Generator().manual_seed(0)
-        for _ in tqdm(range(-(-(min(first, len(cache)) - len(self.rows())) // 30)), desc="masks", unit="30 masks"):
-            self.refresh(30, generator)
+        if (missing := min(first, len(cache)) - len(self.rows())) > 0:
+            for _ in tqdm(range(-(-missing // 30)), desc="masks", unit="30 masks"):
+                self.refresh(30, generator)
 
     @staticmethod
     def _array(file: Path, kind, shape: tuple[int, ...]) -> np.memmap:
@@ -158,7 +159,7 @@ def widened(unet: UNet) -> UNet:
     conv = torch.zeros_like(wide.conv_in.weight)
     conv[:, :latent] = weights["conv_in.weight"]
     wide.load_state_dict({**weights, "conv_in.weight": conv})
-    return wide
+    return wide.to(unet.conv_in.weight)
 
 
 class InpaintRecipe(LatentRecipe):
