@@ -1,0 +1,407 @@
+"""Exercises of notebook 03, its second part: samplers."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from .. import samplers
+from ..samplers import Step
+from ..schedule import NoiseSchedule, timesteps
+from .judge import Subject, Wrong, randn, require, require_shape
+from .nb03 import EPS, ZERO_SNR, lesson
+
+STEPS, START = 6, randn(2, 4, 8, 8, seed=3)
+LIMIT = 40              # of steps that are asked of a sampler: one that goes on for ever is told so
+
+
+def denoise(x: Tensor, t: float) -> Tensor:
+    """Stands for a network: smooth in x and t, never linear, and each picture by itself."""
+    return torch.tanh(1.3 * x + 0.5 * math.cos(t / 150)) + 0.2 * x.flip(-1)
+
+
+def walk(sampler: Callable, schedule: NoiseSchedule = EPS, grid: list | None = None, look: Callable = denoise,
+         **settings) -> list[Tensor]:
+    """The latents after each step of the sampler."""
+    steps = sampler(look, START, grid or timesteps(schedule, STEPS), schedule, **settings)
+    if not isinstance(steps, Iterator):
+        raise Wrong("It is no generator: `yield` a Step after each step, in place of returning at the end")
+    found = []
+    for step in islice(steps, LIMIT):
+        if not (isinstance(step, tuple) and len(step) == 4):
+            raise Wrong("It must yield Step(index, t, x, x0) after each step")
+        require_shape(step[2], START.shape, "x of a step")
+        found.append(step[2].detach().clone())
+    return found
+
+
+def kept(sampler: Callable) -> list[Tensor]:
+    """What is held by who keeps the steps in a list, and looks at them at the end."""
+    steps = list(islice(sampler(denoise, START, timesteps(EPS, 3), EPS), LIMIT))
+    return [step[2] for step in steps]
+
+
+def steps_are_told(sampler: Subject):
+    """Common to all samplers, step "shape": as many steps as pairs, with their index, their t and their x0."""
+    grid = timesteps(EPS, STEPS)
+    require(len(found := walk(sampler)) == STEPS, f"It yields {len(found)} steps where the grid has {STEPS}")
+    told = list(islice(sampler(denoise, START, grid, EPS), LIMIT))
+    for index, (step, (t, _)) in enumerate(zip(told, grid, strict=True)):
+        require(step[0] == index, f"Step {index} says that its index is {step[0]}: it counts from 0")
+        require(step[1] == t, f"Step {index} says that its t is {step[1]} where it started from {t}")
+        require_shape(step[3], START.shape, "x0 of a step")
+
+
+def calls(sampler: Callable) -> int:
+    """How often it calls `denoise` on the grid."""
+    count = 0
+
+    def look(x, t):
+        nonlocal count
+        count += 1
+        return denoise(x, t)
+    walk(sampler, look=look)
+    return count
+
+
+def one_call_a_step(sampler: Subject):
+    require((count := calls(sampler)) == STEPS,
+            f"It calls `denoise` {count} times for {STEPS} steps where once a step will do: each is a run of the U-Net")
+
+
+def stepping(step: Callable) -> Callable:
+    """A sampler of `step(x, x0, alpha, sigma, alpha_prev, sigma_prev, generator)`, which makes the next x."""
+    def sampler(denoise, x, grid, schedule, *, generator=None, **_):
+        for index, (t, t_prev) in enumerate(grid):
+            x0 = denoise(x, t)
+            x = step(x, x0, *schedule.at(t), *schedule.at(t_prev), generator)
+            yield Step(index, t, x, x0)
+    return sampler
+
+
+def posterior(x, x0, a, s, ap, sp, generator=None, *, mean: Callable | None = None, std: Callable | None = None):
+    """DDPM's step, or one with another mean or standard deviation."""
+    kept = (a / ap) ** 2
+    middle = (ap * (1 - kept) * x0 + math.sqrt(kept) * sp**2 * x) / s**2 if mean is None else mean(x, x0, a, s, ap, sp)
+    return middle + samplers.gaussian(x, sp / s * math.sqrt(1 - kept) if std is None else std(a, s, ap, sp), generator)
+
+
+# --- 3.5 ----------------------------------------------------------------------------------------------
+
+ddpm = lesson.exercise(
+    5, samplers.ddpm, grade="supported", minutes=15, also=[samplers.gaussian],
+    asks="Write `ddpm(denoise, x, grid, schedule, *, generator=None)`: draw each x from the posterior.",
+    hints=["q(x_prev | x, x0) is Gaussian. Its mean mixes x0 and x; its variance is what is lost of x_prev in x.",
+           "With k = (alpha / alpha_prev)²: mean = (alpha_prev (1 - k) x0 + sqrt(k) sigma_prev² x) / sigma², and the "
+           "standard deviation is sigma_prev / sigma sqrt(1 - k).",
+           "Draw with `torch.randn(x.shape, generator=generator)`. Into the last step, where t_prev is None and "
+           "`schedule.at(None)` is (1, 0), goes no noise: the formula gives 0, and the draw is left out."])
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+ddpm.test("shape")(steps_are_told)
+
+
+@ddpm.test("value")
+def one_step_of_the_posterior(ddpm):
+    ddpm.agrees(lambda answer: walk(answer, grid=[(500, 400)], generator=seeded()))
+
+
+@ddpm.test("value")
+def the_whole_way_down(ddpm):
+    ddpm.agrees(lambda answer: walk(answer, generator=seeded()), what="The way down,")
+
+
+@ddpm.test("edge case")
+def the_seed_decides(ddpm):
+    """The noise comes from the generator that is given, and the last step has none."""
+    first, second = (walk(ddpm, generator=seeded(seed)) for seed in (1, 2))
+    require(not torch.equal(first[0], second[0]),
+            "Two generators with different seeds give one picture: does the noise come from `generator`?")
+    ddpm.agrees(lambda answer: walk(answer, grid=[(100, None)], generator=seeded()), what="The last step,")
+
+
+@ddpm.test("edge case")
+def ddpm_looks_once_a_step(ddpm):
+    one_call_a_step(ddpm)
+
+
+for diagnosis, parts in [
+    ("it is the mean alone: DDPM adds fresh noise in every step but the last", {"std": lambda a, s, ap, sp: 0.0}),
+    ("the noise has the posterior's variance for its standard deviation: take the square root",
+     {"std": lambda a, s, ap, sp: sp**2 / s**2 * (1 - (a / ap) ** 2)}),
+    ("the noise has the large variance, 1 - k, of the forward step: the posterior's is smaller by sigma_prev² / sigma²",
+     {"std": lambda a, s, ap, sp: math.sqrt(1 - (a / ap) ** 2) if sp else 0.0}),
+    ("the noise has all of sigma_prev: then nothing of x is left in x_prev",
+     {"std": lambda a, s, ap, sp: sp}),
+    ("x0 and x have each other's weight in the mean",
+     {"mean": lambda x, x0, a, s, ap, sp: (ap * (1 - (a / ap) ** 2) * x + a / ap * sp**2 * x0) / s**2}),
+    ("the weight of x has k where it must have its root",
+     {"mean": lambda x, x0, a, s, ap, sp: (ap * (1 - (a / ap) ** 2) * x0 + (a / ap) ** 2 * sp**2 * x) / s**2}),
+    ("the mean has DDIM's noise in it as well: the posterior brings its own",
+     {"mean": lambda x, x0, a, s, ap, sp: ap * x0 + sp * (x - a * x0) / s}),
+    ("the mean forgets x: it is x0 scaled for t_prev", {"mean": lambda x, x0, a, s, ap, sp: ap * x0}),
+]:
+    ddpm.mistake(diagnosis)(stepping(lambda *values, parts=parts: posterior(*values, **parts)))
+
+
+# --- 3.6 and 3.7 --------------------------------------------------------------------------------------
+
+def deterministic(exercise):
+    """Tests and mistakes of DDIM and Euler, which are one line in two notations."""
+    exercise.test("shape")(steps_are_told)
+
+    @exercise.test("value")
+    def one_step(sampler):
+        sampler.agrees(lambda answer: walk(answer, grid=[(600, 400)]))
+
+    @exercise.test("value")
+    def the_whole_way(sampler):
+        sampler.agrees(walk, what="The way down,")
+
+    for diagnosis, step in [
+        ("x is scaled by alpha_prev, where the x0 that was predicted must be: alpha_prev x0 + sigma_prev eps",
+         lambda x, x0, a, s, ap, sp, _: ap * x + sp * (x - a * x0) / s),
+        ("eps has kept the old sigma: the new x has sigma_prev of it",
+         lambda x, x0, a, s, ap, sp, _: ap * x0 + x - a * x0),
+        ("x0 has kept the old alpha: the new x has alpha_prev of it",
+         lambda x, x0, a, s, ap, sp, _: a * x0 + sp * (x - a * x0) / s),
+        ("eps is x - x0 where it must be (x - alpha x0) / sigma",
+         lambda x, x0, a, s, ap, sp, _: ap * x0 + sp * (x - x0)),
+        ("eps is not divided by sigma: x - alpha x0 is sigma eps",
+         lambda x, x0, a, s, ap, sp, _: ap * x0 + sp * (x - a * x0)),
+        ("eps is (x - x0) / sigma: x holds only alpha of x0",
+         lambda x, x0, a, s, ap, sp, _: ap * x0 + sp * (x - x0) / s),
+        ("only x0 is left: the noise of t_prev must be in it as well",
+         lambda x, x0, a, s, ap, sp, _: ap * x0),
+        ("the noise is fresh: here it is the one that was predicted",
+         lambda x, x0, a, s, ap, sp, g: ap * x0 + samplers.gaussian(x, sp, g)),
+        ("this is the step for X = x / alpha: divide x by alpha first, and multiply by alpha_prev at the end",
+         lambda x, x0, a, s, ap, sp, _: x + (sp / ap - s / a) * (x - a * x0) / s),
+        ("the variances stand where their square roots must",
+         lambda x, x0, a, s, ap, sp, _: ap**2 * x0 + sp**2 * (x - a**2 * x0) / s**2),
+    ]:
+        exercise.mistake(diagnosis)(stepping(step))
+
+
+ddim = lesson.exercise(
+    6, samplers.ddim, grade="guided", minutes=10,
+    asks="Write `ddim(denoise, x, grid, schedule)` without fresh noise (eta 0).",
+    beyond="The package's `ddim` can make a part of the noise fresh (eta), and ends at x0 itself only on request; "
+           "the exercise asks for eta 0, down to the noise of timestep 0.",
+    hints=["Predict x0. What is left of x, x - alpha x0, is noise, sigma times eps.",
+           "Put x0 and eps together again with the shares of t_prev: alpha_prev x0 + sigma_prev eps.",
+           "Stable Diffusion ends at the noise of timestep 0: in the last step, where t_prev is None, take "
+           "`schedule.at(0)`."])
+deterministic(ddim)
+
+
+@ddim.test("edge case")
+def it_ends_at_timestep_0(ddim):
+    ddim.agrees(lambda answer: walk(answer, grid=[(100, None)]), what="The last step,")
+
+
+@ddim.test("edge case")
+def it_starts_without_signal(ddim):
+    ddim.agrees(lambda answer: walk(answer, ZERO_SNR), what="Where x begins as noise alone, the way down,")
+
+
+@ddim.test("edge case")
+def ddim_leaves_what_it_has_yielded(ddim):
+    ddim.agrees(kept, what="What was yielded, looked at when all is over,")
+
+
+@ddim.mistake("it ends at x0 itself: DDIM of Stable Diffusion ends at the noise of timestep 0, `schedule.at(0)`")
+def to_the_end(denoise, x, grid, schedule):
+    return samplers.ddim(denoise, x, grid, schedule, set_alpha_to_one=True)
+
+
+@ddim.mistake("all of the noise is fresh, as with eta 1: here none is")
+def fresh(denoise, x, grid, schedule):
+    return samplers.ddim(denoise, x, grid, schedule, eta=1.0)
+
+
+euler = lesson.exercise(
+    7, samplers.euler, grade="guided", minutes=10,
+    asks="Write `euler(denoise, x, grid, schedule)`: Euler's method for dX/ds = eps, X = x / alpha, s = sigma / alpha.",
+    hints=["Euler: X_prev = X + (s_prev - s) eps. Since X = x0 + s eps, that is x0 + s_prev eps.",
+           "Times alpha_prev: x_prev = alpha_prev x0 + sigma_prev eps, and nothing is divided by alpha.",
+           "`schedule.at(None)` is (1, 0): the last step leads to x0 without a case of its own."])
+deterministic(euler)
+
+
+@euler.test("edge case")
+def it_ends_at_x0(euler):
+    euler.agrees(lambda answer: walk(answer, grid=[(100, None)]), what="The last step,")
+
+
+@euler.test("edge case")
+def it_starts_with_alpha_0(euler):
+    euler.agrees(lambda answer: walk(answer, ZERO_SNR), what="Where x begins as noise alone, the way down,")
+
+
+@euler.test("edge case")
+def euler_leaves_what_it_has_yielded(euler):
+    euler.agrees(kept, what="What was yielded, looked at when all is over,")
+
+
+@euler.mistake("it ends at the noise of timestep 0, as DDIM does: Euler goes down to s = 0, which is x0")
+def as_ddim(denoise, x, grid, schedule):
+    return samplers.ddim(denoise, x, grid, schedule)
+
+
+# --- 3.8 ----------------------------------------------------------------------------------------------
+
+heun = lesson.exercise(
+    8, samplers.heun, grade="supported", minutes=15,
+    asks="Write `heun(denoise, x, grid, schedule)`: Euler's step, then again with the mean of both slopes.",
+    beyond="The package's `heun` also falls back to Euler's step where x holds no signal at all; the exercise asks for "
+           "grids that begin with some.",
+    hints=["Make Euler's step first. At its end, at t_prev, ask `denoise` again: that gives eps there.",
+           "In X = x / alpha and s = sigma / alpha: X_prev = X + (s_prev - s) (eps + eps_prev) / 2, from the old X.",
+           "So Euler's x moves by alpha_prev (s_prev - s) (eps_prev - eps) / 2. In the last step t_prev is None, there "
+           "is nothing to ask, and Euler's step stands."])
+heun.test("shape")(steps_are_told)
+
+
+@heun.test("value")
+def one_step_of_heun(heun):
+    heun.agrees(lambda answer: walk(answer, grid=[(600, 400)]))
+
+
+@heun.test("value")
+def heun_the_whole_way(heun):
+    heun.agrees(walk, what="The way down,")
+
+
+@heun.test("edge case")
+def heun_at_the_end(heun):
+    heun.agrees(lambda answer: walk(answer, grid=[(100, None)]), what="The last step,")
+    require((count := calls(heun)) == 2 * STEPS - 1,
+            f"It calls `denoise` {count} times for {STEPS} steps where {2 * STEPS - 1} will do: one in the last step")
+
+
+@heun.test("edge case")
+def heun_leaves_what_it_has_yielded(heun):
+    heun.agrees(kept, what="What was yielded, looked at when all is over,")
+
+
+def twice(second: Callable) -> Callable:
+    """A sampler of Euler's step and `second(denoise, x, x_euler, eps, t, t_prev, a, s, ap, sp)`, the next x."""
+    def sampler(denoise, x, grid, schedule, **_):
+        for index, (t, t_prev) in enumerate(grid):
+            (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
+            x0 = denoise(x, t)
+            eps = (x - a * x0) / s
+            end = ap * x0 + sp * eps
+            x = end if t_prev is None else second(denoise, x, end, eps, t, t_prev, a, s, ap, sp)
+            yield Step(index, t, x, x0)
+    return sampler
+
+
+for diagnosis, second in [
+    ("this is Euler's step alone: the slope at its end is missing", lambda d, x, end, *_: end),
+    ("the second slope is taken at the old x: take it where Euler's step has led",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * ((x - ap * d(x, tp)) / sp - eps) / 2),
+    ("`denoise` is asked at t the second time: x is at t_prev by then",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * ((end - ap * d(end, t)) / sp - eps) / 2),
+    ("only the slope at the end counts: take the mean of both",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * ((end - ap * d(end, tp)) / sp - eps)),
+    ("the slopes are added: their mean is half of that",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * (end - ap * d(end, tp)) / sp),
+    ("the second step starts from Euler's end: both go from the old x",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * ((end - ap * d(end, tp)) / sp + eps) / 2),
+    ("the mean is of eps, and x0 is the old one: X moves by (s_prev - s) times the mean, from X itself",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + sp * ((end - ap * d(end, tp)) / sp - eps) / 2),
+    ("the second eps has the alpha and sigma of t: x is at t_prev by then",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     end + ap * (sp / ap - s / a) * ((end - a * d(end, tp)) / s - eps) / 2),
+]:
+    heun.mistake(diagnosis)(twice(second))
+
+
+# --- 3.9 ----------------------------------------------------------------------------------------------
+
+dpmpp_2m = lesson.exercise(
+    9, samplers.dpmpp_2m, grade="on your own", minutes=25,
+    asks="Write `dpmpp_2m(denoise, x, grid, schedule)`: DPM-Solver++(2M), of second order with one call a step.",
+    hints=["Between two steps x0 hardly changes: extrapolate it, along lambda = log(alpha / sigma), to the middle of "
+           "the step that comes, and make the step of first order with that.",
+           "With h = lambda_prev - lambda and h_last the step before: D = x0 + h / h_last (x0 - x0_last) / 2. The "
+           "first step has no x0_last and takes D = x0.",
+           "x_prev = sigma_prev / sigma x + (alpha_prev - sigma_prev alpha / sigma) D. In the last step sigma_prev is "
+           "0 and lambda infinite: take D = x0 there."])
+dpmpp_2m.test("shape")(steps_are_told)
+
+
+@dpmpp_2m.test("value")
+def the_first_step_is_of_first_order(dpmpp_2m):
+    dpmpp_2m.agrees(lambda answer: walk(answer, grid=[(600, 400)]), what="The first step,")
+
+
+@dpmpp_2m.test("value")
+def then_of_second_order(dpmpp_2m):
+    dpmpp_2m.agrees(lambda answer: walk(answer, grid=[(800, 600), (600, 300)]))
+
+
+@dpmpp_2m.test("value")
+def dpmpp_the_whole_way(dpmpp_2m):
+    dpmpp_2m.agrees(walk, what="The way down,")
+
+
+@dpmpp_2m.test("edge case")
+def dpmpp_at_the_end(dpmpp_2m):
+    dpmpp_2m.agrees(lambda answer: walk(answer, grid=[(300, 100), (100, None)]), what="The way to the end,")
+    one_call_a_step(dpmpp_2m)
+
+
+@dpmpp_2m.test("edge case")
+def dpmpp_leaves_what_it_has_yielded(dpmpp_2m):
+    dpmpp_2m.agrees(kept, what="What was yielded, looked at when all is over,")
+
+
+def multistep(ahead: Callable, remember: bool = True) -> Callable:
+    """A sampler of the step of first order with `ahead(x0, x0_last, h, h_last)` in place of x0."""
+    def sampler(denoise, x, grid, schedule, **_):
+        last = h_last = None
+        for index, (t, t_prev) in enumerate(grid):
+            (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
+            x0 = denoise(x, t)
+            h = math.log(ap / sp) - math.log(a / s) if sp else math.inf
+            D = x0 if last is None or not sp else ahead(x0, last, h, h_last)
+            x = sp / s * x + (ap - sp * a / s) * D
+            if remember or last is None:
+                last, h_last = x0, h
+            yield Step(index, t, x, x0)
+    return sampler
+
+
+for diagnosis, ahead in [
+    ("this is of first order, DDIM's step: x0 is to be extrapolated", lambda x0, last, h, h_last: x0),
+    ("the half is missing: x0 is extrapolated to the middle of the step",
+     lambda x0, last, h, h_last: x0 + h / h_last * (x0 - last)),
+    ("h and h_last have changed places: how far ahead, over how far it has changed",
+     lambda x0, last, h, h_last: x0 + h_last / h * (x0 - last) / 2),
+    ("the steps are taken for equal: the change goes with h / h_last",
+     lambda x0, last, h, h_last: x0 + (x0 - last) / 2),
+    ("it goes back where it must go on: x0 - x0_last is the way ahead",
+     lambda x0, last, h, h_last: x0 - h / h_last * (x0 - last) / 2),
+    ("the mean of the two x0 lies behind, between them: extrapolate beyond the newer one",
+     lambda x0, last, h, h_last: (x0 + last) / 2),
+    ("it extrapolates from x0_last: start at x0, the newer",
+     lambda x0, last, h, h_last: last + h / h_last * (x0 - last) / 2),
+]:
+    dpmpp_2m.mistake(diagnosis)(multistep(ahead))
+dpmpp_2m.mistake("x0_last stays that of the first step: keep each step's for the next")(
+    multistep(lambda x0, last, h, h_last: x0 + h / h_last * (x0 - last) / 2, remember=False))

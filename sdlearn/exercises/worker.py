@@ -1,0 +1,210 @@
+"""The process in which learners' code runs; `helper.py` is its other end.
+
+It reads requests from its standard input, and writes lines of JSON to what was its standard output:
+
+    request     8 bytes, its length; then a pickled dictionary {module, name, path, folder, answers, seconds, memory}
+    answer      {"ready"}, {"printed", "test"}..., {"test", "passed", "said", "written", "place"}..., {"end"}
+
+Where the system can fork, each test runs in a fork of its own, made from this process, which holds
+PyTorch and has never run it: no thread, no lock, nothing that an earlier test has touched. The fork is
+the leader of its own session, may take a given amount of memory more than it has, and is killed, with all it
+has started, when its time is up. Elsewhere the tests of one check run here, one after the other, the
+answer unpacked anew for each; then the process ends, and its other end has started a fresh one.
+"""
+
+import importlib
+import io
+import json
+import os
+import pickle
+import random
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import torch
+
+from . import carry
+from .exercise import find
+from .judge import torch_as_it_was, verdict
+
+try:
+    import resource
+except ImportError:             # Windows
+    resource = None
+
+PRINTED = 4000          # characters of a test's output that are passed on
+FULL = 77               # the exit status that says: too much memory
+TICK = 0.003            # seconds between two looks at a running test
+
+
+def serve(fork: bool = hasattr(os, "fork")):
+    """Answer requests until there are no more, or, without `fork`, one."""
+    requests, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    if fork:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # a notebook's "interrupt" is for the notebook
+    torch.set_num_threads(1)
+    _send(answers, {"ready": True})
+    while request := _read(requests):
+        try:
+            _answer(request, requests, answers, fork)
+        except Exception as error:                      # the exercise itself cannot be had
+            _send(answers, {"failed": "".join(traceback.format_exception_only(error)).strip()})
+        _send(answers, {"end": True})
+        if not fork:
+            return
+
+
+def _answer(request: dict, requests: int, answers: int, fork: bool):
+    sys.path[:] = request["path"]
+    os.chdir(request["folder"])
+    importlib.import_module(request["module"])
+    exercise = find(request["name"])
+    for index, test in enumerate(exercise.tests):
+        seconds = request["seconds"] or test.seconds
+        _send(answers, {"test": index, "seconds": seconds})
+        told = _forked(request, index, seconds, requests, answers) if fork else _attempt(request, index, answers)
+        _send(answers, {"test": index, **told})
+        if not told["passed"]:
+            return
+
+
+def _attempt(request: dict, index: int, answers: int) -> dict:
+    """Run that test here."""
+    sys.stdout = sys.stderr = _Printed(answers, index)
+    sys.setrecursionlimit(1000)
+    random.seed(0)
+    torch.manual_seed(0)
+    with torch_as_it_was():
+        exercise = find(request["name"])
+        try:
+            unpacked = carry.unpack(request["answers"])
+        except BaseException as error:
+            said = f"It cannot be brought into the check ({type(error).__name__}: {error})."
+            return {"passed": False, "said": said, "written": True, "place": None}
+        return verdict(exercise, unpacked, index)
+
+
+def _forked(request: dict, index: int, seconds: float, requests: int, answers: int) -> dict:
+    """Run that test in a process of its own."""
+    result, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(requests)
+            os.setsid()
+            _limit(request["memory"], seconds)
+            told = _attempt(request, index, answers)
+            os.write(writing, json.dumps(told).encode())
+        finally:
+            os._exit(0)         # whatever the learner's code has left for the end is not run
+    os.close(writing)
+    status = _watch(child, seconds, requests)
+    os.set_blocking(result, False)
+    try:
+        told = json.loads(os.read(result, 2**16))
+    except (ValueError, BlockingIOError):               # it ended before it could say anything
+        told = {"passed": False, "said": _ending(status, seconds), "written": True, "place": None}
+    os.close(result)
+    return told
+
+
+def _watch(child: int, seconds: float, requests: int) -> int | None:
+    """Wait for the process; its status, or None where its time was up."""
+    end, stopped = time.monotonic() + seconds, False
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            _kill(child)                                # what it may have started
+            return None if stopped else status
+        gone = bool(select.select([requests], [], [], TICK)[0])     # nobody waits for the answer any more
+        if gone or time.monotonic() > end:
+            _kill(child)
+            if gone:
+                os._exit(0)
+            stopped = True
+
+
+def _kill(child: int):
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(child, signal.SIGKILL)
+        except OSError:
+            pass
+
+
+def _ending(status: int | None, seconds: float) -> str:
+    if status is None:
+        return f"It was not done after {seconds:g} seconds: does a loop have no end?"
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return f"It crashes Python ({name}): which call leaves Python, and what does it hand over?"
+    if os.WEXITSTATUS(status) == FULL:
+        return "It asks for more memory than a check may take: how large is what it makes?"
+    return "It ends Python itself, and the notebook with it: leave a function with `return`."
+
+
+def _limit(memory: int, seconds: float):
+    """At most that many bytes more than now, no core files; where the system does not hold to it, a thread does."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    cpu = int(seconds) + 5          # in case that whoever watches the clock is gone
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        return
+    start = _resident()
+
+    def look():
+        while _resident() < start + memory:
+            time.sleep(0.02)
+        os._exit(FULL)
+    threading.Thread(target=look, daemon=True).start()
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has had at most; macOS counts in bytes, others in kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _Printed(io.TextIOBase):
+    """Passes on the first characters that are written, and drops the rest."""
+
+    def __init__(self, answers: int, index: int):
+        self.answers, self.index, self.left = answers, index, PRINTED
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.left > 0 and text:
+            _send(self.answers, {"printed": text[:self.left], "test": self.index})
+        self.left -= len(text)
+        return len(text)
+
+
+def _send(answers: int, message: dict):
+    # A line broken off by a process that was killed ends where the next one begins.
+    data = f"\n{json.dumps(message)}\n".encode()
+    while data:
+        data = data[os.write(answers, data):]
+
+
+def _read(requests: int) -> dict | None:
+    head = _bytes(requests, 8)
+    return pickle.loads(_bytes(requests, int.from_bytes(head, "big"))) if len(head) == 8 else None
+
+
+def _bytes(requests: int, count: int) -> bytes:
+    parts = []
+    while count and (part := os.read(requests, min(count, 2**20))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
