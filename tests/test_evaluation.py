@@ -380,8 +380,8 @@ def test_a_judge_is_written_and_read(tmp_path):
 @shipped
 def test_the_shipped_judge_is_small_and_tells_its_own_errors():
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 2.5 * 2**20
-    figures = known_figures()
-    assert figures["unseen scenes"]["all objects"]["recall"] > 0.9
+    kinds = known_figures()["unseen scenes"]
+    assert all(shares["recall"] > 0.9 for kind, shares in kinds.items() if "autoencoder" not in kind) and kinds
     assert "recall of small objects" in (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
@@ -796,7 +796,8 @@ def test_a_judge_is_shipped_with_its_figures(tmp_path):
                         count=4)
     figures = known_figures(folder)
     assert figures["training"] == {"step": 3, "samples": 12, "seconds": 60.0}
-    assert figures["unseen scenes"].keys() == {"all objects", "the core objects", "held-out combinations"}
+    assert [kind.split(" (")[0] for kind in figures["unseen scenes"]] == ["all objects", "core objects",
+                                                                          "held-out combinations"]
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "3 steps, 12 scenes" in card and "| background |" in card and "OpenMoji" in card
     assert load_judge(folder).config == SMALL
