@@ -71,11 +71,12 @@ def learn(parts: Parts, material: Material, *, minutes: float = 5.0, steps: int 
 
 
 def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, seed):
-    torch.manual_seed(seed)                                     # of the first weights
     generator = torch.Generator().manual_seed(seed)
     config = replace(CONFIG.unet, context_dim=parts.config.text.dim, in_channels=parts.config.vae.latent_channels,
                      out_channels=parts.config.vae.latent_channels)
-    unet = UNet(config).to(material.latents.device, memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]):                     # the first weights are the seed's, too
+        torch.manual_seed(seed)
+        unet = UNet(config).to(material.latents.device, memory_format=torch.channels_last)
     average, schedule = Average(unet, decay=0.995), NoiseSchedule(parts.config.noise)
     whole = replace(parts, unet=average.model, config=replace(parts.config, name=CONFIG.name, unet=config))
     with torch.no_grad():
