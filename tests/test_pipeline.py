@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F401
 
-from sdlearn import pipeline
 from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.checkpoint import shipped as shipped_room
 from sdlearn.pipeline import (
     SHIPPED,
     LongPromptWarning,
@@ -336,7 +336,7 @@ def test_unknown_models_and_devices_are_told(tmp_path):
 def test_shipped_models_are_found_by_name(tmp_path, monkeypatch):
     save_folder(tmp_path / "small", tiny_parts())
     (tmp_path / "no model").mkdir()
-    monkeypatch.setattr(pipeline.model, "SHIPPED", tmp_path)
+    monkeypatch.setattr(shipped_room, "SHIPPED", tmp_path)
     assert shipped() == ["small"]
     assert StableDiffusion.load("small", device="cpu").config.name == "small"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import load, save_folder, save_single
-from ..pipeline import SHIPPED, shipped
+from ..checkpoint.shipped import load_shipped, shipped_models
 from .files import check_target
 from .source import add_source_options, models, source_options
 
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     single = args.to == "single"
     check_target(args.out, single)
-    source = SHIPPED / args.source if args.source in shipped() else args.source
-    parts = load(source, **source_options(args))
+    shipped = args.source in shipped_models()
+    parts = load_shipped(args.source) if shipped else load(args.source, **source_options(args))
     save = save_single if single else save_folder
     save(args.out, parts, dtype=getattr(torch, args.dtype))
     print(args.out)

@@ -1,6 +1,8 @@
 """Stable Diffusion as one object: prompts, pictures, masks and condition pictures become pictures."""
 
-from .model import SHIPPED, SamplingStep, StableDiffusion, shipped
+from ..checkpoint.shipped import SHIPPED
+from ..checkpoint.shipped import shipped_models as shipped
+from .model import SamplingStep, StableDiffusion
 from .settings import NotFinite, Settings, SettingsError
 from .task import make_control
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import prompt as prompt_room
-from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_folder, load_lora
+from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_lora
+from ..checkpoint.shipped import load_shipped, shipped_models
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, Merged, add_embedding
 from ..guidance import check_guidance, predict_x0
@@ -36,7 +37,6 @@ from .task import Task, make_control, task_of
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
 TASK = ("image", "mask", "strength", "resample", "controls", "latent")   # what is given beside settings
-SHIPPED = Path(__file__).parents[1] / "weights"     # models that come with the package, a folder each
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class StableDiffusion:
         that is unknown, missing or damaged, SettingsError for a missing device.
         """
         place = {"device": device_named(device), "dtype": dtype}
-        if source in shipped():
-            return cls(load_folder(SHIPPED / source, **place))
+        if source in shipped_models():
+            return cls(load_shipped(source, **place))
         if not Path(source).exists() and "/" not in str(source) and "." not in str(source):
-            known = ", ".join(shipped()) or "none: the package was installed without its weights"
+            known = ", ".join(shipped_models()) or "none: the package was installed without its weights"
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
                                   f"the hub as owner/name, or the name of a shipped model ({known})")
         return cls(load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place))
@@ -295,8 +295,3 @@ def last(steps: Iterator[SamplingStep]) -> list[Image.Image]:
     for step in steps:
         final = step
     return final.noisy_images()         # the latent after the last step: its noise is gone
-
-
-def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(file.parent.name for file in SHIPPED.glob("*/model_index.json"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Parts, save_folder
+from ..checkpoint.shipped import SHIPPED
 from ..clip import CLIP
 from ..config import ModelConfig
 from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
@@ -20,8 +21,6 @@ from .clip import retrieval, shortest
 from .loop import load_state
 from .stages import averaged, train_tokenizer, trained_vae
 from .unet import UNetRecipe, fixed_prompts
-
-SHIPPED = Path(__file__).parents[1] / "weights"
 
 
 @torch.no_grad()
