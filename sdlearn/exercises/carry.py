@@ -134,6 +134,9 @@ class _Carrier(pickle.Pickler):
         cells = f.__closure__ or ()
         values = {name: self.tried(name, f.__globals__[name]) for name in sorted(names_in(f.__code__))
                   if name in f.__globals__}
+        for name in ("exit", "quit"):       # IPython's own, which cannot be carried, hide Python's
+            if isinstance(values.get(name), Missing):
+                del values[name]
         contents = [self.tried(name, cell.cell_contents) if _filled(cell) else cell
                     for name, cell in zip(f.__code__.co_freevars, cells, strict=True)]
         state = {"values": values, "cells": cells, "contents": contents, "attributes": vars(f), "set": {

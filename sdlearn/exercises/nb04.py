@@ -26,8 +26,8 @@ heads = lesson.exercise(
 
 @heads.test("shape")
 def heads_are_an_axis(split_heads, merge_heads):
-    split_heads.agrees(lambda split: torch.zeros_like(split(X, HEADS)), what="split_heads' result")
-    merge_heads.agrees(lambda merge: torch.zeros_like(merge(randn(2, 3, 5, 4))), what="merge_heads' result")
+    split_heads.agrees(lambda split: split(X, HEADS) * 0, what="split_heads' result")
+    merge_heads.agrees(lambda merge: merge(randn(2, 3, 5, 4)) * 0, what="merge_heads' result")
 
 
 @heads.test("value")
@@ -180,7 +180,7 @@ causal = lesson.exercise(
     asks="Write `causal_attention(q, k, v, heads)`: a token sees itself and those before it. q, k, v are (B, L, C).",
     hints=["The mask is (L, L): row i says what token i may look at.",
            "Forbid before the softmax, not after: a score of minus infinity becomes a weight of 0; the rest sums to 1.",
-           "`torch.ones(L, L, dtype=torch.bool).tril()` is True where a token may look. `attend` takes it as its mask."])
+           "`torch.ones(L, L, dtype=torch.bool).tril()` is True where a token may look. `attend` takes it as mask."])
 
 
 @causal.test("shape")
@@ -226,6 +226,8 @@ for diagnosis, mask in [
         return of_heads(lambda q, k: (scaled(q, k) * ones(q.shape[2]).tril()).softmax(-1))(q, k, v, heads)
     causal.mistake(diagnosis)(answer)
 
+causal.mistake("a token must see itself too: keep the diagonal")(    # by hand, the first token's row is NaN
+    of_heads(lambda q, k: scaled(q, k).masked_fill(~ones(q.shape[2]).tril(-1), -torch.inf).softmax(-1)))
 causal.mistake("the mask comes after the softmax: then a row no longer sums to 1")(
     of_heads(lambda q, k: scaled(q, k).softmax(-1) * ones(q.shape[2]).tril()))
 

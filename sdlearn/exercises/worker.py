@@ -80,7 +80,7 @@ def _attempt(request: dict, index: int, answers: int) -> dict:
     sys.stdout = sys.stderr = _Printed(answers, index)
     sys.setrecursionlimit(1000)
     random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with torch_as_it_was():
         exercise = find(request["name"])
         try:
