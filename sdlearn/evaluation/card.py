@@ -76,8 +76,8 @@ def card(judge: Judge, figures: dict) -> str:
         "same picture. Classes that come in one look only have no colour.", "",
         "## Limits", "",
         "It knows the drawings of the scenes. What it says of other pictures, photographs say, means nothing; a thing",
-        "that is only nearly drawn may be found or not, at its threshold of "
-        f"{config.threshold}.", "",
+        f"that is only nearly drawn may be found or not, at its threshold of {config.threshold}, and a blob in an "
+        "object's colours", "may be taken for the object: look at the sheet of failures, and at the pictures.", "",
         "## Licence", "",
         "Trained on OpenMoji art, so shared under CC BY-SA 4.0. All emojis designed by OpenMoji, the open-source emoji",
         "and icon project.", ""))
