@@ -298,7 +298,6 @@ HARM = {
     "the default dtype": (lambda: torch.set_default_dtype(torch.float64), "default dtype"),
     "gradients switched off": (lambda: torch.set_grad_enabled(False), "leaves gradients switched"),
     "input": (lambda: input("?"), "raises EOFError"),
-    "a child that stays": (lambda: [subprocess.Popen(["sleep", "61.5"]), loop()], "not done after"),
 }
 HARMLESS = {
     "threads": lambda: torch.set_num_threads(3),
@@ -326,8 +325,38 @@ def test_harm_is_told_and_none_is_done(what):
     assert (result.status, result.passed) == ("wrong", 0) and words in result.message, result
     assert state() == before
     assert check.run("add_noise", good).right
-    if what == "a child that stays":
-        assert subprocess.run(["pgrep", "-f", "sleep 61.5"], capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize("then", [loop, int])
+def test_processes_that_an_answer_starts_end_with_the_test(tmp_path, then):
+    note = str(tmp_path / "pid")
+
+    def start():
+        process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(300)"])
+        with open(note, "a") as file:
+            print(process.pid, file=file)
+        then()
+    check.run("add_noise", doing(start), seconds=1)
+    pids = Path(note).read_text().split()
+    assert pids
+    wait_for_the_end_of(pids)
+
+
+def wait_for_the_end_of(pids):
+    end = time.monotonic() + 20             # a process that was killed takes a moment
+    while any(alive(int(pid)) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent to ask does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("what", HARMLESS)
@@ -402,11 +431,7 @@ def test_an_answer_that_loops_ends_with_the_notebook():
         time.sleep(0.01)
     process.kill()
     process.wait()
-    end = time.monotonic() + 20
-    while any(os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-              for pid in (worker, *running)):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_the_end_of([worker, *running])
 
 
 # --- what is carried ------------------------------------------------------------------------------------

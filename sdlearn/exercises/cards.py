@@ -36,7 +36,8 @@ class Card:
         if self.printed:
             lines += ('<div style="margin-top: 6px; font-size: 85%; opacity: 0.8">it printed</div>'
                       '<pre style="margin: 2px 0 0 0; padding: 4px 8px; background: rgba(128, 128, 128, 0.12); '
-                      f'color: inherit; font-size: 85%; white-space: pre-wrap">{html.escape(self.printed)}</pre>')
+                      'color: inherit; font-family: monospace; font-size: 85%; white-space: pre-wrap">'
+                      f'{html.escape(self.printed)}</pre>')
         return (f'<div style="border-left: 4px solid rgb({tint}); background: rgba({tint}, 0.10); color: inherit; '
                 'border-radius: 3px; padding: 6px 12px; margin: 2px 0; max-width: 760px; line-height: 1.45">'
                 f'<b>{html.escape(self.title)}</b> &ensp;{badge}{lines}</div>')
@@ -104,5 +105,5 @@ def _marked(said: str) -> str:
     parts = html.escape(said).split("`")
     if len(parts) % 2 == 0:             # one that has no end
         return html.escape(said)
-    code = '<code style="background: rgba(128, 128, 128, 0.15); color: inherit; padding: 0 3px">'
+    code = '<code style="font-family: monospace; background: rgba(128, 128, 128, 0.15); color: inherit">'
     return "".join(part if i % 2 == 0 else f"{code}{part}</code>" for i, part in enumerate(parts))

@@ -167,7 +167,7 @@ def card(exercise: Exercise, result: Result, told: str = "") -> Card:
             badge, said = "not written yet", f"The course goes on with its own. {waiting}"
             plain = f"{title}: {WAITING} {waiting}"
         case "right":
-            badge, said = f"right, {result.passed} of {result.of}", "It stands in for the package's own from here on."
+            badge, said = f"right, {result.passed} of {result.of}", "The course goes on with yours."
             plain = f"{title}: right, {result.passed} of {result.of}."
         case "wrong":
             badge, said = f"{result.passed} of {result.of}", result.message

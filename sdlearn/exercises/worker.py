@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import torch
 
@@ -121,22 +122,22 @@ def _watch(child: int, seconds: float, requests: int) -> int | None:
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            _kill(child)                                # what it may have started
+            _kill(child, os.killpg)                     # what it may have started
             return None if stopped else status
         gone = bool(select.select([requests], [], [], TICK)[0])     # nobody waits for the answer any more
         if gone or time.monotonic() > end:
-            _kill(child)
+            _kill(child, os.killpg)
+            _kill(child, os.kill)                       # which may not lead its session yet
             if gone:
                 os._exit(0)
             stopped = True
 
 
-def _kill(child: int):
-    for kill in (os.killpg, os.kill):
-        try:
-            kill(child, signal.SIGKILL)
-        except OSError:
-            pass
+def _kill(child: int, kill: Callable[[int, int], None]):
+    try:
+        kill(child, signal.SIGKILL)
+    except OSError:
+        pass
 
 
 def _ending(status: int | None, seconds: float) -> str:
