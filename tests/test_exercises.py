@@ -31,7 +31,15 @@ from sdlearn.exercises.carry import Missing, pack, unpack
 from sdlearn.exercises.checking import Result
 from sdlearn.exercises.difference import difference, resemblance
 from sdlearn.exercises.exercise import GRADES, REGISTERED, STEPS, Lesson, exercises, find, not_written
-from sdlearn.exercises.judge import Subject, Wrong, randn, with_weights
+from sdlearn.exercises.judge import (
+    Subject,
+    Wrong,
+    randn,
+    require_permutation,
+    require_shape,
+    require_sums,
+    with_weights,
+)
 from sdlearn.layers import zero_conv
 from sdlearn.samplers import euler
 from sdlearn.schedule import NoiseSchedule
@@ -549,6 +557,19 @@ def test_a_subject_complains_of_what_a_call_leaves_behind():
     assert x.eq(1).all()
     with pytest.raises(Wrong, match="no parameter `weight`: it has none"):
         with_weights(nn.Identity(), {"weight": x})
+
+
+def test_properties_are_told_where_they_do_not_hold():
+    require_sums(torch.full((3, 4), 0.25), 1, -1, "which axis?")
+    require_permutation([3, 1, 2], [1, 2, 3], "x")
+    for call, said in [
+        (lambda: require_sums(torch.full((3, 4), 0.25), 1, 0, "which axis did softmax run over?"),
+         "Along axis 0 the sum is 0.75 where it must be 1: which axis did softmax run over?"),
+        (lambda: require_permutation([1, 1], [1, 2], "An item is missing"), "An item is missing."),
+        (lambda: require_shape([1], (1,)), "The result is a list where it must be a tensor."),
+    ]:
+        with pytest.raises(Wrong, match=re.escape(said)):
+            call()
 
 
 # --- authors ----------------------------------------------------------------------------------------------
