@@ -1,12 +1,15 @@
 """Settings that all tests share: no network, the same numbers every time, no clock."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # read by huggingface_hub, and by the notebooks' kernels
+# Nor does a run of the tests count as a learner's progress.
+os.environ.setdefault("SDLEARN_PROGRESS", os.path.join(tempfile.mkdtemp(prefix="sdlearn-"), "progress.json"))
 
 # A loaded machine is slow, not wrong: hypothesis measures no time here.
 settings.register_profile(
