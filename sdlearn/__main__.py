@@ -20,6 +20,7 @@ COMMANDS = {
     "scenes": ("draw a sheet of the scenes that the model learns from", "commands.scenes"),
     "train": ("train the model's parts, or the judge", "commands.train"),
     "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
+    "ablate": ("leave one thing out of training or sampling, and keep the figures as data", "commands.ablate"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }
 

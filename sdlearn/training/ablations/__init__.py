@@ -1,0 +1,24 @@
+"""Ablations: what happens when one thing is left out or done otherwise, all else equal.
+
+    base = Base(model.parts, measures)                      # measures: see `Measures`
+    plan = Plan(steps=200, batch=32, scenes=1500, unseen=64, prompts=10, sampling_steps=20)
+    for variant in ABLATIONS["dropout"].variants(base, plan):
+        for reading in variant.readings():
+            ...
+
+The results that the course shows are data: `load_ablation("steps")`.
+"""
+
+from .contract import Ablation, Base, Measures, Plan, Reading, Variant
+from .dropout import DROPOUT
+from .factor import FACTOR
+from .pixels import PIXELS
+from .running import RESULTS, carry_out, load_ablation, planned, publish, usual_minutes
+from .sizes import SIZES
+from .steps import STEPS
+from .zero_conv import ZERO_CONV
+
+ABLATIONS: dict[str, Ablation] = {one.name: one for one in (DROPOUT, FACTOR, PIXELS, ZERO_CONV, STEPS, SIZES)}
+
+__all__ = ["ABLATIONS", "Ablation", "Base", "Measures", "Plan", "RESULTS", "Reading", "Variant", "carry_out",
+           "load_ablation", "planned", "publish", "usual_minutes"]

@@ -1,0 +1,101 @@
+"""Pictures for an ablation: of prompts, with any network and any way from its latents to pixels.
+
+B  batch        C, h, w  channels, rows and columns of what the network denoises        H, W  pixels
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checkpoint import Parts
+from ...config import CLASSROOM, UNetConfig
+from ...data import World
+from ...data.world import CLASSROOM as LESSON_WORLD
+from ...finetune.loop import Diverged
+from ...guidance import predict_x0
+from ...pictures import to_images, to_tensor
+from ...samplers import get_sampler, grid_for
+from ..classroom import Material, learn
+from .contract import Asked, Base, Plan, Reading, marks
+
+AT_ONCE = 32            # pictures in a batch
+Decode = Callable[[Tensor], Tensor]         # (B, C, h, w) -> pixels (B, 3, H, W)
+
+
+@torch.no_grad()
+def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, steps: int, shape=None,
+         sampler: str = "dpmpp_2m", decode: Decode | None = None) -> np.ndarray:
+    """Pictures of texts, uint8 (B, H, W, 3), picture i from seed i.
+
+    shape: (C, h, w) of what the network denoises, and decode how it becomes pixels: the base's own unless given.
+    Raises Diverged for what is not finite.
+    """
+    shape = shape or (base.vae.config.latent_channels, base.cells, base.cells)
+    decode = decode or (lambda latent: base.vae.to_pixels(latent, at_once=8))
+    grid = grid_for(sampler, base.schedule, steps)
+    pictures = []
+    for first in range(0, len(texts), AT_ONCE):
+        some = list(texts[first:first + AT_ONCE])
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
+        noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(base.device)  # (B, C, h, w)
+        context = base.text(base.tokenizer([*some, ""]).to(base.device)).hidden                         # (B + 1, M, T)
+        denoise = predict_x0(unet, base.schedule, context[:-1], context[-1:], scale=guidance)
+        *_, last = get_sampler(sampler)(denoise, noise, grid, base.schedule, generator=generators)
+        if not bool(last.x.isfinite().all()):
+            raise Diverged(f"the latent became NaN or infinite in {steps} steps of {sampler}")
+        pictures.append(to_images(decode(last.x)))
+    return np.concatenate(pictures)
+
+
+def resized(images: np.ndarray, side: int) -> np.ndarray:
+    """Pictures, uint8 (B, H, W, 3), at another size, smoothed: (B, side, side, 3)."""
+    return images if images.shape[1] == side else to_images(scaled(to_tensor(images), side))
+
+
+def scaled(pixels: Tensor, side: int) -> Tensor:
+    """Pixels (B, 3, H, W) at another size, smoothed against aliasing: (B, 3, side, side)."""
+    return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
+def lesson_prompts(base: Base, plan: Plan, world: World = LESSON_WORLD) -> list[Asked]:
+    return base.measures.ask(world, plan.prompts)
+
+
+def ceiling(base: Base, asked: Sequence[Asked], through: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """What the judge says of real scenes that went through what the pictures go through, pixels in and out."""
+    with torch.no_grad():
+        pixels = to_tensor([base.measures.show(one) for one in asked]).to(base.device)
+        images = np.concatenate([to_images(through(part)) for part in pixels.split(8)])
+    return {f"ceiling: {name}": value for name, value in base.measures.judge(images, asked).items()}
+
+
+def lesson_unet(parts: Parts) -> UNetConfig:
+    """The U-Net that `classroom.learn` makes for these parts."""
+    channels = parts.config.vae.latent_channels
+    return replace(CLASSROOM.unet, context_dim=parts.config.text.dim, in_channels=channels, out_channels=channels)
+
+
+def lesson(parts: Parts, material: Material, plan: Plan, *, steps: int | None = None, dropout: float = 0.1,
+           measure: Callable[[torch.nn.Module], dict[str, float]],
+           finish: Callable[[torch.nn.Module], Reading]) -> Iterator[Reading]:
+    """A U-Net from nothing, as `classroom.learn` teaches it: figures at eight of the steps, pictures at the last.
+
+    measure, finish: given the averaged U-Net, the figures at a mark, and the figures, pictures and captions of the
+    end. Raises Diverged.
+    """
+    steps = steps or plan.steps
+    at = marks(steps)
+    for now in learn(parts, material, steps=steps, batch_size=plan.batch, dropout=dropout, seed=plan.seed):
+        if now.step not in at:
+            yield Reading(now.step)
+            continue
+        figures = {"loss": now.loss, "seconds": now.seconds, **measure(now.parts.unet)}
+        end = finish(now.parts.unet) if now.step == steps else Reading(now.step)
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise Diverged(f"what was measured at step {now.step} is not finite")
+        yield Reading(now.step, {**figures, **end.figures}, end.pictures, end.captions)

@@ -1,0 +1,59 @@
+"""Ablation: conditioning dropout. Without it guidance has no unconditional model to go away from.
+
+Ho and Salimans 2022, section 3.2: the same network is trained with the caption and, now and then, without.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ..classroom import Material
+from ..unet import listening, noised
+from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
+from .drawing import draw, lesson, lesson_prompts
+
+SHARES = (0.0, 0.1)             # of captions that are replaced by the empty one
+SCALES = (1.0, 3.0, 7.0)        # of guidance
+SHOWN = 4                       # pictures of each scale on the sheet
+
+
+def variants(base: Base, plan: Plan) -> list[Variant]:
+    return [Variant("no dropout" if share == 0 else f"dropout {share:g}", {"dropout": share}, plan.steps,
+                    partial(readings, base, plan, share)) for share in SHARES]
+
+
+def readings(base: Base, plan: Plan, share: float):
+    material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
+    return lesson(base.parts, material, plan, dropout=share, measure=partial(heard, base, unseen),
+                  finish=partial(guided_pictures, base, plan))
+
+
+@torch.no_grad()
+def heard(base: Base, unseen: Material, unet, step: int = 700) -> dict[str, float]:
+    """Losses on unseen scenes with the right captions, with those of others, and with the empty one."""
+    noisy, t, target = noised(unseen.latents, step, base.schedule)
+    empty = base.text(base.tokenizer("").to(base.device)).hidden.expand_as(unseen.contexts)          # (B, M, T)
+    return {**listening(unet, base.schedule, unseen.latents, unseen.contexts),
+            f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
+
+
+def guided_pictures(base: Base, plan: Plan, unet) -> Reading:
+    """Accuracy at each guidance scale; pictures of the first prompts at each."""
+    asked = lesson_prompts(base, plan)
+    figures, pictures, captions = {}, [], []
+    for scale in SCALES:
+        images = draw(base, unet, [one.text for one in asked], guidance=scale, steps=plan.sampling_steps)
+        figures |= {f"{name}, w = {scale:g}": value for name, value in base.measures.judge(images, asked).items()}
+        pictures += list(images[:SHOWN])
+        captions += [f"w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
+    return Reading(plan.steps, figures, pictures, captions)
+
+
+DROPOUT = Ablation(
+    "dropout", "without dropout of captions, guidance has no unconditional model to go away from",
+    "the share of captions that is replaced by the empty one in training",
+    Plan(steps=1500, batch=32, scenes=1500, unseen=128, prompts=25, guidance=None, sampling_steps=20), 10, variants,
+    "small", ("right@t, wrong@t, empty@t: the loss at timestep t on unseen scenes with their own captions, with those "
+              "of other scenes, with the empty one", "the pictures of w = 1 do not use the unconditional model"),
+    columns=2 * SHOWN)

@@ -1,0 +1,88 @@
+"""Ablation: diffusion on pixels against diffusion on latents, for the same number of floating-point operations.
+
+Rombach et al. 2022, section 4.1. One network and one recipe; the pixels are scenes shrunk to 64 or to 32, since at 128
+a step of the network costs some 70 times what it costs on latents and none would be left for learning.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import torch
+
+from ...data import scene
+from ...data.world import CLASSROOM as LESSON_WORLD
+from ...pictures import to_tensor
+from ..classroom import Material
+from ..unet import listening
+from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson, step_flops
+from .drawing import ceiling, draw, lesson, lesson_prompts, lesson_unet, scaled
+
+SIDES = (64, 32)
+SHOWN = 6
+
+
+def variants(base: Base, plan: Plan) -> list[Variant]:
+    budget = plan.steps * step_flops(lesson_unet(base.parts), base.cells)           # forward, for one picture
+    found = [Variant("latents", facts(base, base.cells, base.vae.config.latent_channels, plan.steps), plan.steps,
+                     partial(latents, base, plan))]
+    for side in SIDES:
+        steps = max(1, budget // step_flops(lesson_unet(on_pixels(base)), side))
+        found.append(Variant(f"pixels {side}x{side}", facts(base, side, 3, steps), steps,
+                             partial(shrunk_pixels, base, plan, side, steps)))
+    return found
+
+
+def facts(base: Base, side: int, channels: int, steps: int) -> dict[str, object]:
+    parts = base.parts if channels != 3 else on_pixels(base)
+    return {"diffusion on": [channels, side, side], "steps": steps,
+            "GFLOPs of a U-Net step": step_flops(lesson_unet(parts), side) / 1e9}
+
+
+def on_pixels(base: Base):
+    """The base's parts for a U-Net that reads three channels; no autoencoder is used."""
+    return replace(base.parts, config=replace(base.parts.config, vae=replace(base.parts.config.vae, latent_channels=3)))
+
+
+def latents(base: Base, plan: Plan) -> Iterator[Reading]:
+    material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
+    shape = (base.vae.config.latent_channels, base.cells, base.cells)
+    return one_side(base, plan, base.parts, plan.steps, material, unseen, shape,
+                    lambda x: base.vae.to_pixels(x, at_once=8), lambda pixels: base.vae.to_latent(pixels))
+
+
+def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Reading]:
+    material, unseen = (scenes_at(base, count, split, side) for count, split in
+                        ((plan.scenes, "train"), (plan.unseen, "test")))
+    full = base.parts.config.image_size
+    return one_side(base, plan, on_pixels(base), steps, material, unseen, (3, side, side),
+                    lambda x: scaled(x.clamp(-1, 1), full), lambda pixels: scaled(pixels, side))
+
+
+@lru_cache(maxsize=4)
+def scenes_at(base: Base, count: int, split: str, side: int) -> Material:
+    """The lesson's scenes as pixels, shrunk; the captions' features are those that latents have."""
+    pixels = torch.cat([scaled(to_tensor([scene(seed, split, LESSON_WORLD).image]), side) for seed in range(count)])
+    return Material(pixels.clamp(-1, 1).to(base.device), scenes_of_lesson(base, count, split).contexts)
+
+
+def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) -> Iterator[Reading]:
+    def finish(unet) -> Reading:
+        asked = lesson_prompts(base, plan)
+        texts = [one.text for one in asked]
+        images = draw(base, unet, texts, guidance=plan.guidance, steps=plan.sampling_steps, shape=shape, decode=decode)
+        told = {**base.measures.judge(images, asked), **ceiling(base, asked, lambda pixels: decode(encode(pixels)))}
+        return Reading(steps, told, list(images[:SHOWN]), texts[:SHOWN])
+
+    return lesson(parts, material, plan, steps=steps, finish=finish,
+                  measure=lambda unet: listening(unet, base.schedule, unseen.latents, unseen.contexts))
+
+
+PIXELS = Ablation(
+    "pixels", "for the same arithmetic, a U-Net on latents learns from many more steps than one on pixels",
+    "what diffusion works on: latents, or the pixels of scenes shrunk to 64 or 32 pixels",
+    Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=25, guidance=3.0, sampling_steps=20), 14, variants,
+    "small", ("every variant has the same FLOPs of training, so they differ in steps; the U-Net's widths and the noise "
+              "schedule are the same", "losses of latents and of pixels are not of one scale: compare the judge's "
+              "shares", "ceiling: what the judge says of real scenes through the autoencoder, or shrunk and enlarged"),
+    columns=SHOWN)

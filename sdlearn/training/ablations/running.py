@@ -1,0 +1,238 @@
+"""Running an ablation: a plan that fits the minutes, a variant at a time, each kept when it is done; then its result.
+
+    runs/ablations/<name>/plan.json             the budget, as it was settled at the first call
+    runs/ablations/<name>/<variant>/            record.json and pictures.npz, once the variant has ended
+
+A variant that is done, of the same plan and the same model, is not run again. One whose loss is no longer a number
+ends there, with what had been measured; the others go on.
+"""
+
+import hashlib
+import io
+import math
+import platform
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...checkpoint import CheckpointError, read_json, write_json, written_beside
+from ...checkpoint.shipped import SHIPPED
+from ...data import contact_sheet
+from ..card import cpu_name
+from .contract import Ablation, Base, Plan, Reading, Variant
+
+RESULTS = SHIPPED / "ablations"
+RECORD, PICTURES, PLAN = "record.json", "pictures.npz", "plan.json"
+SHEET_BYTES = 150_000
+ON_GPU = 1 / 6              # of the minutes on a CPU
+TRAINING_SHARE = 0.7        # of the minutes; the rest is for what is measured
+LEAST = 8                   # steps: one for each mark
+
+
+# --- the plan -------------------------------------------------------------------------------------------
+
+def usual_minutes(ablation: Ablation, device: torch.device) -> float:
+    return ablation.minutes * (1 if device.type == "cpu" else ON_GPU)
+
+
+def planned(ablation: Ablation, base: Base, folder: Path, minutes: float | None = None) -> Plan:
+    """The plan of a run, settled by a short trial at the first call and kept with the run.
+
+    minutes: of this machine; the ablation's own unless given, for which the plan is cut short only on a machine that
+    is slower than two CPU cores.
+    """
+    asked = {"minutes": minutes or usual_minutes(ablation, base.device), "model": fingerprint(base)}
+    file = folder / ablation.name / PLAN
+    if file.exists() and (kept := read_json(file)).get("asked") == asked and set(kept["plan"]) == set(asdict(
+            ablation.plan)):
+        return Plan(**kept["plan"])
+    plan = within(ablation, base, asked["minutes"])
+    with written_beside(file) as beside:
+        write_json(beside, {"asked": asked, "plan": asdict(plan)})
+    return plan
+
+
+def within(ablation: Ablation, base: Base, minutes: float) -> Plan:
+    """The ablation's plan, cut down to what so many minutes allow."""
+    if ablation.afford:
+        return ablation.afford(base, ablation.plan, minutes)
+    plan = smaller(ablation.plan, minutes / usual_minutes(ablation, base.device))
+    seconds = sum(variant.steps * step_seconds(variant) for variant in ablation.variants(base, plan))
+    share = min(1.0, TRAINING_SHARE * 60 * minutes / seconds) if seconds else 1.0
+    return replace(plan, steps=max(min(LEAST, plan.steps), int(plan.steps * share)))
+
+
+def smaller(plan: Plan, share: float) -> Plan:
+    """Fewer scenes and prompts, in proportion; never more than the plan's."""
+    least = {"scenes": 64, "unseen": 16, "prompts": 4}
+    counts = {name: getattr(plan, name) for name in least}
+    return replace(plan, **{name: min(count, max(least[name], round(count * share)))
+                            for name, count in counts.items() if count is not None})
+
+
+def step_seconds(variant: Variant, tries: int = 4) -> float:
+    """What a step takes at which nothing is measured; 0 where there is none. The first is slower, and left out."""
+    taken, start = [], time.perf_counter()
+    steps = variant.readings()
+    try:
+        for reading in steps:
+            now = time.perf_counter()
+            if not reading.figures:
+                taken.append(now - start)
+            if len(taken) > tries:
+                break
+            start = time.perf_counter()
+    except FloatingPointError:          # will be told when the variant is run
+        pass
+    finally:
+        steps.close()
+    return median(taken[1:]) if len(taken) > 1 else 0.0
+
+
+def fingerprint(base: Base) -> str:
+    """Of the weights that an ablation builds on."""
+    digest = hashlib.sha256()
+    for module in (base.unet, base.vae, base.text):
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- the run --------------------------------------------------------------------------------------------
+
+def carry_out(ablation: Ablation, base: Base, plan: Plan, folder: Path) -> Iterator[tuple[Variant, Reading]]:
+    """Run the variants that are not done yet, one after the other; yields every step."""
+    for variant in ablation.variants(base, plan):
+        room = place(folder, ablation, variant)
+        same = identity(ablation, base, plan, variant)
+        if done(room, same) is None:
+            yield from one_variant(variant, room, same)
+
+
+def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Variant, Reading]]:
+    kept, last, ended, seconds = [], Reading(0), None, 0.0
+    steps, start = variant.readings(), time.perf_counter()
+    while True:
+        try:
+            reading = next(steps)
+        except StopIteration:
+            break
+        except FloatingPointError as error:         # Diverged, or a picture that is not finite
+            ended = str(error)
+            break
+        seconds += time.perf_counter() - start      # without what is done between two steps
+        if reading.figures:
+            kept.append({"step": reading.step, **{name: number(value) for name, value in reading.figures.items()}})
+            last = reading if len(reading.pictures) else last
+        yield variant, reading
+        start = time.perf_counter()
+    with written_beside(room) as beside:
+        beside.mkdir()
+        if len(last.pictures):
+            np.savez_compressed(beside / PICTURES, pictures=np.stack(last.pictures), captions=np.array(last.captions))
+        write_json(beside / RECORD, {**same, "seconds": round(seconds, 2), "ended": ended, "readings": kept})
+
+
+def number(value: float) -> float | None:
+    """Five digits are enough; JSON knows no NaN."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def identity(ablation: Ablation, base: Base, plan: Plan, variant: Variant) -> dict:
+    return {"ablation": ablation.name, "variant": variant.name, "changed": dict(variant.changed), "plan": asdict(plan),
+            "model": fingerprint(base)}
+
+
+def place(folder: Path, ablation: Ablation, variant: Variant) -> Path:
+    return folder / ablation.name / re.sub(r"[^a-z0-9.]+", "-", variant.name.lower()).strip("-")
+
+
+def done(room: Path, same: dict) -> dict | None:
+    """The record of a variant that was run to its end under the same plan, on the same model."""
+    if not (room / RECORD).exists():
+        return None
+    record = read_json(room / RECORD)
+    return record if {name: record.get(name) for name in same} == same else None
+
+
+# --- the result -----------------------------------------------------------------------------------------
+
+def publish(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path = RESULTS) -> Path:
+    """Write the figures of all variants as <name>.json and their pictures as <name>.png; gives the first's path.
+
+    Raises CheckpointError for a variant that has not been run.
+    """
+    records, pictures, captions = {}, [], []
+    for variant in ablation.variants(base, plan):
+        room = place(folder, ablation, variant)
+        if (record := done(room, identity(ablation, base, plan, variant))) is None:
+            raise CheckpointError(f"'{variant.name}' of the ablation '{ablation.name}' has not been run in {folder}; "
+                                  f"run `ablate {ablation.name}` to its end first")
+        records[variant.name] = {name: record[name] for name in ("changed", "seconds", "ended", "readings")}
+        if (room / PICTURES).exists():
+            with np.load(room / PICTURES) as stored:
+                pictures += list(stored["pictures"])
+                captions += stored["captions"].tolist()
+    file = out / f"{ablation.name}.json"
+    with written_beside(file) as beside:
+        write_json(beside, {**told(ablation, base, plan), "variants": records})
+    if pictures:
+        with written_beside(file.with_suffix(".png")) as beside:
+            beside.write_bytes(small_png(contact_sheet(pictures, captions, ablation.columns)))
+    return file
+
+
+def told(ablation: Ablation, base: Base, plan: Plan) -> dict:
+    """What was done, on what and when."""
+    status, why = scale(ablation, base, plan)
+    budget = {name: value for name, value in asdict(plan).items() if value is not None}
+    gpu = base.device.type == "cuda"
+    return {"ablation": ablation.name, "shows": ablation.shows, "varied": ablation.varied, "status": status,
+            "scale": why, "budget": budget, "notes": list(ablation.notes),
+            "model": {"name": base.parts.config.name, "fingerprint": fingerprint(base)},
+            "machine": torch.cuda.get_device_name(base.device) if gpu else cpu_name(),
+            "threads": torch.get_num_threads(),
+            "versions": {"sdlearn": version("sdlearn"), "torch": torch.__version__,
+                         "python": platform.python_version()},
+            "date": str(date.today())}
+
+
+def scale(ablation: Ablation, base: Base, plan: Plan) -> tuple[str, str]:
+    """("full" or "small", why): full is the shipped model itself under the whole plan."""
+    why = []
+    if ablation.network == "small":
+        why.append("networks of a lesson, trained from nothing within minutes, not the shipped model's size")
+    why += [f"{getattr(plan, name)} {name.replace('_', ' ')} of {whole}" for name, whole in
+            asdict(ablation.plan).items() if getattr(plan, name) != whole and isinstance(whole, (int, float))]
+    name = base.parts.config.name
+    return ("small", "; ".join(why)) if why else ("full", f"the model '{name}' itself, and the whole plan")
+
+
+def small_png(sheet: Image.Image, limit: int = SHEET_BYTES) -> bytes:
+    """A sheet as PNG below `limit` bytes: with as many colours as fit, and where even few are too many, smaller."""
+    while True:
+        for colours in (256, 128, 64, 32):
+            buffer = io.BytesIO()
+            sheet.quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+            if buffer.tell() <= limit:
+                return buffer.getvalue()
+        sheet = sheet.resize((sheet.width * 3 // 4, sheet.height * 3 // 4), Image.Resampling.LANCZOS)
+
+
+def load_ablation(name: str, folder: Path = RESULTS) -> dict:
+    """The result of an ablation, as `publish` wrote it. Raises CheckpointError where there is none."""
+    file = Path(folder) / f"{name}.json"
+    if not file.exists():
+        there = ", ".join(sorted(one.stem for one in Path(folder).glob("*.json"))) or "none"
+        raise CheckpointError(f"there is no result of an ablation '{name}' in {folder} (there are: {there}); run "
+                              f"`ablate {name}`")
+    return read_json(file)
