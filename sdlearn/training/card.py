@@ -71,7 +71,8 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
         "the same for the real scenes of these prompts through the autoencoder":
             chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
         **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
-        "training": {stage: {key: states[stage][key] for key in ("step", "samples", "seconds")} for stage in states},
+        "training": {stage: {key: states[stage][key] for key in ("step", "samples", "seconds", "precisions")
+                             if key in states[stage]} for stage in states},
         "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
     }
     return parts, figures, images
@@ -101,7 +102,8 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in
              (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and vision towers", parts.clip))}
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items() if isinstance(value, float)]
-    stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} |"
+    stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} "
+              f"| {', '.join(told.get('precisions', ['fp32']))} |"
               for stage, told in figures["training"].items()]
     return "\n".join((
         f"# `{config.name}`: the Stable Diffusion of this course", "",
@@ -118,9 +120,9 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         f"- prediction: {config.noise.prediction}; terminal signal-to-noise ratio "
         f"{'zero' if config.noise.zero_terminal_snr else 'above zero'}", "",
         "## Training", "",
-        f"`python -m sdlearn train`, on {figures['machine']}, fp32, torch {figures['torch']}; other work ran on the "
-        "same", "cores at times, so minutes are an upper bound.", "",
-        "| stage | steps | pictures or crops | minutes |", "|---|---|---|---|", *stages, "",
+        f"`python -m sdlearn train`, lately on {figures['machine']}, torch {figures['torch']}; other work ran on the "
+        "same", "cores most of the time, so minutes are an upper bound.", "",
+        "| stage | steps | pictures or crops | minutes | computed in |", "|---|---|---|---|---|", *stages, "",
         "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train ship`.", "",
         "| what | value |", "|---|---|", *rows, "",
         "`loss right@999` is the U-Net's loss at timestep 999 with the right captions, `wrong` with the captions of "

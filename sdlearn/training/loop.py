@@ -43,6 +43,7 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     loss: float = float("nan")              # running mean
+    precisions: list[str] = field(default_factory=list)     # that it has been trained in: "fp32", "bf16" ...
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -166,6 +167,8 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         if "optimiser" in state:                                # none when a run starts from shipped weights
             optimiser.load_state_dict(state["optimiser"])
         progress = Progress(**state["progress"])
+    if (name := "fp32" if precision == "no" else precision) not in progress.precisions:
+        progress.precisions.append(name)
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else accelerator.mixed_precision == "bf16":
         raw.compile()
