@@ -107,7 +107,7 @@ def test_one_file_is_fetched_by_its_name(monkeypatch, tmp_path):
 
 
 def answered(kind, status):
-    request = http.Request("GET", "https://huggingface.co/api/models/owner/name")
+    request = http.Request("GET", "https://hub.example/api/models/owner/name")
     return kind(f"{status} Client Error. (Request ID: x)\n\nnot for you", response=http.Response(
         status, request=request, headers={"x-request-id": "x"}))
 
