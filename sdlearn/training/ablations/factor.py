@@ -88,6 +88,6 @@ def round_trip(base: Base, model, unseen: torch.Tensor) -> tuple[dict[str, float
 FACTOR = Ablation(
     "factor", "the more an autoencoder shrinks a picture, the less it keeps and the cheaper the U-Net's steps are",
     "the autoencoder's factor f, pixels along one side of a latent cell",
-    Plan(steps=900, batch=8, unseen=64, prompts=10), 14, variants, "small",
+    Plan(steps=900, batch=8, unseen=64, prompts=10), 12, variants, "small",
     ("batch: crops of 32 pixels, as in the recipe of the autoencoder; larger crops are fewer",
      "ceiling: what the judge says of real scenes through the autoencoder"), columns=SHOWN)

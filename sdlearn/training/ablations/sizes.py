@@ -96,7 +96,7 @@ def drawn_at(base: Base, plan: Plan, unet) -> Reading:
 SIZES = Ablation(
     "sizes", "a U-Net draws well at the sizes it has seen, and repeats or loses things at others",
     "the sizes of the scenes in training: one, or three of which each batch has one",
-    Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=20, guidance=3.0, sampling_steps=20), 12, variants,
+    Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=20, guidance=3.0, sampling_steps=20), 11, variants,
     "small", ("smaller sizes are whole scenes, shrunk; pictures of all sizes are brought to one size for the judge",
               "same steps and scenes for both; a step of the buckets takes less arithmetic"),
     columns=SHOWN * len(ASKED))

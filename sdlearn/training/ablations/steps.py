@@ -84,7 +84,7 @@ def afford(base: Base, plan: Plan, minutes: float) -> Plan:
 STEPS = Ablation(
     "steps", "accuracy is there after few steps, the picture that many steps give only later, by the sampler's order",
     "the sampler, and how many steps it takes",
-    Plan(steps=50, prompts=10, guidance=3.0), 12, variants, "full",
+    Plan(steps=50, prompts=6, guidance=3.0), 10, variants, "full",
     (f"distance: to the pictures of {CONVERGED[0]} in {CONVERGED[1]} steps from the same noise, root mean square, "
      "pixels in [-1, 1]", f"{' and '.join(FRESH_NOISE)} draw fresh noise at each step, so they lead to other pictures",
      "step: the number of steps of sampling"), columns=2 * len(ON_SHEET), afford=afford)

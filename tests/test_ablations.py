@@ -1,0 +1,532 @@
+"""Ablations at small size: variants differ in one thing, are kept one by one, and their results are data."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from models import ZERO_SNR, one_thread, tiny_parts  # noqa: F401
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdlearn.__main__ import main
+from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.config import PRESETS, VAEConfig
+from sdlearn.data import CORE, FULL, scene, scene_of
+from sdlearn.data.world import CLASSROOM
+from sdlearn.evaluation.metrics import ssim
+from sdlearn.finetune.loop import Diverged
+from sdlearn.pictures import to_tensor
+from sdlearn.training import ablations
+from sdlearn.training.ablations import (
+    ABLATIONS,
+    RESULTS,
+    Base,
+    Measures,
+    Plan,
+    Reading,
+    Variant,
+    carry_out,
+    dropout,
+    factor,
+    load_ablation,
+    pixels,
+    planned,
+    publish,
+    sizes,
+    steps,
+    usual_minutes,
+    zero_conv,
+)
+from sdlearn.training.ablations.contract import early_marks, marks, scenes_of_lesson, step_flops
+from sdlearn.training.ablations.drawing import draw, lesson, scaled
+from sdlearn.training.ablations.running import RECORD, SHEET_BYTES, small_png, smaller, within
+from sdlearn.training.unet import noised
+from sdlearn.unet import UNet
+from sdlearn.vae import VAE
+
+SMALL = {
+    "dropout": Plan(steps=2, batch=4, scenes=12, unseen=4, prompts=4, sampling_steps=1),
+    "factor": Plan(steps=2, batch=1, unseen=2, prompts=1),
+    "pixels": Plan(steps=4, batch=1, scenes=6, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
+    "zero-conv": Plan(steps=3, batch=4, scenes=6, unseen=4, prompts=2, guidance=3.0, sampling_steps=2),
+    "steps": Plan(steps=5, prompts=3, guidance=2.0),
+    "sizes": Plan(steps=2, batch=2, scenes=6, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
+}
+
+
+class Asked:
+    def __init__(self, text):
+        self.text = text
+
+
+def ask(world, count):
+    return [Asked(f"a {name} on a red background") for name in (world.objects * count)[:count]]
+
+
+def judge(images, asked):
+    assert len(images) == len(asked) and all(one.shape == (128, 128, 3) and one.dtype == np.uint8 for one in images)
+    return {"right": float(np.mean([one.mean() for one in images])) / 255}
+
+
+@pytest.fixture(scope="module")
+def config():
+    """`tiny`, at the size of a scene and with factor 8."""
+    tiny = replace(PRESETS["tiny"], noise=ZERO_SNR, image_size=128)
+    return replace(tiny, vae=VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0),
+                   vision=replace(tiny.vision, image_size=128, patch_size=32))
+
+
+@pytest.fixture(scope="module")
+def base(config):
+    return Base(tiny_parts(config=config), Measures(ask, judge, lambda one: scene_of(["apple"]).image, ssim))
+
+
+def played(variants):
+    """Figures of every variant, by its name and the step, without what the clock says."""
+    return {one.name: {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in one.readings()}
+            for one in variants}
+
+
+# --- what all have in common ------------------------------------------------------------------------
+
+def test_the_table_has_what_was_promised():
+    assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes"]
+    assert 50 <= sum(usual_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 75
+    assert sum(usual_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 12.5
+    assert {name: one.network for name, one in ABLATIONS.items()} == {
+        "dropout": "small", "factor": "small", "pixels": "small", "zero-conv": "full", "steps": "full",
+        "sizes": "small"}
+
+
+@pytest.mark.parametrize("name", list(ABLATIONS))
+def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
+    """From readings to files: every variant takes its steps, ends with figures and pictures, and a second call
+    of `readings` gives the same figures."""
+    ablation, plan = ABLATIONS[name], SMALL[name]
+    state = torch.get_rng_state()
+    seen = {}
+    for variant, reading in carry_out(ablation, base, plan, tmp_path):
+        seen.setdefault(variant.name, []).append(reading)
+    assert torch.equal(torch.get_rng_state(), state), "the global random numbers are left alone"
+    variants = ablation.variants(base, plan)
+    assert list(seen) == [one.name for one in variants] and len(variants) >= 2
+    for variant in variants:
+        readings = seen[variant.name]
+        at = [one.step for one in readings]
+        assert at == sorted(set(at)) and len([step for step in at if step]) == variant.steps
+        assert readings[-1].figures and len(readings[-1].pictures) == len(readings[-1].captions) > 0
+        assert all(math.isfinite(value) for one in readings for value in one.figures.values())
+    first = variants[-1]
+    kept = {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in seen[first.name]}
+    assert played([first])[first.name] == kept
+
+    file = publish(ablation, base, plan, tmp_path, tmp_path / "out")
+    told = load_ablation(name, tmp_path / "out")
+    assert told["status"] == "small" and told["scale"] and told["date"] and told["machine"] and told["versions"]
+    assert told["budget"] == {k: v for k, v in asdict(plan).items() if v is not None}
+    assert {key: value["ended"] for key, value in told["variants"].items()} == dict.fromkeys(seen)
+    for variant in variants:
+        stored = told["variants"][variant.name]
+        assert stored["changed"] == json.loads(json.dumps(dict(variant.changed)))
+        want = {r.step: r.figures for r in seen[variant.name] if r.figures}
+        assert [r["step"] for r in stored["readings"]] == list(want)
+        for reading in stored["readings"]:
+            assert {k: v for k, v in reading.items() if k != "step"} == pytest.approx(dict(want[reading["step"]]),
+                                                                                      rel=1e-4)
+    with Image.open(file.with_suffix(".png")) as sheet:
+        assert sheet.width > 300
+    assert file.with_suffix(".png").stat().st_size <= SHEET_BYTES
+
+
+def test_marks():
+    assert marks(800) == {100, 200, 300, 400, 500, 600, 700, 800} and marks(3) == {1, 2, 3} and marks(1) == {1}
+    assert early_marks(250) == {0, 1, 2, 5, 10, 20, 50, 100, 200, 250} and early_marks(1) == {0, 1}
+
+
+def test_flops_are_those_of_a_real_pass():
+    config = PRESETS["classroom"].unet
+    unet, counter = UNet(config), FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        unet(torch.zeros(1, 4, 16, 16), 500, torch.zeros(1, 77, config.context_dim))
+    assert step_flops(config, 16) == counter.get_total_flops()
+    assert 3.5 < step_flops(config, 32) / step_flops(config, 16) < 5
+
+
+def test_a_base_must_be_able_to_answer(base):
+    with pytest.raises(ValueError, match="which objects it was taught"):
+        Base(replace(base.parts, world=None), base.measures)
+    wide = replace(base.parts.config, unet=replace(base.parts.config.unet, in_channels=9))
+    with pytest.raises(ValueError, match="inpainting model"):
+        Base(replace(base.parts, config=wide), base.measures)
+
+
+def test_drawing_is_the_same_in_batches_and_tells_what_is_not_finite(base, monkeypatch):
+    from sdlearn.training.ablations import drawing
+    texts = [one.text for one in ask(CORE, 3)]
+    whole = draw(base, base.unet, texts, guidance=2.0, steps=2)
+    monkeypatch.setattr(drawing, "AT_ONCE", 2)
+    parts = draw(base, base.unet, texts, guidance=2.0, steps=2)
+    assert whole.shape == (3, 128, 128, 3) and np.abs(whole.astype(int) - parts).max() <= 1
+    with pytest.raises(Diverged, match="NaN or infinite in 2 steps of ddim"):
+        draw(base, lambda x, t, c: x * math.nan, texts, guidance=2.0, steps=2, sampler="ddim")
+
+
+# --- each of them -----------------------------------------------------------------------------------
+
+def test_dropout_measures_the_empty_prompt(base):
+    unseen = scenes_of_lesson(base, 4, "test")
+    empty = base.text(base.tokenizer("")).hidden.detach()
+
+    def only_empty(x, t, context):
+        """Knows the answer where the caption is the empty one, and says zero elsewhere."""
+        if torch.equal(context, empty.expand_as(context)):
+            return noised(unseen.latents, 700, base.schedule)[2]
+        return torch.zeros_like(x)
+
+    heard = dropout.heard(base, unseen, only_empty)
+    assert heard["empty@700"] == 0 and heard["right@700"] == heard["wrong@700"] > 0.1
+
+
+def test_dropout_alone_differs(base):
+    """One step at a share of nearly 1 and at 0: other weights; two runs of one share: the same."""
+    def weights(share):
+        plan = replace(SMALL["dropout"], steps=2)
+        found = []
+        for _ in lesson(base.parts, scenes_of_lesson(base, 12), plan, dropout=share, measure=lambda unet: {},
+                        finish=lambda unet: found.append([p.clone() for p in unet.parameters()]) or Reading(2)):
+            pass
+        return found[0]
+    a, b, c = weights(0.0), weights(0.0), weights(0.99)
+    assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, c))
+
+
+def test_dropout_pictures_without_guidance_do_not_use_the_empty_prompt(base):
+    reading = dropout.guided_pictures(base, SMALL["dropout"], base.unet)
+    assert list(reading.figures) == ["right, w = 1", "right, w = 3", "right, w = 7"]
+    assert len(reading.pictures) == 3 * dropout.SHOWN and reading.captions[-1].startswith("w = 7: a ")
+
+
+def test_factors_are_of_equal_parameters():
+    mini = PRESETS["mini"]
+    counts, told = {}, {}
+    for number, channels in factor.CHANNELS.items():
+        shape = replace(mini.vae, channels=channels)
+        assert shape.factor == number
+        with torch.device("meta"):
+            counts[number] = sum(p.numel() for p in VAE(shape).parameters())
+        told[number] = factor.facts(Base(tiny_parts(), Measures(ask, judge, None, ssim)), number)
+    assert max(counts.values()) < 1.03 * min(counts.values())
+    assert factor.CHANNELS[8] == mini.vae.channels, "f = 8 is the shipped autoencoder's shape"
+    assert all(told[number]["parameters"] == counts[number] for number in counts)
+
+
+def test_factors_keep_numbers_and_cost_what_follows(base):
+    told = [factor.facts(base, number) for number in (4, 8, 16)]
+    assert [one["numbers kept"] for one in told] == [4 * 32**2, 4 * 16**2, 4 * 8**2]
+    flops = [one["GFLOPs of a U-Net step"] for one in told]
+    assert flops[0] > 3 * flops[1] > 6 * flops[2] and told[0]["numbers in a picture"] == 3 * 128**2
+
+
+def test_a_round_trip_is_measured_as_it_is(base):
+    class Darker:
+        encode = staticmethod(lambda x: Darker(x))
+
+        def __init__(self, x):
+            self.x = x
+
+        mode = property(lambda self: lambda: self.x)
+        decode = staticmethod(lambda x: x - 0.02)
+
+    unseen = to_tensor([np.full((128, 128, 3), 128, np.uint8)] * 2)
+    figures, pairs = factor.round_trip(base, Darker, unseen)
+    assert figures["psnr"] == pytest.approx(40, abs=1e-3) and 0.9 < figures["ssim"] < 1 and len(pairs) == 2
+
+
+def test_pixels_get_the_arithmetic_of_latents(base):
+    plan = replace(SMALL["pixels"], steps=1000)
+    variants = {one.name: one for one in pixels.variants(base, plan)}
+    total = {name: one.steps * one.changed["GFLOPs of a U-Net step"] for name, one in variants.items()}
+    assert list(variants) == ["latents", "pixels 64x64", "pixels 32x32"] and variants["latents"].steps == 1000
+    for name, one in variants.items():
+        assert one.changed["steps"] == one.steps
+        assert 0 <= total["latents"] - total[name] < one.changed["GFLOPs of a U-Net step"]
+    assert variants["pixels 64x64"].steps < variants["pixels 32x32"].steps / 3
+
+
+def test_pixels_are_shrunk_scenes_with_their_captions(base):
+    material = pixels.scenes_at(base, 3, "train", 32)
+    real = to_tensor([scene(2, "train", CLASSROOM).image])
+    assert material.latents.shape == (3, 3, 32, 32) and material.latents.abs().max() <= 1
+    torch.testing.assert_close(material.latents[2:].mean(), real.mean(), atol=0.01, rtol=0)
+    assert torch.equal(material.contexts, scenes_of_lesson(base, 3).contexts)
+    torch.testing.assert_close(scaled(scaled(torch.full((1, 3, 128, 128), 0.3), 64), 128).mean(), torch.tensor(0.3))
+
+
+def test_zero_convolutions_start_on_the_line_of_the_base(base):
+    zero, random = (zero_conv.fresh(base, zero=one) for one in (True, False))
+    joints = ("controlnet_cond_embedding.conv_out", "controlnet_down_blocks", "controlnet_mid_block")
+    for name, value in zero.state_dict().items():
+        assert torch.equal(value, random.state_dict()[name]) != name.startswith(joints), name
+    on, above = (zero_conv.losses(base, SMALL["zero-conv"], net) for net in (zero, random))
+    assert on["with ControlNet"] == on["base"] == above["base"] and on["change of the output"] == 0
+    assert above["change of the output"] > 0.1 and above["with ControlNet"] != above["base"]
+    figures, images = zero_conv.pictures_of(base, SMALL["zero-conv"], zero)
+    captions = [scene(seed, "test", base.world).caption for seed in range(2)]
+    wanted = draw(base, base.unet, captions, guidance=3.0, steps=2)
+    assert np.array_equal(np.stack(images), wanted) and set(figures) == {"edges F1"}
+
+
+def test_both_kinds_of_convolutions_learn_from_the_same_batches(base, monkeypatch):
+    seen = []
+    from sdlearn.finetune import controlnet
+    real = controlnet.draw_rows
+    monkeypatch.setattr(controlnet, "draw_rows", lambda *given: seen.append(real(*given)) or seen[-1])
+    played(zero_conv.variants(base, replace(SMALL["zero-conv"], steps=2)))
+    assert torch.equal(torch.stack(seen[:2]), torch.stack(seen[2:]))
+
+
+def test_the_base_is_left_as_it_was(base):
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    flags = [p.requires_grad for p in base.unet.parameters()]
+    for variant in zero_conv.variants(base, SMALL["zero-conv"]):
+        next(iter(variant.readings()))
+    assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
+    assert [p.requires_grad for p in base.unet.parameters()] == flags
+
+
+def test_more_steps_come_closer_to_the_converged_picture(base):
+    plan = replace(SMALL["steps"], steps=30, prompts=2)
+    asked, wanted = steps.converged(base, plan)
+    assert steps.distance(wanted, wanted) == 0
+    assert steps.distance(np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)) == 2
+    for sampler in ("ddim", "dpmpp_2m"):
+        apart = {reading.step: reading.figures["distance"] for reading in steps.readings(base, plan, sampler)}
+        assert list(apart) == [1, 2, 3, 5, 8, 12, 20, 30] and apart[30] < 0.5 * apart[3], sampler
+    assert {one.name: one.changed["calls of the U-Net a step"] for one in steps.variants(base, plan)}["heun"] == 2
+
+
+@pytest.mark.parametrize("seconds, most, prompts", [(1e-3, 50, 6), (0.01, 50, 5), (0.06, 30, 1), (1e3, 5, 1)])
+def test_steps_fit_into_the_minutes(base, monkeypatch, seconds, most, prompts):
+    """A clock of so many seconds for each pass: fewer prompts first, then fewer counts."""
+    clock = iter(seconds * i for tick in range(10**4) for i in (tick, tick + 1))
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: next(clock))
+    plan = steps.afford(base, ABLATIONS["steps"].plan, 1.5)
+    assert plan.steps == most and abs(plan.prompts - prompts) <= 1
+    calls = steps.CONVERGED[1] + sum(n * (2 if name == "heun" else 1) for n in steps.counts(plan)
+                                     for name in steps.SAMPLERS)
+    assert calls * seconds * plan.prompts <= 90 or plan == replace(plan, steps=5, prompts=1)
+
+
+def test_buckets_are_batches_of_one_size():
+    latents = [torch.arange(6.0)[:, None, None, None] * torch.ones(6, 4, side, side) for side in (4, 3, 2)]
+    buckets = sizes.Buckets(latents)
+    assert len(buckets) == 6 and buckets.device.type == "cpu"
+    for first in range(6):
+        rows = torch.tensor([first, 5, 0])
+        batch = buckets[rows]
+        assert batch.shape == (3, 4, (4, 3, 2)[first % 3], (4, 3, 2)[first % 3])
+        assert batch[:, 0, 0, 0].tolist() == rows.tolist(), "the scenes are those that were asked for"
+
+
+def test_sizes_are_whole_cells_and_two_are_new_to_all(base):
+    told = {one.name: one.changed for one in sizes.variants(base, SMALL["sizes"])}
+    assert told["one size"]["training sizes"] == [128] and told["buckets"]["training sizes"] == [128, 96, 64]
+    key = "mean GFLOPs of a U-Net step"
+    assert told["buckets"][key] < told["one size"][key]
+    asked = [sizes.side_of(base, part) for part in sizes.ASKED]
+    assert asked == [64, 96, 128, 160, 192]
+    reading = sizes.drawn_at(base, SMALL["sizes"], base.unet)
+    assert list(reading.figures) == [f"right, {side}" for side in asked]
+    assert {one.shape for one in reading.pictures} == {(128, 128, 3)}, "brought to one size for judge and sheet"
+    assert sizes.latents_at(base, 2, "train", 96).shape == (2, 4, 12, 12)
+
+
+# --- running ----------------------------------------------------------------------------------------
+
+def made_up(names=("one", "two"), steps=3, broken=(), log=None):
+    """An ablation that takes no time, with variants that break at their second step."""
+    def readings(name, plan):
+        if log is not None:
+            log.append(name)
+        for step in range(1, plan.steps + 1):
+            if step == 2 and name in broken:
+                raise Diverged("the loss became nan at step 2: train with a lower learning rate")
+            figures = {"loss": 1 / step, "odd": math.nan if step == 1 else 1.0}
+            yield Reading(step, figures, [np.zeros((16, 16, 3), np.uint8)], [name])
+
+    def variants(base, plan):
+        return [Variant(name, {"name": name}, plan.steps, lambda name=name: readings(name, plan)) for name in names]
+    return ablations.Ablation("made-up", "nothing", "the name", Plan(steps=steps), 1.0, variants, "full")
+
+
+def test_a_variant_that_is_done_is_not_run_again(base, tmp_path):
+    log = []
+    ablation = made_up(log=log)
+    for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path):
+        if variant.name == "two" and reading.step == 2:
+            break                               # stopped in the middle of the second
+    assert log == ["one", "two"] and not (tmp_path / "made-up" / "two").exists()
+    with pytest.raises(CheckpointError, match="'two' of the ablation 'made-up' has not been run"):
+        publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+    again = [(variant.name, reading.step) for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path)]
+    assert again == [("two", 1), ("two", 2), ("two", 3)] and log == ["one", "two", "two"]
+    assert list(carry_out(ablation, base, ablation.plan, tmp_path)) == []
+    file = publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+    assert json.loads(file.read_text())["status"] == "full"
+    list(carry_out(ablation, base, replace(ablation.plan, steps=2), tmp_path))
+    assert log[3:] == ["one", "two"], "another plan is another run"
+
+
+def test_another_model_is_another_run(base, tmp_path):
+    ablation = made_up()
+    list(carry_out(ablation, base, ablation.plan, tmp_path))
+    other = tiny_parts(config=base.parts.config)
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 1
+    assert len(list(carry_out(ablation, Base(other, base.measures), ablation.plan, tmp_path))) == 6
+
+
+def test_a_variant_that_diverges_is_told_and_the_others_go_on(base, tmp_path):
+    ablation = made_up(broken=("one",))
+    seen = [(variant.name, reading.step) for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path)]
+    assert seen == [("one", 1), ("two", 1), ("two", 2), ("two", 3)]
+    file = publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+    told = json.loads(file.read_text(), parse_constant=no_constant)["variants"]
+    assert "became nan at step 2" in told["one"]["ended"] and told["two"]["ended"] is None
+    assert told["one"]["readings"] == [{"step": 1, "loss": 1.0, "odd": None}]
+    assert list(carry_out(ablation, base, ablation.plan, tmp_path)) == [], "it ended, and is not tried for ever"
+
+
+def test_a_real_divergence_is_caught(base, tmp_path, monkeypatch):
+    """A weight of the base that is infinite: losses on it are not numbers."""
+    monkeypatch.setattr(zero_conv, "LEARNING_RATE", 1e30)
+    list(carry_out(ABLATIONS["zero-conv"], base, replace(SMALL["zero-conv"], steps=4), tmp_path))
+    records = [json.loads((folder / RECORD).read_text()) for folder in (tmp_path / "zero-conv").iterdir()]
+    assert len(records) == 2 and all(one["ended"] for one in records)
+    assert all(one["readings"][0]["step"] == 0 for one in records)
+
+
+def test_the_plan_is_settled_once(base, tmp_path, monkeypatch):
+    ablation = made_up(steps=100)
+    ends = iter([40, 7, 9, 5])
+    from sdlearn.training.ablations import running
+    monkeypatch.setattr(running, "within", lambda *_: Plan(steps=next(ends)))
+    assert planned(ablation, base, tmp_path).steps == planned(ablation, base, tmp_path).steps == 40
+    assert planned(ablation, base, tmp_path, 3.0).steps == planned(ablation, base, tmp_path, 3.0).steps == 7
+
+
+def test_a_plan_is_cut_to_the_minutes(base, monkeypatch):
+    from sdlearn.training.ablations import running
+    monkeypatch.setattr(running, "step_seconds", lambda variant: 0.1)
+    ablation = replace(made_up(steps=1000), plan=Plan(steps=1000, scenes=1000, prompts=30), minutes=10)
+    plan = within(ablation, base, 2.0)                  # two variants of 1000 steps would take 200 seconds
+    assert plan == Plan(steps=420, scenes=200, prompts=6)
+    assert within(ablation, base, 10.0) == ablation.plan, "never more than the plan"
+    assert smaller(ablation.plan, 1e-6) == Plan(steps=1000, scenes=64, prompts=4)
+
+
+def test_a_trial_times_real_steps(base):
+    from sdlearn.training.ablations.running import step_seconds
+    variant = dropout.variants(base, replace(SMALL["dropout"], steps=100))[0]
+    assert 0 < step_seconds(variant) < 60
+    assert step_seconds(made_up().variants(base, Plan(steps=2))[0]) == 0, "every step is measured there"
+
+
+def test_a_sheet_keeps_its_bytes():
+    noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), np.uint8)
+    assert len(small_png(Image.fromarray(noise))) <= SHEET_BYTES
+    flat = small_png(Image.fromarray(np.full((64, 64, 3), 7, np.uint8)))
+    assert flat.startswith(b"\x89PNG") and len(flat) < 1000
+
+
+def test_a_missing_result_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="no result of an ablation 'nothing'.*run `ablate nothing`"):
+        load_ablation("nothing", tmp_path)
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+def test_the_command_runs_resumes_and_writes(base, tmp_path, monkeypatch, capsys):
+    folder = save_folder(tmp_path / "model", base.parts)
+    zero = replace(ABLATIONS["zero-conv"], plan=SMALL["zero-conv"])
+    teaching = replace(ABLATIONS["dropout"], plan=replace(SMALL["dropout"], steps=2, prompts=1))
+    for name in list(ABLATIONS):
+        monkeypatch.delitem(ABLATIONS, name)
+    for one in (zero, teaching):
+        monkeypatch.setitem(ABLATIONS, one.name, one)
+    args = ["ablate", "all", "--model", str(folder), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"),
+            "--device", "cpu"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    told = load_ablation("dropout", tmp_path / "out")
+    last = told["variants"]["dropout 0.1"]["readings"][-1]
+    assert {"right, w = 3", "background, w = 7", "more than asked, w = 1"} <= set(last), "of the real judge"
+    assert str(tmp_path / "out" / "zero-conv.json") in out and told["model"]["name"] == "model", "a folder's name"
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob(RECORD)}
+    assert main(args) == 0 and len(before) == 4
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob(RECORD)} == before
+
+
+@pytest.mark.parametrize("args, told", [
+    (["nothing"], "invalid choice: 'nothing'"), (["steps", "--minutes", "0"], "'0' is not a number above zero"),
+    ([], "required: NAME"),
+])
+def test_what_cannot_be_run_is_told(args, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["ablate", *args])
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["ablate", "steps", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "is no folder that may be written to" in capsys.readouterr().err
+
+
+def test_prompts_are_those_that_a_world_answers():
+    from sdlearn.commands.ablate import asked_of
+    assert [one.task for one in asked_of(CLASSROOM, 2)] == ["one object"] * 2 + ["colours"] * 2
+    assert {one.task for one in asked_of(FULL, 1)} == {"one object", "colours", "counting", "two objects", "position",
+                                                       "colour binding"}
+
+
+# --- what is shipped --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_results_are_whole(file):
+    told = load_ablation(file.stem)
+    assert told["status"] in ("full", "small") and told["scale"] and told["machine"] and told["date"]
+    ablation = ABLATIONS[file.stem]
+    assert told["ablation"] == ablation.name and len(told["variants"]) >= 2
+    for variant in told["variants"].values():
+        assert variant["ended"] is not None or variant["readings"][-1]["step"] > 0
+        assert all(isinstance(value, (int, float)) or value is None
+                   for reading in variant["readings"] for value in reading.values())
+    assert file.with_suffix(".png").stat().st_size <= SHEET_BYTES
+
+
+def shipped(name):
+    return pytest.mark.skipif(not (RESULTS / f"{name}.json").exists(), reason="this ablation has not been run")
+
+
+@shipped("zero-conv")
+def test_the_shipped_zero_convolutions_start_on_the_line_of_their_base():
+    zero, random = load_ablation("zero-conv")["variants"].values()
+    first, other = zero["readings"][0], random["readings"][0]
+    assert first["with ControlNet"] == first["base"] and first["change of the output"] == 0
+    assert other["with ControlNet"] > 1.02 * other["base"] and other["change of the output"] > 0.05
+
+
+@shipped("steps")
+def test_in_the_shipped_steps_more_of_them_come_closer():
+    for name, variant in load_ablation("steps")["variants"].items():
+        apart = [reading["distance"] for reading in variant["readings"]]
+        if name not in steps.FRESH_NOISE:
+            assert apart[-1] < 0.5 * apart[1], name
