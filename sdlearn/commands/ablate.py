@@ -21,8 +21,8 @@ TASKS = {"single": ("one object", "colours"), "count": ("counting",),
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    names = "; ".join(f"{name}: {one.shows}" for name, one in ABLATIONS.items())
-    parser.add_argument("name", choices=[*ABLATIONS, "all"], metavar="NAME", help=f"{names}; or all of them")
+    names = " ".join(f"{name}: {one.question}" for name, one in ABLATIONS.items())
+    parser.add_argument("name", choices=[*ABLATIONS, "all"], metavar="NAME", help=f"{names} Or all of them.")
     parser.add_argument("--minutes", type=positive(float),
                         help="budget, shared out among the ablations for 'all' (default: "
                              f"{sum(one.minutes for one in ABLATIONS.values()):.0f} for all, a sixth of it on a GPU)")

@@ -134,10 +134,10 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """What is varied and what it shows; with a plan, the variants."""
+    """What is asked and what is varied; with a plan, the variants."""
 
     name: str
-    shows: str
+    question: str
     varied: str
     plan: Plan                          # of a run that is not cut short
     minutes: float                      # that this takes, roughly, on two idle CPU cores

@@ -51,7 +51,7 @@ def guided_pictures(base: Base, plan: Plan, unet) -> Reading:
 
 
 DROPOUT = Ablation(
-    "dropout", "without dropout of captions, guidance has no unconditional model to go away from",
+    "dropout", "what is guidance worth when the network has never been trained without a caption?",
     "the share of captions that is replaced by the empty one in training",
     Plan(steps=1500, batch=32, scenes=1500, unseen=128, prompts=25, guidance=None, sampling_steps=20), 10, variants,
     "small", ("right@t, wrong@t, empty@t: the loss at timestep t on unseen scenes with their own captions, with those "

@@ -86,7 +86,7 @@ def round_trip(base: Base, model, unseen: torch.Tensor) -> tuple[dict[str, float
 
 
 FACTOR = Ablation(
-    "factor", "the more an autoencoder shrinks a picture, the less it keeps and the cheaper the U-Net's steps are",
+    "factor", "what does a larger factor lose of a picture, and what does it save in the U-Net?",
     "the autoencoder's factor f, pixels along one side of a latent cell",
     Plan(steps=900, batch=8, unseen=64, prompts=10), 12, variants, "small",
     ("batch: crops of 32 pixels, as in the recipe of the autoencoder; larger crops are fewer",

@@ -196,7 +196,7 @@ def told(ablation: Ablation, base: Base, plan: Plan) -> dict:
     status, why = scale(ablation, base, plan)
     budget = {name: value for name, value in asdict(plan).items() if value is not None}
     gpu = base.device.type == "cuda"
-    return {"ablation": ablation.name, "shows": ablation.shows, "varied": ablation.varied, "status": status,
+    return {"ablation": ablation.name, "question": ablation.question, "varied": ablation.varied, "status": status,
             "scale": why, "budget": budget, "notes": list(ablation.notes),
             "model": {"name": base.parts.config.name, "fingerprint": fingerprint(base)},
             "machine": torch.cuda.get_device_name(base.device) if gpu else cpu_name(),

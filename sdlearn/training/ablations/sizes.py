@@ -94,7 +94,7 @@ def drawn_at(base: Base, plan: Plan, unet) -> Reading:
 
 
 SIZES = Ablation(
-    "sizes", "a U-Net draws well at the sizes it has seen, and repeats or loses things at others",
+    "sizes", "what does a U-Net draw at sizes that it has never seen, trained at one size or at several?",
     "the sizes of the scenes in training: one, or three of which each batch has one",
     Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=20, guidance=3.0, sampling_steps=20), 11, variants,
     "small", ("smaller sizes are whole scenes, shrunk; pictures of all sizes are brought to one size for the judge",

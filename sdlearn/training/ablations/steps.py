@@ -82,9 +82,10 @@ def afford(base: Base, plan: Plan, minutes: float) -> Plan:
 
 
 STEPS = Ablation(
-    "steps", "accuracy is there after few steps, the picture that many steps give only later, by the sampler's order",
+    "steps", "how many steps does each sampler need to show what was asked, and for the picture of many steps?",
     "the sampler, and how many steps it takes",
     Plan(steps=50, prompts=6, guidance=3.0), 10, variants, "full",
     (f"distance: to the pictures of {CONVERGED[0]} in {CONVERGED[1]} steps from the same noise, root mean square, "
-     "pixels in [-1, 1]", f"{' and '.join(FRESH_NOISE)} draw fresh noise at each step, so they lead to other pictures",
+     "pixels in [-1, 1]", f"{' and '.join(FRESH_NOISE)} draw fresh noise at each step and lead to other pictures; "
+     "on one grid of timesteps, as with zero terminal SNR, the two are the same sampler",
      "step: the number of steps of sampling"), columns=2 * len(ON_SHEET), afford=afford)

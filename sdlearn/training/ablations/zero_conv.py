@@ -107,7 +107,7 @@ def pictures_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, floa
 
 
 ZERO_CONV = Ablation(
-    "zero-conv", "joined by zero convolutions a ControlNet starts on the line of its base; by random ones above it",
+    "zero-conv", "where does a ControlNet start from, joined by zero convolutions or by random ones?",
     "what the convolutions start as that join the ControlNet to the U-Net",
     Plan(steps=250, batch=16, scenes=512, unseen=32, prompts=12, guidance=3.0, sampling_steps=20), 8, variants, "full",
     ("with ControlNet, base: the mean loss on unseen scenes at timesteps 100, 300, 500, 700 and 900",
