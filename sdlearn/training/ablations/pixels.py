@@ -81,7 +81,7 @@ def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) 
 PIXELS = Ablation(
     "pixels", "what is learnt from the same amount of arithmetic, on latents and on pixels?",
     "what diffusion works on: latents, or the pixels of scenes shrunk to 64 or 32 pixels",
-    Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=25, guidance=3.0, sampling_steps=20), 13, variants,
+    Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=15, guidance=3.0, sampling_steps=20), 13, variants,
     "small", ("every variant has the same FLOPs of training, so they differ in steps; the U-Net's widths and the noise "
               "schedule are the same", "losses of latents and of pixels are not of one scale: compare the judge's "
               "shares", "ceiling: what the judge says of real scenes through the autoencoder, or shrunk and enlarged"),

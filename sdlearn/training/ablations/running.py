@@ -211,7 +211,7 @@ def scale(ablation: Ablation, base: Base, plan: Plan) -> tuple[str, str]:
     why = []
     if ablation.network == "small":
         why.append("networks of a lesson, trained from nothing within minutes, not the shipped model's size")
-    why += [f"{getattr(plan, name)} {name.replace('_', ' ')} of {whole}" for name, whole in
+    why += [f"{name.replace('_', ' ')}: {getattr(plan, name)} of {whole}" for name, whole in
             asdict(ablation.plan).items() if getattr(plan, name) != whole and isinstance(whole, (int, float))]
     name = base.parts.config.name
     return ("small", "; ".join(why)) if why else ("full", f"the model '{name}' itself, and the whole plan")
