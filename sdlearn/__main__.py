@@ -1,4 +1,4 @@
-"""The command line: `python -m sdlearn generate | scenes | train | export`.
+"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | export`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
 imported only when it is the one that runs, so that help comes at once.
