@@ -7,7 +7,7 @@ h, w  rows and columns of the feature map      T  channels of one text token
 Parameter names are those of diffusers' `Transformer2DModel`, so its weights load by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -44,6 +44,26 @@ def attention_map(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = None) 
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention in which a token sees itself and those before it, as in CLIP's text tower.
+
+    q, k and v are (B, N, C), and so is the result. Errors as in `attend`.
+    """
+    length = q.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()   # (N, N)
+    return attend(q, k, v, heads, causal)
+
+
+def attention_cost(queries: int, keys: int, channels: int, heads: int, *, bytes_each: int = 2) -> tuple[int, int]:
+    """(FLOPs of the two products q k^T and map v, bytes of the map), for one sample.
+
+    A multiplication and its addition are two FLOPs. The linear layers around it are not counted: they grow with
+    the cells, this with queries * keys. More heads share the same FLOPs, and have a map each. bytes_each: of a
+    number in the map, 2 in half precision. A fused kernel never holds the map as a whole.
+    """
+    return 4 * queries * keys * channels, bytes_each * heads * queries * keys
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -212,6 +232,36 @@ def record_attention(model: nn.Module, only: str = "") -> Iterator[AttentionReco
     finally:
         for name, layer in layers.items():
             layer.watch = before[name]
+
+
+def heat_maps(maps: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """From where in the picture each token is looked at: (B, M, rows, columns), over the tokens a sum of 1.
+
+    maps: of layers that read the text, (B, H, N, M) each, as `record_attention` keeps them. size: rows and columns
+    of the result, the latent's or the picture's. The mean over heads, laid out as the picture is, enlarged
+    (bilinear), and the mean over layers. Raises ValueError for no maps, and for one that is not the picture's.
+    In the manner of Tang et al. 2023, "What the DAAM", who add up where this takes means.
+    """
+    if not maps:
+        raise ValueError("there are no attention maps: run the model inside `record_attention`, with only=\"attn2\"")
+    layers = []
+    for name, weights in maps.items():
+        rows, columns = _halved(size, weights.shape[2], name)
+        cells = weights.mean(dim=1)                                          # (B, N, M)
+        cells = rearrange(cells, "b (h w) m -> b m h w", h=rows, w=columns)
+        layers.append(F.interpolate(cells.float(), size=size, mode="bilinear"))
+    return torch.stack(layers).mean(dim=0)                                   # (B, M, *size)
+
+
+def _halved(size: tuple[int, int], cells: int, name: str) -> tuple[int, int]:
+    """Rows and columns of a map of so many cells: `size` halved, rounding up, as often as it takes."""
+    rows, columns = size
+    while rows * columns > cells:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    if rows * columns != cells:
+        raise ValueError(f"the map of {name or 'the layer'} has {cells} cells, which a picture of {size[0]} rows and "
+                         f"{size[1]} columns has at no level: give the size of the latent or of the picture")
+    return rows, columns
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> None:

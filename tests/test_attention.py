@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.attention import (
     GEGLU,
@@ -21,7 +22,10 @@ from sdlearn.attention import (
     SpatialTransformer,
     TransformerBlock,
     attend,
+    attention_cost,
     attention_map,
+    causal_attention,
+    heat_maps,
     record_attention,
     split_heads,
 )
@@ -139,6 +143,23 @@ def test_attend_names_what_does_not_fit(shapes, heads, mask, words):
     with pytest.raises(ValueError) as error:
         attend(*(torch.randn(shape) for shape in shapes), heads, mask)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_causal_attention_is_pytorchs():
+    q, k, v = (torch.randn(2, 7, 12) for _ in range(3))
+    heads = [x.view(2, 7, 3, 4).transpose(1, 2) for x in (q, k, v)]
+    reference = F.scaled_dot_product_attention(*heads, is_causal=True)
+    same(causal_attention(q, k, v, 3), reference.transpose(1, 2).reshape(2, 7, 12))
+
+
+@pytest.mark.parametrize(("queries", "keys", "channels", "heads"), [(4096, 4096, 320, 8), (64, 77, 128, 4)])
+def test_the_cost_is_what_pytorch_counts(queries, keys, channels, heads):
+    q, k, v = (torch.empty(1, n, channels, dtype=torch.float16, device="meta") for n in (queries, keys, keys))
+    with FlopCounterMode(display=False) as counter:
+        weights = split_heads(q, heads) @ split_heads(k, heads).mT
+        weights @ split_heads(v, heads)
+    assert attention_cost(queries, keys, channels, heads) == (counter.get_total_flops(), weights.nbytes)
+    assert attention_cost(queries, keys, channels, heads, bytes_each=4)[1] == 2 * weights.nbytes
 
 
 # ---------------------------------------------------------------------------- blocks
@@ -326,3 +347,34 @@ def test_recording_nothing_is_an_error():
     with pytest.raises(ValueError, match="nothing to record"):
         with record_attention(nn.Linear(2, 2)):
             pass
+
+
+# ---------------------------------------------------------------------------- heat maps
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
+def test_a_heat_map_shows_the_cell_that_a_token_is_looked_at_from(rows, columns, halvings):
+    """All that token 1 gets, it gets from one cell: there the map is highest."""
+    h, w = (-(-side // 2**halvings) for side in (rows, columns))
+    row, column = h // 2, w - 1
+    weights = torch.zeros(1, 2, h * w, 3)
+    weights[..., 0] = 1
+    weights[:, :, row * w + column] = torch.tensor([0.0, 1.0, 0.0])
+    shown = heat_maps({"layer": weights}, (rows, columns))
+    assert shown.shape == (1, 3, rows, columns)
+    torch.testing.assert_close(shown.sum(dim=1), torch.ones(1, rows, columns))
+    at = shown[0, 1].amax(dim=1).argmax() * h // rows, shown[0, 1].amax(dim=0).argmax() * w // columns
+    assert at == (row, column)
+
+
+def test_heat_maps_are_means_over_heads_and_layers():
+    fine, coarse = torch.rand(2, 3, 24, 5), torch.rand(2, 4, 6, 5)              # 4 x 6 and 2 x 3 cells
+    alone = [heat_maps({"": one}, (8, 12)) for one in (fine, coarse)]
+    torch.testing.assert_close(heat_maps({"a": fine, "b": coarse}, (8, 12)), (alone[0] + alone[1]) / 2)
+    torch.testing.assert_close(heat_maps({"a": fine}, (4, 6)).flatten(2).mT, fine.mean(dim=1))
+
+
+@pytest.mark.parametrize(("maps", "words"), [({}, "no attention maps"), ({"x.attn2": torch.rand(1, 2, 5, 3)},
+                                                                          "x.attn2 has 5 cells")])
+def test_maps_that_are_not_the_pictures_are_told(maps, words):
+    with pytest.raises(ValueError, match=words):
+        heat_maps(maps, (8, 8))

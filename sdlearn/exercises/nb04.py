@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..attention import CrossAttention, attend, attention_map, merge_heads, split_heads
+from ..attention import CrossAttention, attend, attention_map, causal_attention, merge_heads, split_heads
 from .exercise import Lesson
 from .judge import randn, require, require_shape, require_sums, with_weights
 
@@ -164,16 +164,6 @@ attention.mistake("the heads are put together without swapping tokens and heads 
 
 
 # --- 4.3 ----------------------------------------------------------------------------------------------
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention in which a token sees itself and those before it, as in CLIP's text tower.
-
-    q, k and v are (B, L, C), and so is the result.
-    """
-    length = q.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()   # (L, L)
-    return attend(q, k, v, heads, causal)
-
 
 causal = lesson.exercise(
     3, causal_attention, grade="supported", minutes=10,

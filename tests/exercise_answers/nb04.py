@@ -255,3 +255,158 @@ class TheTextAsks(Parts):
 class Cut(Parts):
     def forward(self, x, context):
         return self.to_out(self.mixed(self.to_q(x).detach(), self.to_k(context), self.to_v(context)))
+
+
+# --- GEGLU --------------------------------------------------------------------------------------------
+
+class Gated(nn.Module):
+    """Its layer; children differ in `forward`."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.hidden, self.proj = hidden, nn.Linear(dim, hidden * 2)
+
+
+@right("GEGLU")
+class BySplit(Gated):
+    def forward(self, x):
+        value, gate = torch.split(self.proj(x), self.hidden, dim=-1)
+        return F.gelu(gate) * value
+
+
+@right("GEGLU")
+class ByErf(Gated):
+    def forward(self, x):
+        x = x @ self.proj.weight.T + self.proj.bias
+        gate = x[..., self.hidden:]
+        return x[..., :self.hidden] * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
+
+
+def gated_by(combine):
+    class Wrongly(Gated):
+        def forward(self, x):
+            x = self.proj(x)
+            return combine(x[..., :self.hidden], x[..., self.hidden:])
+    return Wrongly
+
+
+for words, combine in [
+    ("the halves are swapped", lambda a, b: F.gelu(a) * b),
+    ("by a sigmoid", lambda a, b: a * b.sigmoid()),
+    ("by a ReLU", lambda a, b: a * b.clamp(min=0)),
+    ("the tanh approximation",
+     lambda a, b: a * 0.5 * b * (1 + torch.tanh((2 / torch.pi)**0.5 * (b + 0.044715 * b**3)))),
+    ("quick GELU", lambda a, b: a * b * (1.702 * b).sigmoid()),
+    ("GELU was taken of both halves", lambda a, b: F.gelu(a) * F.gelu(b)),
+    ("added where it must multiply", lambda a, b: a + F.gelu(b)),
+    ("everywhere it is the negative", lambda a, b: -a * F.gelu(b)),
+]:
+    wrong("GEGLU", words)(gated_by(combine))
+
+
+@wrong("GEGLU", "every other channel is the gate")
+class ByTurns(Gated):
+    def forward(self, x):
+        value, gate = self.proj(x).unflatten(-1, (self.hidden, 2)).unbind(-1)
+        return value * F.gelu(gate)
+
+
+@wrong("GEGLU", "`proj.weight` has shape (5, 6) where it must be (10, 6)")
+class OneHalf(Gated):
+    def __init__(self, dim, hidden):
+        super().__init__(dim, hidden)
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x):
+        return F.gelu(self.proj(x))
+
+
+# --- attention_cost -----------------------------------------------------------------------------------
+
+@right("attention_cost")
+def by_head(queries, keys, channels, heads):
+    scores = heads * queries * keys * 2 * (channels / heads)        # each number a sum of D products
+    mixed = heads * queries * (channels / heads) * 2 * keys         # each number a sum of M products
+    return scores + mixed, heads * queries * keys * 16 // 8
+
+
+@right("attention_cost")
+def counted(queries, keys, channels, heads):
+    numbers = queries * keys
+    return [2 * 2 * numbers * channels, torch.empty(heads, queries, keys, dtype=torch.float16, device="meta").nbytes]
+
+
+for words, answer in [
+    ("a multiplication and its addition count as two", lambda n, m, c, h: (n * m * c * 2, n * m * h * 2)),
+    ("one product of the two", lambda n, m, c, h: (n * m * c, n * m * h * 2)),
+    ("do not multiply by the heads again", lambda n, m, c, h: (h * 4 * n * m * c, n * m * h * 2)),
+    ("the FLOPs of one head", lambda n, m, c, h: (4 * n * m * (c // h), n * m * h * 2)),
+    ("each head has a map of its own", lambda n, m, c, h: (4 * n * m * c, n * m * 2)),
+    ("takes two bytes", lambda n, m, c, h: (4 * n * m * c, n * m * h)),
+    ("whatever the channels", lambda n, m, c, h: (4 * n * m * c, n * m * c * 2)),
+    ("queries times keys", lambda n, m, c, h: (4 * n * n * c, n * n * h * 2)),
+    ("two numbers", lambda n, m, c, h: 4 * n * m * c + n * m * h * 2),
+]:
+    wrong("attention_cost", words)(answer)
+
+
+# --- heat_maps ----------------------------------------------------------------------------------------
+
+def sides(size, cells):
+    rows, columns = size
+    while rows * columns != cells:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return rows, columns
+
+
+@right("heat_maps")
+def by_einops_and_sum(maps, size):
+    total = 0
+    for weights in maps.values():
+        h, w = sides(size, weights.shape[-2])
+        total = total + F.interpolate(rearrange(weights, "b k (h w) m -> b k m h w", h=h, w=w).mean(1), size,
+                                      mode="bilinear", align_corners=False)
+    return total / len(maps)
+
+
+@right("heat_maps")
+def a_picture_a_token(maps, size):
+    tokens = next(iter(maps.values())).shape[-1]
+    pictures = []
+    for token in range(tokens):
+        layers = []
+        for name in maps:
+            batch, heads, cells, _ = maps[name].shape
+            grid = maps[name][..., token].view(batch, heads, *sides(size, cells))
+            layers.append(F.interpolate(grid, size=size, mode="bilinear").mean(dim=1))
+        pictures.append(torch.stack(layers, dim=-1).mean(dim=-1))
+    return torch.stack(pictures, dim=1)
+
+
+def heats(size, weights, order="b n m -> b m n", mode="bilinear", heads=torch.mean, corners=None, square=False):
+    cells = heads(weights, dim=1)
+    rows, columns = (int(cells.shape[1] ** 0.5),) * 2 if square else sides(size, cells.shape[1])
+    cells = rearrange(cells, order).reshape(len(cells), weights.shape[-1], rows, columns)
+    return F.interpolate(cells, size, mode=mode, align_corners=corners)
+
+
+for words, answer in [
+    ("swap their axes first", lambda maps, size: torch.stack(
+        [heats(size, w, order="b n m -> b n m") for w in maps.values()]).mean(0)),
+    ("the heads are added up", lambda maps, size: torch.stack(
+        [heats(size, w, heads=torch.sum) for w in maps.values()]).mean(0)),
+    ("the largest of the heads", lambda maps, size: torch.stack(
+        [heats(size, w, heads=torch.amax) for w in maps.values()]).mean(0)),
+    ("the layers are added up", lambda maps, size: torch.stack([heats(size, w) for w in maps.values()]).sum(0)),
+    ("the first layer alone", lambda maps, size: heats(size, next(iter(maps.values())))),
+    ("repeating cells", lambda maps, size: torch.stack(
+        [heats(size, w, mode="nearest") for w in maps.values()]).mean(0)),
+    ("align_corners", lambda maps, size: torch.stack([heats(size, w, corners=True) for w in maps.values()]).mean(0)),
+    ("the picture is not square", lambda maps, size: torch.stack(
+        [heats(size, w, square=True) for w in maps.values()]).mean(0)),
+    ("has shape (2, 16, 16, 5)", lambda maps, size: torch.stack(
+        [heats(size, w) for w in maps.values()]).mean(0).permute(0, 2, 3, 1)),
+    ("words can no longer be compared", lambda maps, size: (
+        x := torch.stack([heats(size, w) for w in maps.values()]).mean(0)) / x.flatten(2).amax(-1)[..., None, None]),
+]:
+    wrong("heat_maps", words)(answer)
