@@ -1,0 +1,195 @@
+"""Latents to look at: spectra, channels as maps, text drawn small; a widget that edits a latent and decodes it.
+
+B  pictures        Z  channels of the latent        H, W  pixels        h, w  rows and columns of a latent
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ipywidgets import Dropdown, FloatSlider, HBox, Image, IntSlider, Layout, Text
+from matplotlib import colormaps
+from PIL import Image as Pictures
+from PIL import ImageDraw, ImageFont
+from torch import Tensor
+
+from ..data import SIDE, Scene
+from ..pictures import psnr, to_images, to_tensor
+from ..vae import VAE
+from .figures import Drawing, _grid, show_images
+from .widgets import WithStill
+
+BANDS = 16              # of a spectrum
+
+
+# --- numbers ------------------------------------------------------------------------------------------
+
+def rings(height: int, width: int) -> Tensor:
+    """How fast each entry of a picture's Fourier transform waves, (H, W): 0 the mean, 1 the fastest, along rows or
+    along columns, whichever is more. All entries up to r are r squared of the numbers, as in a picture of r times
+    the side."""
+    along = [2 * torch.fft.fftfreq(side).abs() for side in (height, width)]
+    return torch.maximum(along[0][:, None], along[1])
+
+
+def low_pass(pixels: Tensor, limit: float) -> Tensor:
+    """Pictures (B, 3, H, W) without all that waves faster than `limit`, in 0...1 of the fastest."""
+    kept = rings(*pixels.shape[2:]) <= limit
+    return torch.fft.ifft2(torch.fft.fft2(pixels) * kept).real
+
+
+def spectrum(pixels: Tensor, bands: int = BANDS) -> tuple[Tensor, Tensor]:
+    """Middles of `bands` equal bands of 0...1, and the variance that pictures (B, 3, H, W) have in each, (bands,).
+
+    They sum up to the mean square of the pictures' deviation from the mean colour of each. Parseval: the sum of
+    squares of the transform is that of the picture times the number of pixels.
+    """
+    height, width = pixels.shape[2:]
+    power = torch.fft.fft2(pixels.double()).abs().square().mean(dim=(0, 1)) / (height * width) ** 2     # (H, W)
+    power[0, 0] = 0                                                     # the mean colour
+    place = (rings(height, width) * bands).ceil().long().clamp(1, bands) - 1
+    found = torch.zeros(bands, dtype=power.dtype).index_add(0, place.flatten(), power.flatten())
+    return (torch.arange(bands) + 0.5) / bands, found
+
+
+# --- pictures -----------------------------------------------------------------------------------------
+
+def written(text: str, size: int, width: int = 64, height: int = 64, *, ink=(0, 0, 0), paper=(255, 255, 255),
+            place: tuple[float, float] | None = None) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), with `text` in letters of `size` pixels around `place`, its middle by default."""
+    picture = Pictures.new("RGB", (width, height), paper)
+    ImageDraw.Draw(picture).text(place or (width / 2, height / 2), text, fill=ink, anchor="mm",
+                                 font=ImageFont.load_default(size))
+    return np.asarray(picture)
+
+
+def heat(values: Tensor, low: float | None = None, high: float | None = None, colours: str = "magma") -> np.ndarray:
+    """Numbers (h, w) as a picture in colours, uint8 (h, w, 3): low...high, by default from the least to the largest."""
+    values = values.detach().double()
+    low, high = float(values.min()) if low is None else low, float(values.max()) if high is None else high
+    share = ((values - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+    return (255 * colormaps[colours](share)[..., :3]).round().astype(np.uint8)
+
+
+def enlarged(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Each number a square, up to rows of `side` pixels."""
+    times = max(1, side // image.shape[0])
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def channel_maps(latent: Tensor) -> list[np.ndarray]:
+    """The channels of a latent (Z, h, w) as pictures, blue below zero and red above, white at zero."""
+    reach = float(latent.abs().max())
+    return [enlarged(heat(one, -reach, reach, "RdBu_r")) for one in latent]
+
+
+def latent_sheet(rows: Mapping[str, tuple[np.ndarray, Tensor, Sequence[np.ndarray]]], heads: Sequence[str] = (), *,
+                 title: str) -> Drawing:
+    """By name, rows of a picture (H, W, 3), the channels of its latent (Z, h, w), and more pictures at the end.
+
+    heads: what the pictures at the end are. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("there is nothing to show: give at least one row")
+    images, captions = [], []
+    for place, (picture, latent, more) in enumerate(rows.values()):
+        images += [picture, *channel_maps(latent), *more]
+        named = ["picture", *(f"channel {i}" for i in range(len(latent))), *heads]
+        captions += named if place == len(rows) - 1 else [""] * len(named)
+    return _grid(images, captions, len(images) // len(rows), title, rows=list(rows))
+
+
+# --- the widget ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture, a scene or a text, and what is done to its scaled latent before it is decoded."""
+
+    scene: int = 0
+    mix: float = 0.0        # with the latent of the next scene
+    text: str = ""          # in place of the scene
+    size: int = 20          # of the text's letters, in pixels
+    noise: float = 0.0      # standard deviation of what is added
+    lost: int | None = None     # a channel that becomes zero
+
+
+class LatentExplorer(WithStill):
+    """A picture, the channels of its latent, and what comes back when the latent has been changed.
+
+    The picture is a scene, or a text to type. A scene's latent can be mixed with that of the next one; noise can be
+    added, a channel lost. Beneath: the picture, the channels, what is decoded, where it differs. A text that is
+    larger than the picture is cut by its border.
+
+    Raises ValueError for fewer than two scenes.
+    """
+
+    def __init__(self, vae: VAE, scenes: Sequence[Scene], *, title: str = "A latent, opened"):
+        if len(scenes) < 2:
+            raise ValueError("a latent is mixed with that of the next scene: give two scenes at least")
+        self.vae, self.scenes, self.title = vae, list(scenes), title
+        wide = {"layout": Layout(width="330px"), "style": {"description_width": "90px"}}
+        late = {"continuous_update": False, **wide}
+        channels = range(vae.config.latent_channels)
+        self.controls = {
+            "scene": IntSlider(0, min=0, max=len(self.scenes) - 1, description="scene", **late),
+            "mix": FloatSlider(0, min=0, max=1, step=0.1, description="mix with next", **late),
+            "text": Text("", description="or a text", **late),
+            "size": IntSlider(Edit.size, min=6, max=48, description="its size", **late),
+            "noise": FloatSlider(0, min=0, max=2, step=0.1, description="noise", **late),
+            "lost": Dropdown(options=[("none", None), *((str(i), i) for i in channels)], description="lost channel",
+                             **wide)}
+        self.picture = Image(format="png")
+        pairs = list(self.controls.values())
+        super().__init__([*(HBox(pairs[i:i + 2]) for i in (0, 2, 4)), self.picture])
+        for control in pairs:
+            control.observe(lambda _: self.show(), "value")
+        self.show()
+
+    def edit(self) -> Edit:
+        """What is set."""
+        return Edit(**{name: control.value for name, control in self.controls.items()})
+
+    def source(self, edit: Edit) -> np.ndarray:
+        """The picture to encode, uint8 (H, W, 3)."""
+        return written(edit.text, edit.size, SIDE, SIDE) if edit.text else self.scenes[edit.scene].image
+
+    @torch.no_grad()
+    def latent(self, edit: Edit) -> Tensor:
+        """The scaled latent after all changes, (Z, h, w); the noise is the same at every call."""
+        [latent] = self.vae.to_latent(to_tensor([self.source(edit)]))
+        if edit.mix and not edit.text:
+            after = self.scenes[(edit.scene + 1) % len(self.scenes)]
+            [other] = self.vae.to_latent(to_tensor([after.image]))
+            latent = (1 - edit.mix) * latent + edit.mix * other
+        latent = latent + edit.noise * torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+        kept = torch.tensor([i != edit.lost for i in range(len(latent))])
+        return latent * kept[:, None, None]
+
+    @torch.no_grad()
+    def row(self, edit: Edit) -> tuple[list[np.ndarray], list[str]]:
+        """The picture, the channels, the decoded latent and the difference; and what each is."""
+        source, latent = self.source(edit), self.latent(edit)
+        decoded, pixels = self.vae.to_pixels(latent[None]).clamp(-1, 1), to_tensor([source])
+        [back] = to_images(decoded)
+        difference = heat((decoded - pixels).abs().mean(dim=1)[0] / 2, 0, 1)                # (H, W, 3)
+        names = [f"channel {i}" for i in range(len(latent))]
+        return ([source, *channel_maps(latent), back, difference],
+                ["picture", *names, f"decoded, {psnr(decoded, pixels).item():.1f} dB", "difference"])
+
+    def show(self):
+        images, captions = self.row(self.edit())
+        self.picture.value = show_images(images, captions, title=self.title, columns=len(images)).png()
+
+    def still(self) -> Drawing:
+        """What is set, and other settings beneath."""
+        edit = self.edit()
+        others = {"": edit, "mixed with the next": replace(edit, mix=0.5),
+                  "with noise of 0.5": replace(edit, noise=0.5),
+                  "channel 0 lost": replace(edit, lost=0), "a text": replace(edit, text="latent")}
+        images, captions = [], []
+        for said, one in others.items():
+            row, names = self.row(one)
+            images += row
+            captions += [said or names[0], *names[1:]]
+        return show_images(images, captions, title=self.title, columns=len(row))
