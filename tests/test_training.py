@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -346,6 +347,61 @@ def test_the_command_trains_and_goes_on(tmp_path):
         assert json.loads(done.stdout.splitlines()[-1])["psnr"] > 0
     history = load_state(tmp_path / "vae-state.pt")["progress"]["history"]
     assert len(history) == 2 and history[1]["step"] > history[0]["step"]
+
+
+ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}     # each process with a core of its own
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def test_the_command_trains_in_two_processes(tmp_path):
+    """From an empty run on: what both need is made once, and both end."""
+    done = subprocess.run([*TWO, "-m", "--", "sdlearn", "train", "vae", "--preset", "tiny", "--minutes", "0.05", "--run",
+                           str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | ALONE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("psnr") == 1, "one of the two reports"
+    assert json.loads(done.stdout.splitlines()[-1])["samples"] > 0
+
+
+def test_two_processes_stay_one_model(tmp_path):
+    """Different batches, and clocks that go apart: the weights of both stay the same, bit for bit."""
+    code = """
+import sys, time
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from torch import nn
+from sdlearn.training.loop import fit
+
+state = PartialState(cpu=True)
+
+class Toy:
+    name, batch_size, learning_rate, warmup, decay_share = "toy", 4, 1e-2, 5, 0.9
+    model = nn.Linear(3, 2)
+    drawn = []
+    def batch(self, generator):
+        self.drawn.append(torch.randn(4, 3, generator=generator))
+        return self.drawn[-1],
+    def loss(self, model, x):
+        time.sleep(0.02 * (1 + state.process_index))
+        return model(x).square().mean(), {}
+    def report(self, averaged, folder, step):
+        return {}
+
+torch.manual_seed(state.process_index)
+toy = Toy()
+steps = sum(1 for _ in fit(toy, Path(sys.argv[1]), minutes=0.03, precision="no"))
+def of_both(x):
+    both = [torch.empty_like(x) for _ in range(2)]
+    torch.distributed.all_gather(both, x.contiguous())
+    return both
+assert len(toy.drawn) == steps > 10
+assert not torch.equal(*of_both(toy.drawn[0])), "both saw the same batch"
+for parameter in toy.model.parameters():
+    assert torch.equal(*of_both(parameter.data)), "the weights have gone apart"
+"""
+    done = subprocess.run([*TWO, "--no-python", "--", sys.executable, "-c", code, str(tmp_path)], capture_output=True,
+                          text=True, timeout=300, env=os.environ | ALONE)
+    assert done.returncode == 0, done.stderr
 
 
 def test_clip_learns_pairs(config, run, tmp_path):

@@ -3,10 +3,13 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from ..config import PRESETS
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
                         help="a model folder whose weights an empty run starts from")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
-    parser.add_argument("--minutes", type=positive(float), 
+    parser.add_argument("--minutes", type=positive(float),
                         help="budget of this call, shared out among the stages for 'all' (default: the stage's own)")
     parser.add_argument("--batch", type=positive(int), help="scenes in a batch")
     parser.add_argument("--rate", type=positive(float), help="learning rate")
@@ -51,13 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
 
 def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingProxyType({})):
     """Train one stage, or all of the model's one after the other, or ship a run. `beside`: stages of other things."""
+    join_processes()
     if args.stage == "ship":
         print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
         return
-    if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
-        print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
+    with PartialState().main_process_first():                  # it fills the run, and the others find it filled
+        if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
+            print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
         train_stage(name, {**stages.STAGES, **beside}[name], args)
+
+
+def join_processes():
+    """Train together with the other processes that torchrun has started, on a machine without a GPU as well."""
+    PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
 
 
 def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
@@ -72,11 +82,13 @@ def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
 def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
     world = WORLDS[args.world] if args.world else None
     options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world}
-    recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
+    with PartialState().main_process_first():                   # so too with tokenizer and scaling factor
+        recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
     minutes = budget(stage, args)
+    main = PartialState().is_main_process
     steps = fit(recipe, args.run, minutes=minutes, precision=args.precision, compiled=args.compile,
                 report_minutes=args.report_minutes, seed=args.seed)
-    bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0)
+    bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0, disable=not main)
     first = told = None
     for progress, _ in steps:
         if first is None:
@@ -89,5 +101,5 @@ def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
             told = progress.history[-1]
             tqdm.write(json.dumps({key: round(value, 5) for key, value in told.items()}))
     bar.close()
-    if progress.history[-1] is not told:
+    if main and progress.history[-1] is not told:
         print(json.dumps({key: round(value, 5) for key, value in progress.history[-1].items()}))

@@ -92,7 +92,8 @@ class LatentCache:
         self.arrays = {name: np.memmap(folder / f"{name}.f16", np.float16, mode, shape=shape)
                        for name, shape in shapes.items()}
         if (missing := min(first, capacity) - self.meta["made"]) > 0:
-            for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="50 scenes"):
+            for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="50 scenes",
+                          disable=not PartialState().is_local_main_process):
                 self.refresh(50)
 
     def __len__(self) -> int:
