@@ -99,6 +99,14 @@ def test_colours_of_a_figure_are_kept_and_letters_stay_grey():
     assert len(dark) and np.ptp(dark, axis=1).max() < 24
 
 
+@pytest.mark.parametrize("level", [128, 247, 251])
+def test_the_ground_of_a_figure_is_white(level):
+    """Also where the pictures are nearly white: of neighbours in the palette any may be taken for the ground."""
+    images = np.random.default_rng(0).normal(level, 4, (6, 32, 32, 3)).clip(0, 255).astype(np.uint8)
+    pixels = np.asarray(opened(show_images(images, title="x").png()).convert("RGB"))
+    assert (pixels[2, -2] == 255).all()
+
+
 @pytest.mark.parametrize("images, captions, said", [
     ([], (), "no pictures"), ([np.zeros((4, 4, 3), np.uint8)], ("a", "b"), "2 captions for 1 pictures"),
 ])

@@ -23,7 +23,7 @@ HEAD = 34               # height of the title
 SIDE = 76               # width of the names of rows
 ZOOM = 3                # at most, of a picture
 GREYS = 24              # in a palette
-PAPER = 250             # what is as bright as this is white
+PAPER = 246             # what is as bright as this is white: Pillow picks among neighbours that near at will
 INK, FAINT = "#26262e", "#6b6b76"
 
 
