@@ -66,7 +66,7 @@ def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor
 def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay, clip, seed):
     generator = torch.Generator().manual_seed(seed)
     with learning(parameters, models):
-        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
         for index in range(steps):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * min(1.0, (index + 1) / max(warmup, 1))
