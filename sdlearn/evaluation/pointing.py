@@ -1,0 +1,77 @@
+"""Does the attention of a word point at its thing? Peaks of heat maps against the exact boxes of scenes.
+
+B  scenes        M  tokens of a caption        h, w  rows and columns of a heat map
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..data import OBJECTS, Scene
+from ..tokenizer import Tokenizer
+
+GROUND = "background"
+
+
+class Pointing(NamedTuple):
+    """Shares of peaks, NaN where there was none to count; what a peak at any place would give is `..._by_chance`."""
+
+    own: float                  # of nouns, inside the box of their thing
+    other: float                # of nouns, inside the box of another thing of the scene
+    ground: float               # of the word "background", outside of all boxes
+    own_by_chance: float
+    ground_by_chance: float
+
+
+def pointing(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> Pointing:
+    """Where the heat maps (B, M, h, w) of the scenes' captions are highest; of a word of several tokens, their sum.
+
+    Each noun of each scene counts once, and "background" wherever the caption has it. Raises ValueError for a
+    number of maps that is not that of the scenes, and for a caption without a noun of its scene.
+    """
+    if len(heat) != len(scenes):
+        raise ValueError(f"there are maps of {len(heat)} captions for {len(scenes)} scenes: give one for each")
+    nouns, grounds = [], []                             # rows of (in own, in other, own's share of the picture)
+    for one, maps in zip(scenes, heat, strict=True):
+        for name in dict.fromkeys(thing.name for thing in one.objects):
+            own = boxes_of(one, lambda thing, name=name: thing.name == name)
+            other = boxes_of(one, lambda thing, name=name: thing.name != name) & ~own
+            at = peak(maps, OBJECTS[name].noun(one.count), one, tokenizer)
+            nouns.append((own[at], other[at], own.mean()))
+        if GROUND in one.caption:
+            free = ~boxes_of(one, lambda thing: True)
+            grounds.append((free[peak(maps, GROUND, one, tokenizer)], free.mean()))
+    own, other, area = np.mean(nouns, axis=0) if nouns else [math.nan] * 3
+    outside, ground = np.mean(grounds, axis=0) if grounds else [math.nan] * 2
+    return Pointing(*map(float, (own, other, outside, area, ground)))
+
+
+def peak(maps: Tensor, word: str, one: Scene, tokenizer: Tokenizer) -> tuple[int, int]:
+    """(row, column) of the pixel in the middle of the cell where the maps (M, h, w) of a word are highest."""
+    heat = maps[places_of(word, one.caption, tokenizer)].sum(dim=0)                  # (h, w)
+    row, column = divmod(int(heat.argmax()), heat.shape[1])
+    return int((row + 0.5) * one.side / heat.shape[0]), int((column + 0.5) * one.side / heat.shape[1])
+
+
+def boxes_of(one: Scene, wanted) -> np.ndarray:
+    """The boxes of the things for which `wanted` is true, bool (side, side)."""
+    area = np.zeros((one.side, one.side), bool)
+    for thing in filter(wanted, one.objects):
+        left, top, right, bottom = thing.box
+        area[top:bottom, left:right] = True
+    return area
+
+
+def places_of(word: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Places in the text's row of ids, which begins with the start token, where the word, or words, first stand.
+
+    Raises ValueError where they do not stand.
+    """
+    ids, own = tokenizer.encode(text), tokenizer.encode(word)
+    for first in range(len(ids) - len(own) + 1):
+        if ids[first:first + len(own)] == own:
+            return list(range(first + 1, first + 1 + len(own)))
+    raise ValueError(f"there is no '{word}' in '{text}'")
