@@ -16,15 +16,19 @@ from sdlearn.explore.latents import (
     LatentExplorer,
     channel_maps,
     enlarged,
+    framed,
     heat,
+    kept_bytes,
     latent_sheet,
+    linear_probe,
     low_pass,
+    reach,
     rings,
     spectrum,
     written,
 )
 from sdlearn.pictures import to_images, to_tensor
-from sdlearn.vae import VAE
+from sdlearn.vae import VAE, Gaussian
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,59 @@ def test_what_a_low_pass_takes_away_is_what_the_spectrum_says(pixels):
     assert torch.isclose(lost, power[2:].sum(), rtol=1e-4)
 
 
+# --- probes and memory --------------------------------------------------------------------------------
+
+def test_a_probe_finds_what_is_linear_and_nothing_else():
+    draw = torch.Generator().manual_seed(0)
+    classes = torch.arange(120) % 3
+    noise = torch.randn(120, 2, 4, 4, generator=draw)
+    clear = noise.clone()
+    clear[:, 0, 1, 2] += 6 * classes                                        # one number of 32 tells
+    clear[:, 1, 0, 0] += 6 * (classes == 1)
+    for given, low, high in ((clear, 0.9, 1.0), (noise, 0.0, 0.6)):
+        found = linear_probe(given[:90], classes[:90], given[90:])
+        assert found.shape == (30,) and low <= (found == classes[90:]).double().mean() <= high
+
+
+@pytest.mark.parametrize("penalty", [0.1, 3.0])
+def test_a_probe_is_ridge_regression(penalty):
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 5, generator=draw), torch.arange(40) % 4
+    scaled = ((x - x.mean(0)) / (x.std(0) + 1e-6)).double() / 5**0.5
+    whole = torch.cat([scaled, torch.ones(40, 1)], dim=1)
+    weights = torch.linalg.solve(whole.T @ whole + penalty * torch.eye(6), whole.T @ torch.eye(4).double()[y])
+    assert torch.equal(linear_probe(x, y, x, penalty=penalty), (whole @ weights).argmax(dim=1))
+
+
+def test_kept_bytes_counts_what_the_way_back_needs():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    assert kept_bytes(network, x) == 4 * (x.numel() + 5 * 16)               # the input, and tanh's output, once
+    with torch.no_grad():
+        assert kept_bytes(network, torch.randn(10, 8)) == 2 * kept_bytes(network, x)
+
+
+def test_reach_is_the_field_that_convolutions_see():
+    convolutions = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2, padding=1),
+                                       torch.nn.Conv2d(4, 4, 3, padding=1))
+    seen = reach(lambda x: Gaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16), (4, 3))
+    there = (seen > 1e-8).nonzero()
+    assert seen.shape == (16, 16) and seen.max() == 1
+    middle = reach(lambda x: Gaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16))
+    assert (middle > 1e-8).nonzero().double().mean(dim=0).tolist() == [8, 8]
+    # Cell (4, 3) sees rows 3...5 of the first map, and row i of that 2i - 1 ... 2i + 1 of the picture.
+    assert there.amin(dim=0).tolist() == [5, 3] and there.amax(dim=0).tolist() == [11, 9]
+
+
 # --- pictures -----------------------------------------------------------------------------------------
+
+def test_a_frame_continues_the_ground():
+    small = np.full((5, 5, 3), 7, np.uint8)
+    small[2, 2] = 90
+    large = framed(small, 12)
+    assert large.shape == (12, 12, 3) and (large == 90).all(axis=2).sum() == 1
+    assert (large[:, 0] == 7).all() and (framed(small, 5) == small).all()
+
 
 def test_letters_stand_where_they_are_asked_for_and_grow_with_the_size():
     small, large = (written("x", size, 64, 48) for size in (10, 30))

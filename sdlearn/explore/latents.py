@@ -3,20 +3,21 @@
 B  pictures        Z  channels of the latent        H, W  pixels        h, w  rows and columns of a latent
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ipywidgets import Dropdown, FloatSlider, HBox, Image, IntSlider, Layout, Text
 from matplotlib import colormaps
 from PIL import Image as Pictures
 from PIL import ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import SIDE, Scene
 from ..pictures import psnr, to_images, to_tensor
-from ..vae import VAE
+from ..vae import VAE, Gaussian
 from .figures import Drawing, _grid, show_images
 from .widgets import WithStill
 
@@ -53,7 +54,63 @@ def spectrum(pixels: Tensor, bands: int = BANDS) -> tuple[Tensor, Tensor]:
     return (torch.arange(bands) + 0.5) / bands, found
 
 
+def linear_probe(known: Tensor, classes: Tensor, asked: Tensor, *, penalty: float = 0.1) -> Tensor:
+    """The class that a linear map gives to each of `asked` (M, ...), (M,) of int: ridge regression on `known` (N, ...),
+    whose classes are (N,), towards one-hot targets.
+
+    Every number is brought to mean 0 and variance 1 over `known`, and all of them together to length 1 on average, so
+    that one penalty suits inputs of any size.
+    """
+    mean, std = known.flatten(1).mean(dim=0), known.flatten(1).std(dim=0) + 1e-6
+    fit, test = (((one.flatten(1) - mean) / std).double() / len(mean) ** 0.5 for one in (known, asked))
+    targets = F.one_hot(classes).double()                                   # (N, classes)
+    alike = fit @ fit.T + 1                                                 # the 1 is what a bias adds
+    weights = torch.linalg.solve(alike + penalty * torch.eye(len(fit), dtype=torch.double), targets)
+    return ((test @ fit.T + 1) @ weights).argmax(dim=1)
+
+
+def kept_bytes(network: nn.Module, *inputs) -> int:
+    """Bytes of what a pass of the network keeps for the way back, each tensor once, parameters not counted: the memory
+    that training takes beyond that of sampling, up to what is made and dropped on the way."""
+    parameters = {one.untyped_storage().data_ptr() for one in network.parameters()}
+    found: dict[int, int] = {}
+    held = []                       # so that no two tensors have one address after the other
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held.append(storage)
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(*inputs)
+    return sum(found.values())
+
+
+def reach(encode: Callable[[Tensor], Gaussian], pixels: Tensor, cell: tuple[int, int] | None = None) -> Tensor:
+    """How much a cell of the latent of a picture (1, 3, H, W) depends on each pixel, (H, W), 1 where it does most.
+
+    cell: its row and column; the middle one by default. The gradient of the cell's squares, its magnitude summed over
+    the colours; 1e-9 at the least, so that it has a logarithm.
+    """
+    with torch.enable_grad():
+        given = pixels.detach().clone().requires_grad_()
+        [mean] = encode(given).mean                                         # (Z, h, w)
+        row, column = cell or (mean.shape[1] // 2, mean.shape[2] // 2)
+        [gradient] = torch.autograd.grad(mean[:, row, column].square().sum(), given)
+    seen = gradient.abs().sum(dim=1)[0]                                     # (H, W)
+    return (seen / seen.max()).clamp(min=1e-9)
+
+
 # --- pictures -----------------------------------------------------------------------------------------
+
+def framed(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """A square picture in the middle of a larger one, (side, side, 3), whose ground is that of its edge."""
+    rim = side - image.shape[0]
+    pad = (rim // 2, rim - rim // 2)
+    return np.pad(image, (pad, pad, (0, 0)), mode="edge")
+
 
 def written(text: str, size: int, width: int = 64, height: int = 64, *, ink=(0, 0, 0), paper=(255, 255, 255),
             place: tuple[float, float] | None = None) -> np.ndarray:
