@@ -25,6 +25,7 @@ from .figures import EDGE, FAINT, GAP, INK, SIDE, WIDTH, Drawing, _grid, some_of
 from .widgets import REFUSED, SHOWN, WithStill, _enlarged, _png
 
 MOST = 10               # maps in a row
+SMALLEST = 92           # width of a picture in a row of many: a page holds several such figures
 LITTLE = {"a", "an", "and", "of", "on", "the", "to", "with"}       # words that a still picture can do without
 ALL = "all layers"
 STEPS = 10              # shades of a map
@@ -81,18 +82,26 @@ def word_maps(rows: Mapping[str, tuple], names: Sequence[str], *, title: str) ->
     columns = len(names) + 1
     room = (WIDTH - SIDE - 2 * EDGE - (columns - 1) * GAP) // columns       # a map in its own size stays crisp
     for picture, maps in rows.values():
-        picture = Pictures.fromarray(np.asarray(picture))
-        picture = picture.resize((min(room, picture.width), min(room, picture.width) * picture.height // picture.width))
+        picture = _shrunk(picture, room)
         images += [np.asarray(picture), *(overlay(picture, one) for one in maps)]
         captions += ["the picture", *(f"{literal(name)}\nup to {float(one.max()):.2f}"
                                       for name, one in zip(names, maps, strict=True))]
     return _grid(images, captions, columns, title, rows=list(rows))
 
 
+def _shrunk(picture, width: int) -> Pictures.Image:
+    """The picture, at most so wide."""
+    picture = Pictures.fromarray(np.asarray(picture))
+    width = min(width, picture.width)
+    return picture.resize((width, round(width * picture.height / picture.width)))
+
+
 def picture_rows(rows: Mapping[str, Sequence], captions: Sequence[str] = (), *, title: str) -> Drawing:
-    """Rows of pictures, by name; captions: beneath the last row, one for each column."""
-    images = [np.asarray(picture) for pictures in rows.values() for picture in pictures]
-    columns = len(images) // len(rows)
+    """Rows of small pictures, by name; captions: beneath the last row, one for each column."""
+    columns = len(next(iter(rows.values())))
+    room = (WIDTH - SIDE - 2 * EDGE - (columns - 1) * GAP) / columns
+    width = max(SMALLEST, int(room / 1.5) + 1)          # `_grid` enlarges what fits one and a half times
+    images = [np.asarray(_shrunk(picture, width)) for pictures in rows.values() for picture in pictures]
     told = [""] * (len(images) - columns) + (list(captions) or [""] * columns)
     drawing = _grid(images, told, columns, title, rows=list(rows))
     drawing.colours = 128
