@@ -23,6 +23,28 @@ from sdlearn.config import UNetConfig
 from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
 
 
+def skip_channels(config: UNetConfig) -> list[int]:
+    """Channels of the skips, in the order in which they are made: conv_in's output, then level by level those of each
+    ResBlock and, but for the lowest level, of the Downsample."""
+    skips = [config.channels[0]]
+    for level, width in enumerate(config.channels):
+        lowest = level == len(config.channels) - 1
+        skips += [width] * (config.layers_per_block + (not lowest))
+    return skips
+
+
+def up_inputs(config: UNetConfig) -> list[list[int]]:
+    """Channels that each ResBlock on the way up reads, a list for each level, the lowest first: those that come from
+    below and those of a skip. The skip that was made last is read first."""
+    skips, below, inputs = skip_channels(config), config.channels[-1], []
+    for width in reversed(config.channels):
+        inputs.append([])
+        for _ in range(config.layers_per_block + 1):
+            inputs[-1].append(below + skips.pop())
+            below = width
+    return inputs
+
+
 class NoAttention(nn.Module):
     """Stands where a level does not attend to the text."""
 
@@ -83,21 +105,20 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level on the way up: each ResBlock reads a skip beside its input; then twice the size.
 
-    skips: the channels of the skips in the order in which they are read.
+    inputs: the channels that each ResBlock reads, both together.
     """
 
-    def __init__(self, config: UNetConfig, inputs: int, skips: Sequence[int], level: int):
+    def __init__(self, config: UNetConfig, inputs: Sequence[int], level: int):
         super().__init__()
         outputs, attention = config.channels[level], config.attention[level]
-        widths = [inputs] + [outputs] * (len(skips) - 1)
-        self.resnets = nn.ModuleList(
-            res_block(config, width + skip, outputs) for width, skip in zip(widths, skips, strict=True))
-        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in widths)
+        self.resnets = nn.ModuleList(res_block(config, width, outputs) for width in inputs)
+        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in inputs)
         self.upsamplers = nn.ModuleList([Upsample(outputs)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor, context: Tensor,
                 size: tuple[int, int]) -> Tensor:
-        """size: rows and columns of the level above; half of an odd number is rounded, so it is told."""
+        """skips: in the order in which they are read. size: rows and columns of the level above; half of an odd number
+        is rounded, so it is told."""
         for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
             x = attention(resnet(torch.cat([x, skip], dim=1), temb), context)
         for upsample in self.upsamplers:
@@ -121,10 +142,7 @@ class Encoder(nn.Module):
         levels = range(len(config.channels))
         self.down_blocks = nn.ModuleList(DownBlock(config, inputs[level], level) for level in levels)
         self.mid_block = MidBlock(config)
-        self.feature_channels = [width]
-        for block, outputs in zip(self.down_blocks, config.channels, strict=True):
-            self.feature_channels += [outputs] * (len(block.resnets) + len(block.downsamplers))
-        self.feature_channels.append(config.channels[-1])
+        self.feature_channels = [*skip_channels(config), config.channels[-1]]
 
     def embed_time(self, t: Tensor | float, x: Tensor) -> Tensor:
         """A number or (B,) timesteps -> (1, E) or (B, E), in x's type and on its device."""
@@ -171,12 +189,9 @@ class UNet(Encoder):
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
-        *skips, width = self.feature_channels
-        self.up_blocks = nn.ModuleList()
-        for level in reversed(range(len(config.channels))):
-            mine = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(config, width, mine, level))
-            width = config.channels[level]
+        width, levels = config.channels[0], reversed(range(len(config.channels)))
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, inputs, level) for inputs, level in zip(up_inputs(config), levels, strict=True))
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
@@ -195,12 +210,17 @@ class UNet(Encoder):
         features = self.encode(x, temb, context)
         if residuals is not None:
             features = add_residuals(features, residuals)
+        return self.decode(features, temb, context)
+
+    def decode(self, features: Sequence[Tensor], temb: Tensor, context: Tensor) -> Tensor:
+        """The output (B, out_channels, h, w) of what `encode` returns: the way up, then norm, SiLU and conv_out."""
         *skips, h = features
+        rows_and_columns = skips[0].shape[2:]
         for block in self.up_blocks:
             skips, mine = skips[:-len(block.resnets)], skips[-len(block.resnets):]
-            size = skips[-1].shape[2:] if skips else x.shape[2:]
+            size = skips[-1].shape[2:] if skips else rows_and_columns
             h = block(h, mine[::-1], temb, context, size)                    # (B, C, *size)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))                  # (B, out_channels, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
 def add_residuals(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from sdlearn.attention import record_attention
 from sdlearn.config import PRESETS, UNetConfig
 from sdlearn.layers import zero_conv
-from sdlearn.unet import Encoder, UNet
+from sdlearn.unet import Encoder, UNet, skip_channels, up_inputs
 
 KEYS = json.loads((Path(__file__).parent / "data" / "keys_unet.json").read_text())
 
@@ -172,6 +172,24 @@ def test_the_full_size_models_run_without_asking_a_tensor_for_its_value(name):
         features = unet.encode(x, unet.embed_time(0.5, x), context)
         assert [f.shape[1] for f in features] == unet.feature_channels
         assert unet(x, 981, context, residuals=features).shape == (2, 4, 64, 64)
+
+
+def test_channels_of_stable_diffusions_skips():
+    assert skip_channels(PRESETS["sd15"].unet) == [320] * 4 + [640] * 3 + [1280] * 5
+    assert up_inputs(PRESETS["sd15"].unet) == [[2560] * 3, [2560, 2560, 1920], [1920, 1280, 960], [960, 640, 640]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_block_reads_on_the_way_up_is_what_was_made_and_what_comes_from_below(name):
+    config = CONFIGS[name]
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet(config)
+        x, context = torch.empty(1, config.in_channels, 9, 6), torch.empty(1, 3, config.context_dim)
+        temb = torch.empty(1, 4 * config.channels[0])
+        *skips, middle = unet.encode(x, temb, context)
+        assert unet.decode([*skips, middle], temb, context).shape == (1, config.out_channels, 9, 6)
+    assert [skip.shape[1] for skip in skips] == skip_channels(config)
+    assert [[res.norm1.num_channels for res in block.resnets] for block in unet.up_blocks] == up_inputs(config)
 
 
 def test_an_encoder_is_what_a_controlnet_has_of_the_unet():
