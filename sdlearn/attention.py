@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+SMALL_MAP = 2**18           # queries * keys, one head: 512 cells that look at each other
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention, softmax(q k^T / sqrt(D)) v, by PyTorch's fused kernel.
@@ -92,15 +94,18 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))    # a Sequential for its key, to_out.0
         self.watch = None           # set by `record_attention`: called with every attention map
+        self.fused = True           # unset by `open_attention`
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, M, T) -> (B, N, C)."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        if self.watch is None:
+        fused = self.fused or x.shape[1] * context.shape[1] > SMALL_MAP
+        if fused and self.watch is None:
             return self.to_out(attend(q, k, v, self.heads, mask))
         weights = attention_map(q, k, self.heads, mask)                      # (B, H, N, M)
-        self.watch(weights)
+        if self.watch is not None:
+            self.watch(weights)
         return self.to_out(merge_heads(weights @ split_heads(v, self.heads)))
 
 
@@ -232,6 +237,24 @@ def record_attention(model: nn.Module, only: str = "") -> Iterator[AttentionReco
     finally:
         for name, layer in layers.items():
             layer.watch = before[name]
+
+
+@contextmanager
+def open_attention(*models: nn.Module) -> Iterator[None]:
+    """Inside, the models' attention multiplies in the open, not by PyTorch's fused kernel; for training small ones.
+
+    On a CPU the backward of that kernel takes several times as long as the plain products (a quarter of a whole
+    step of `mini`); what it saves is the memory of the maps, so maps of more than SMALL_MAP numbers stay fused.
+    """
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, CrossAttention)]
+    before = [layer.fused for layer in layers]
+    try:
+        for layer in layers:
+            layer.fused = False
+        yield
+    finally:
+        for layer, fused in zip(layers, before, strict=True):
+            layer.fused = fused
 
 
 def heat_maps(maps: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:

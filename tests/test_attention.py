@@ -26,6 +26,7 @@ from sdlearn.attention import (
     attention_map,
     causal_attention,
     heat_maps,
+    open_attention,
     record_attention,
     split_heads,
 )
@@ -378,3 +379,25 @@ def test_heat_maps_are_means_over_heads_and_layers():
 def test_maps_that_are_not_the_pictures_are_told(maps, words):
     with pytest.raises(ValueError, match=words):
         heat_maps(maps, (8, 8))
+
+
+def test_attention_in_the_open_is_the_same_attention():
+    """Values and gradients of the fused kernel; afterwards it is back, also after an error."""
+    torch.manual_seed(0)
+    layer, x, text = CrossAttention(24, 10, heads=3), torch.randn(2, 6, 24, requires_grad=True), torch.randn(2, 5, 10)
+    inputs = [x, *layer.parameters()]
+
+    def both():
+        out = layer(x, text)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    fused = both()
+    with pytest.raises(RuntimeError, match="on the way"), open_attention(nn.Sequential(layer)):
+        assert not layer.fused
+        for one, other in zip(fused, both(), strict=True):
+            torch.testing.assert_close(one, other)
+        with record_attention(layer) as record:
+            layer(x, text)
+        assert len(record.maps) == 1, "it can be watched as well"
+        raise RuntimeError("on the way")
+    assert layer.fused

@@ -9,13 +9,14 @@ the generator ends, is closed or raises, what was learnt stays and everything el
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import open_attention
 from ..clip import TextTower
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor
 
 def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay, clip, seed):
     generator = torch.Generator().manual_seed(seed)
-    with learning(parameters, models):
+    with learning(parameters, models), _small_attention(parameters, models):
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
         for index in range(steps):
             for group in optimiser.param_groups:
@@ -81,6 +82,11 @@ def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay,
             optimiser.step()
             optimiser.zero_grad()
             yield step
+
+
+def _small_attention(parameters: list[Tensor], models: list[nn.Module]) -> AbstractContextManager:
+    """Attention in the open on a CPU, where it is faster and pictures that can be trained on are small."""
+    return open_attention(*models) if parameters[0].device.type == "cpu" else nullcontext()
 
 
 @contextmanager

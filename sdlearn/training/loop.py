@@ -8,8 +8,10 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -19,6 +21,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import nn
+
+from ..attention import open_attention
 
 
 class Recipe(Protocol):
@@ -203,6 +207,8 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
                               "optimiser": optimiser.state_dict(), "progress": vars(progress)})
 
     threads = Threads() if device.type == "cpu" else None
+    networks = [part for part in vars(recipe).values() if isinstance(part, nn.Module)]
+    attention = partial(open_attention, *networks) if device.type == "cpu" else nullcontext
     start = saved = reported = clock = time.perf_counter()
     while (share := agreed(1.0 - (clock - start) / (60 * minutes), accelerator)) > 0:      # of the budget that is left
         rate = min(1.0, (progress.step + 1) / recipe.warmup)
@@ -211,7 +217,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate
         batch = [part.to(device) if torch.is_tensor(part) else part for part in recipe.batch(generator)]
-        with accelerator.autocast():
+        with attention(), accelerator.autocast():
             loss, parts = model(*batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
