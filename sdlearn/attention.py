@@ -78,6 +78,38 @@ def merge_heads(x: Tensor) -> Tensor:
     return rearrange(x, "b h n d -> b n (h d)")
 
 
+class KeptText:
+    """A text, (B, M, T), and the keys and values that each attention layer has made of it, to be used again.
+
+    A text is the same at every step of a picture, and so are its keys and values. Stands wherever a network takes
+    the text; a slice over the batch is another one. For weights and a text that do not change, and for inference:
+    the first gradient that goes back through a key would free what the second needs.
+    """
+
+    def __init__(self, text: Tensor):
+        self.text, self.kept, self.slices = text, {}, {}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.text.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.text.ndim
+
+    def keys_values(self, layer: "CrossAttention") -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, (B, M, C) each."""
+        if layer not in self.kept:
+            self.kept[layer] = layer.to_k(self.text), layer.to_v(self.text)
+        return self.kept[layer]
+
+    def __getitem__(self, rows: slice) -> "KeptText":
+        bounds = rows.indices(len(self.text))
+        if bounds not in self.slices:
+            self.slices[bounds] = KeptText(self.text[rows])
+        return self.slices[bounds]
+
+
 class CrossAttention(nn.Module):
     """Queries from the picture, keys and values from `context`; self-attention without one.
 
@@ -99,7 +131,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, M, T) -> (B, N, C)."""
         context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q = self.to_q(x)
+        k, v = context.keys_values(self) if isinstance(context, KeptText) else (self.to_k(context), self.to_v(context))
         fused = self.fused or x.shape[1] * context.shape[1] > SMALL_MAP
         if fused and self.watch is None:
             return self.to_out(attend(q, k, v, self.heads, mask))

@@ -12,13 +12,13 @@ another `Encoder`. Parameter names are those of diffusers' `UNet2DConditionModel
 weights load by name. Rombach et al. 2022; Ronneberger et al. 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlearn.attention import SpatialTransformer
+from sdlearn.attention import KeptText, SpatialTransformer
 from sdlearn.config import UNetConfig
 from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
 
@@ -146,8 +146,10 @@ class Encoder(nn.Module):
 
     def embed_time(self, t: Tensor | float, x: Tensor) -> Tensor:
         """A number or (B,) timesteps -> (1, E) or (B, E), in x's type and on its device."""
+        if isinstance(t, KeptTime):
+            return t.embedding(self, x)
         if not isinstance(t, Tensor):
-            t = torch.full((1,), t, dtype=torch.float32, device=x.device)   # filled there: nothing waits
+            t = on_device([t], x)
         sinusoids = timestep_embedding(t.reshape(-1), self.config.channels[0])
         return self.time_embedding(sinusoids.to(x.dtype))
 
@@ -178,6 +180,47 @@ class Encoder(nn.Module):
                              f"the {x.shape[0]} latents")
         if isinstance(t, Tensor) and t.device != x.device:
             raise ValueError(f"t is on {t.device} but x on {x.device}: give a number, or move t first")
+
+
+def on_device(times: Sequence[float], x: Tensor) -> Tensor:
+    """Numbers of the host, (len(times),) on x's device; filled in there, so that nothing waits for a copy."""
+    return torch.cat([torch.full((1,), t, dtype=torch.float32, device=x.device) for t in times])
+
+
+class KeptTime(float):
+    """A timestep of a run. A network makes its embeddings once, at its first step, for all timesteps of the run."""
+
+    @classmethod
+    def of_run(cls, times: Sequence[float]) -> dict[float, "KeptTime"]:
+        """By timestep; they share what they keep."""
+        kept, all_of_them = {}, {}
+        for t in dict.fromkeys(map(float, times)):
+            all_of_them[t] = one = cls(t)
+            one.row, one.run, one.kept = len(all_of_them) - 1, all_of_them, kept
+        return all_of_them
+
+    def embedding(self, network: Encoder, x: Tensor) -> Tensor:
+        """(1, E), in x's type and on its device."""
+        if network not in self.kept:
+            self.kept[network] = network.embed_time(on_device([float(t) for t in self.run], x), x)      # (S, E)
+        return self.kept[network][self.row:self.row + 1]
+
+
+def reusing(network: Callable[..., Tensor], times: Sequence[float]) -> Callable[[Tensor, float, Tensor], Tensor]:
+    """A network for one sampling run, (x, t, context) -> output: what no step changes is computed once.
+
+    The keys and values of each text, and the embeddings of `times`, the timesteps of the run (others work as well).
+    network: a UNet, or a function of the same arguments that calls some, as `controlnet.controlled` makes. For
+    inference, and as long as no weight changes.
+    """
+    known, texts = KeptTime.of_run(times), {}
+
+    def run(x: Tensor, t: float, context: Tensor) -> Tensor:
+        if id(context) not in texts:
+            texts[id(context)] = KeptText(context)          # which keeps the text, so that no other has its id
+        return network(x, known.get(t, t), texts[id(context)])
+
+    return run
 
 
 class UNet(Encoder):

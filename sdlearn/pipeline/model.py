@@ -31,6 +31,7 @@ from ..guidance import check_guidance, predict_x0
 from ..pictures import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
+from ..unet import reusing
 from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
 from .start import Start, part_of
 from .task import Task, make_control, task_of
@@ -218,7 +219,8 @@ class StableDiffusion:
         with memory_told("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
             start = Start(self, task, grid, generators, self.latent_shape(chosen))
             context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
-            denoise = predict_x0(start.unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
+            unet = reusing(start.unet, [t for t, _ in grid])
+            denoise = predict_x0(unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
                                  scale=chosen.guidance, rescale=chosen.rescale, interval=chosen.interval)
             for step in start.sample(denoise, chosen.sampler):
                 if step.index == len(grid) - 1:
