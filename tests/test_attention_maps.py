@@ -191,6 +191,11 @@ def test_words_steps_and_layers_change_the_pictures(explorer):
         control.value = value
         seen.append(shown())
     assert len({left for left, _ in seen}) == 4
+    assert len({right for _, right in seen}) == 2                       # the step's own picture, without a map
+    [picture] = explorer.run[3].images()
+    large = np.asarray(Image.open(io.BytesIO(seen[-1][1])))
+    times = large.shape[0] // picture.height
+    assert np.array_equal(large[::times, ::times], np.asarray(picture)) and "dark red" in explorer.heads.value
     assert Image.open(io.BytesIO(seen[0][0])).width >= 320
 
 

@@ -168,9 +168,9 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], *, title: 
 class AttentionExplorer(WithStill):
     """A prompt to type, and for each of its words from where it is looked at: at any step, in any layer.
 
-    Press Enter: a picture is made, and its attention kept. At the left what the network saw at the step, with the
-    map of the word over it; at the right the same map over the finished picture. What was typed and no picture can
-    be made of is told beneath; for the first prompt errors are those of `StableDiffusion.steps`.
+    Press Enter: a picture is made, and its attention kept. At the right what the network saw at the step, at the
+    left the map of the word over it. What was typed and no picture can be made of is told beneath; for the first
+    prompt errors are those of `StableDiffusion.steps`.
     """
 
     def __init__(self, model: StableDiffusion, prompt: str, *, seed: int = 0, steps: int = 12):
@@ -178,13 +178,14 @@ class AttentionExplorer(WithStill):
         self.prompt = Text(prompt, description="prompt", continuous_update=False, layout=Layout(width="640px"))
         self.seed = BoundedIntText(seed, min=0, max=2**31 - 1, description="seed", layout=Layout(width="200px"))
         self.word = ToggleButtons(style={"button_width": "auto"})
-        self.step = IntSlider(0, min=0, max=steps - 1, description="step", layout=Layout(width="400px"))
+        self.step = IntSlider(steps // 2, min=0, max=steps - 1, description="step", layout=Layout(width="400px"))
         self.play = Play(min=0, max=steps - 1, interval=500, show_repeat=False)
         self.link = jslink((self.play, "value"), (self.step, "value"))
         self.layer = Dropdown(options=[(ALL, ALL)], description="layer", layout=Layout(width="300px"))
-        self.message, self.pictures = HTML(), (Image(format="png"), Image(format="png"))
+        self.message, self.heads = HTML(), HTML()
+        self.pictures = Image(format="png"), Image(format="png")
         super().__init__([HBox([self.prompt, self.seed]), self.word, HBox([self.step, self.play, self.layer]),
-                          self.message, HBox(self.pictures)])
+                          self.message, self.heads, HBox(self.pictures)])
         self._make(prompt, seed)
         for control in (self.prompt, self.seed):
             control.observe(lambda _: self.draw(), names="value")
@@ -232,9 +233,12 @@ class AttentionExplorer(WithStill):
         if self.word.value is None or self.layer.value is None:             # while their options change
             return
         heat = self.heat(self.step.value, self.layer.value)[self.word.value]
-        for place, picture in zip(self.pictures, (self.run[self.step.value].images()[0],
-                                                  self.run[-1].noisy_images()[0]), strict=True):
-            place.value = _png(_enlarged(Pictures.fromarray(overlay(picture, heat)), SHOWN))
+        [seen] = self.run[self.step.value].images()
+        for place, picture in zip(self.pictures, (Pictures.fromarray(overlay(seen, heat)), seen), strict=True):
+            place.value = _png(_enlarged(picture, SHOWN))
+        word = html.escape(self.names[self.word.value])
+        self.heads.value = (f"<b>left:</b> how much each cell takes from <i>{word}</i>, dark red: {heat.max():.2f} "
+                            "&ensp; <b>right:</b> what the network saw in the latent at this step")
 
     def still(self) -> Drawing:
         shown = some_of([i for i, name in enumerate(self.names) if name not in LITTLE], MOST)
