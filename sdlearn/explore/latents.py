@@ -47,7 +47,9 @@ def spectrum(pixels: Tensor, bands: int = BANDS) -> tuple[Tensor, Tensor]:
     squares of the transform is that of the picture times the number of pixels.
     """
     height, width = pixels.shape[2:]
-    power = torch.fft.fft2(pixels.double()).abs().square().mean(dim=(0, 1)) / (height * width) ** 2     # (H, W)
+    power = torch.zeros(height, width, dtype=torch.double)
+    for picture in pixels:                                              # one by one: complex doubles are large
+        power += torch.fft.fft2(picture.double()).abs().square().mean(dim=0) / (height * width) ** 2 / len(pixels)
     power[0, 0] = 0                                                     # the mean colour
     place = (rings(height, width) * bands).ceil().long().clamp(1, bands) - 1
     found = torch.zeros(bands, dtype=power.dtype).index_add(0, place.flatten(), power.flatten())
