@@ -355,8 +355,8 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 def test_the_command_trains_in_two_processes(tmp_path):
     """From an empty run on: what both need is made once, and both end."""
-    done = subprocess.run([*TWO, "-m", "--", "sdlearn", "train", "vae", "--preset", "tiny", "--minutes", "0.05", "--run",
-                           str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | ALONE)
+    done = subprocess.run([*TWO, "-m", "--", "sdlearn", "train", "vae", "--preset", "tiny", "--minutes", "0.05",
+                           "--run", str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | ALONE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("psnr") == 1, "one of the two reports"
     assert json.loads(done.stdout.splitlines()[-1])["samples"] > 0
