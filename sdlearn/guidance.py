@@ -21,6 +21,15 @@ def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
+def repelled(uncond: Tensor, cond: Tensor, negative: Tensor, scale: float, away: float) -> Tensor:
+    """u + w (c - u) - v (n - u): towards c, and away from n, each from u and with a strength of its own.
+
+    Liu et al. 2022, "Compositional visual generation", with a negative weight. Three runs of the network in
+    place of two. With v = w - 1 it is n + w (c - n), the usual negative prompt, and u cancels.
+    """
+    return uncond + scale * (cond - uncond) - away * (negative - uncond)
+
+
 def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
     """Bring the contrast of a guided output back to that of the conditional one. Lin et al. 2023, section 3.4.
 
@@ -31,6 +40,21 @@ def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
     wanted, there = cond.std(dims, keepdim=True), out.std(dims, keepdim=True)        # (B, 1, 1, 1)
     factor = wanted / there.clamp(min=torch.finfo(there.dtype).tiny)     # an output of zeros stays one
     return out * (1 - phi + phi * factor)
+
+
+def scale_at(t: float, scale: float, interval: tuple[float, float] | None = None) -> float:
+    """w at timestep t: `scale` within interval (low, high), ends included, or everywhere without one; elsewhere 1."""
+    return scale if interval is None or interval[0] <= t <= interval[1] else 1.0
+
+
+def both_halves(unet: Callable[[Tensor, float, Tensor], Tensor], x: Tensor, t: float,
+                texts: Tensor) -> tuple[Tensor, Tensor]:
+    """u and c (B, C, h, w) for latents x (B, C, h, w): one run of the network on a batch of twice the size.
+
+    texts (2B, M, T): those without the prompt first, then those with it, [u; c].
+    """
+    u, c = unet(torch.cat([x, x]), t, texts).chunk(2)                                # each (B, C, h, w)
+    return u, c
 
 
 def predict_x0(
@@ -57,9 +81,7 @@ def predict_x0(
     if uncond is None and scale != 1:
         raise ValueError(f"guidance scale {scale} needs uncond, the encoded empty or negative prompt: "
                          "give it, or scale 1")
-    if scale == 1:
-        both = None
-    else:
+    if scale != 1:
         if uncond.shape[1:] != context.shape[1:] or len(uncond) not in (1, len(context)):
             raise ValueError(f"uncond is {tuple(uncond.shape)} but context {tuple(context.shape)}: encode "
                              "both with the same text tower, one negative prompt for all or for each")
@@ -67,12 +89,13 @@ def predict_x0(
         both = torch.cat([uncond, context])                                          # (2B, M, T)
 
     def output(x: Tensor, t: float) -> Tensor:
-        if both is None or (interval is not None and not interval[0] <= t <= interval[1]):
+        w = scale_at(t, scale, interval)
+        if w == 1:
             return unet(x, t, context)
-        if scale == 0:
+        if w == 0:
             return unet(x, t, uncond)
-        u, c = unet(torch.cat([x, x]), t, both).chunk(2)                             # each (B, C, h, w)
-        out = guided(u, c, scale)
+        u, c = both_halves(unet, x, t, both)                                         # each (B, C, h, w)
+        out = guided(u, c, w)
         return rescaled(out, c, rescale) if rescale else out
 
     def denoise(x: Tensor, t: float) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlearn.config import PRESETS, NoiseConfig
-from sdlearn.guidance import check_guidance, guided, predict_x0, rescaled
+from sdlearn.guidance import both_halves, check_guidance, guided, predict_x0, repelled, rescaled, scale_at
 from sdlearn.samplers import ddim
 from sdlearn.schedule import NoiseSchedule, timesteps
 from sdlearn.unet import UNet
@@ -82,6 +82,27 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one():
     negative = network(X, 500, UNCOND)
     away = [(noise[scale] - negative).norm().item() for scale in (1.0, 3.0, 7.5)]
     assert away == pytest.approx([away[0], 3 * away[0], 7.5 * away[0]], rel=1e-4)
+
+
+@given(st.floats(-20, 20), st.floats(-20, 20))
+def test_a_negative_prompt_is_a_push_of_its_own_tied_to_the_scale(scale, away):
+    u, c, n = (X.double().roll(i, 0) + i for i in range(3))
+    torch.testing.assert_close(repelled(u, c, n, scale, 0.0), guided(u, c, scale))
+    torch.testing.assert_close(repelled(u, c, n, scale, scale - 1), guided(n, c, scale))
+    torch.testing.assert_close(repelled(u, c, n, scale, away) - guided(u, c, scale), -away * (n - u))
+
+
+@pytest.mark.parametrize("interval, t, expected", [
+    (None, 0, 5.0), ((200, 800), 200, 5.0), ((200, 800), 800, 5.0), ((200, 800), 199.5, 1.0), ((200, 800), 801, 1.0)])
+def test_the_scale_holds_within_the_interval_and_is_1_elsewhere(interval, t, expected):
+    assert scale_at(t, 5.0, interval) == expected
+
+
+def test_both_halves_are_one_run_on_twice_the_batch():
+    network = Network()
+    u, c = both_halves(network, X, 500, torch.cat([UNCOND, CONTEXT]))
+    assert len(network.calls) == 1
+    assert torch.equal(u, Network()(X, 500, UNCOND)) and torch.equal(c, Network()(X, 500, CONTEXT))
 
 
 def test_one_negative_prompt_serves_the_whole_batch():
