@@ -39,7 +39,7 @@ def shape_ladder(config: ModelConfig) -> Drawing:
         y += ROW
     height = y + LEVEL_GAP + BOX + 40
     title = f"{config.name}: the U-Net's skips, for a picture of {config.image_size} x {config.image_size}"
-    drawing = Drawing(WIDTH, height, title=title, sharpness=1.5, colours=48)
+    drawing = Drawing(WIDTH, height, title=title, sharpness=1.25, colours=32)
     axes = drawing.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
@@ -208,8 +208,8 @@ class UNetBreaker(WithStill):
         seen = [x, *(model.schedule.to_x0(out, x, t) for out in (whole, broken))]
         pictures = [self.scenes[scene].image, *to_images(model.vae.to_pixels(torch.cat(seen)))]
         losses = [float((out - target).square().mean()) for out in (whole, broken)]
-        return pictures, [self.scenes[scene].caption, f"with noise, t = {t}", f"whole: loss {losses[0]:.2f}",
-                          f"altered: loss {losses[1]:.2f}"]
+        return pictures, [self.scenes[scene].caption, f"with noise, t = {t}", f"whole\nloss {losses[0]:.2f}",
+                          f"altered\nloss {losses[1]:.2f}"]
 
     def show(self):
         pictures, captions = self.look(**self.settings())
@@ -229,4 +229,6 @@ class UNetBreaker(WithStill):
                 row, words = self.look(0, t, **change)
                 pictures.append(row[3])
                 captions.append(words[3].replace("altered", name))
-        return show_images(pictures, captions, title=self.title, columns=6)
+        drawing = show_images(pictures, captions, title=self.title, columns=6)
+        drawing.colours = 128
+        return drawing
