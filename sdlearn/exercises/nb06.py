@@ -36,7 +36,8 @@ def beyond_the_conditional(guided):
 
 @guided.test("edge case")
 def both_ends_and_behind(guided):
-    guided.agrees(lambda answer: [answer(U, C, scale) for scale in (0.0, 1.0, -1.0)], what="At w = 0, 1 and -1, the result")
+    guided.agrees(lambda answer: [answer(U, C, scale) for scale in (0.0, 1.0, -1.0)],
+                  what="At w = 0, 1 and -1, the result")
 
 
 for diagnosis, line in [
