@@ -1,5 +1,7 @@
 """A prompt to pictures: the same as diffusers', picture by picture as from its seed, and told when it cannot be."""
 
+import os
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F40
 
 from sdlearn.checkpoint import CheckpointError, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
+from sdlearn.controlnet import ControlNet
 from sdlearn.pipeline import (
     SHIPPED,
     LongPromptWarning,
@@ -28,6 +31,7 @@ from sdlearn.pipeline import (
     shipped,
     unknown_words,
 )
+from sdlearn.pipeline.compiled import CompiledUNet
 from sdlearn.samplers import SAMPLERS
 from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
 
@@ -385,3 +389,32 @@ def test_the_shipped_model_knows_its_world_and_listens():
         red, blue = (arrays(model.text2img(f"a {colour} apple", steps=4))[0] for colour in ("red", "green"))
     assert red.shape == (model.config.image_size, model.config.image_size, 3)
     assert np.abs(red.astype(int) - blue).mean() > 2
+
+
+# --- compiled -----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None and not os.environ.get("CI"),
+                    reason="a CPU's compiled code needs a C++ compiler")
+def test_compiled_it_makes_the_same_pictures():
+    """Alone, with a ControlNet, and after the weights have changed."""
+    model = StableDiffusion(tiny_parts(EPSILON))
+    net = ControlNet.from_unet(model.unet, hint_widths=(4, 4))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    hint = np.full((16, 16, 3), 200, np.uint8)
+
+    def pictures():
+        return [arrays(model.text2img(PROMPT, steps=3, size=16)), arrays(model.control(PROMPT, net, hint, steps=3,
+                                                                                       size=16))]
+
+    plain = pictures()
+    assert isinstance(model.compile().network, CompiledUNet) and model.network is model.network
+    for wanted, found in zip(plain, pictures(), strict=True):
+        assert np.abs(found.astype(int) - wanted).max() <= 1
+    with torch.no_grad():
+        model.unet.conv_out.weight.mul_(-1)
+    turned, = StableDiffusion(model.parts).text2img(PROMPT, steps=3, size=16)
+    assert np.abs(arrays([turned]).astype(int) - plain[0]).max() > 1
+    assert np.abs(arrays(model.text2img(PROMPT, steps=3, size=16)).astype(int) - arrays([turned])).max() <= 1
+    model.unet = StableDiffusion(tiny_parts(EPSILON)).unet
+    assert model.network.unet is model.unet

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -31,11 +32,14 @@ from ..guidance import check_guidance, predict_x0
 from ..pictures import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
-from ..unet import reusing
+from ..unet import UNet, reusing
 from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
 from .start import Start, part_of
 from .task import Task, make_control, task_of
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
+
+if TYPE_CHECKING:
+    from .compiled import CompiledUNet
 
 TASK = ("image", "mask", "strength", "resample", "controls", "latent")   # what is given beside settings
 
@@ -72,7 +76,7 @@ class StableDiffusion:
         self.tokenizer, self.text, self.clip = parts.tokenizer, parts.text, parts.clip
         self.unet, self.vae = parts.unet, parts.vae
         self.schedule = NoiseSchedule(parts.config.noise)
-        self._loras = None
+        self._loras = self._compiled = None
 
     @classmethod
     def load(cls, source: str | Path = "mini", *, device: str | torch.device | None = None,
@@ -112,6 +116,28 @@ class StableDiffusion:
         """The model as `checkpoint.save_folder` writes it, with added words and merged LoRAs."""
         config = replace(self.config, text=self.text.config)        # its vocabulary may have grown
         return Parts(config, self.tokenizer, self.text, self.vae, self.unet, self.clip, self.world)
+
+    def compile(self) -> "StableDiffusion":
+        """Run the U-Net compiled from now on: the same pictures up to rounding, sooner; gives the model itself.
+
+        Each size and batch is compiled when it first comes, which takes a minute or so on a CPU and pays for many
+        pictures. With weights that have changed since, by a LoRA for instance, it is compiled anew. On a CPU this
+        needs a C++ compiler; PyTorch says so where there is none.
+        """
+        from .compiled import CompiledUNet  # with PyTorch's compiler, which takes a second to load
+
+        self._compiled = CompiledUNet(self.unet)
+        return self
+
+    @property
+    def network(self) -> "UNet | CompiledUNet":
+        """The U-Net as runs call it: compiled where that was asked for, anew where weights have changed."""
+        if self._compiled is None:
+            return self.unet
+        if self._compiled.unet is not self.unet or not self._compiled.fresh:
+            torch.compiler.reset()                  # it would find the old constants again
+            self.compile()
+        return self._compiled
 
     @property
     def loras(self) -> Merged:

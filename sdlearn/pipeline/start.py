@@ -41,7 +41,7 @@ class Start:
         self.noise = noise.to(model.device)
         start = self.known is not None and noised
         self.x = self.schedule.add_noise(self.known, self.noise, grid[0][0]) if start else self.noise
-        unet = model.unet
+        unet = model.network
         if task.mask is not None:
             self.mask = latent_mask(task.mask, model.config.vae.factor).to(self.x)   # (B, 1, h, w)
         if task.mask is not None and model.inpaints:
