@@ -37,7 +37,7 @@ def test_arrows_end_where_guidance_ends():
     assert np.allclose(from_n[:, 0], [place(guided(N, C, w))[0] for w in (2, 4)], atol=1e-5)
     assert np.allclose(np.abs(from_n[:, 1]), [place(guided(N, C, w))[1] for w in (2, 4)], atol=1e-5)
     words = [text.get_text() for text in drawing.findobj(Text)]
-    assert words.count("w = 2") == 2 and "n, the negative" in words and drawing.width <= WIDTH
+    assert words.count("w = 2") == 2 and {"u", "c", "n"} <= set(words) and drawing.width <= WIDTH
     assert drawing.png().startswith(b"\x89PNG")
 
 

@@ -28,11 +28,11 @@ def guidance_arrows(u: Tensor, c: Tensor, n: Tensor | None = None, *, scales: Se
     Lengths are multiples of |c - u|, which is also the first axis; u is the origin. Without n all lies on one line.
     Raises ValueError where c is u.
     """
-    places = {"u, no prompt": (0.0, 0.0), "c, the prompt": (1.0, 0.0)}
+    places = {"u": (0.0, 0.0), "c": (1.0, 0.0)}
     starts = {"u": np.zeros(2)}
     if n is not None:
         starts["n"] = np.array(in_plane(u, c, n))
-        places["n, the negative"] = tuple(starts["n"])
+        places["n"] = tuple(starts["n"])
     elif not (c - u).norm():
         raise ValueError("c is u: the prompt changes nothing, so there is no arrow to draw")
     drawing = Drawing(760, 330, title=title, sharpness=1.5, colours=48)
@@ -43,12 +43,12 @@ def guidance_arrows(u: Tensor, c: Tensor, n: Tensor | None = None, *, scales: Se
         axes.plot(*np.stack([start, ends[-1]]).T, color=COLOURS[i], linewidth=1.4)
         axes.plot(*ends.T, "o", color=COLOURS[i], markersize=5, label=f"{name} + w (c - {name})")
         for scale, place in zip(scales, ends, strict=True):
-            axes.annotate(f"w = {scale:g}", place, (0, 6 if i == 0 else -13), textcoords="offset points", fontsize=8,
-                          ha="center", color=COLOURS[i])
+            axes.annotate(f"w = {scale:g}", place, (0, 6) if i == 0 else (-8, -10), textcoords="offset points",
+                          fontsize=8, ha="center" if i == 0 else "right", color=COLOURS[i])
     for i, (name, place) in enumerate(places.items()):
         axes.plot(*place, "s", color=INK, markersize=6)
-        axes.annotate(name, place, (0, -14 if i < 2 else 7), textcoords="offset points", fontsize=8.5, ha="center",
-                      color=INK)
+        axes.annotate(name, place, (0, -14 if i < 2 else 7), textcoords="offset points", fontsize=9.5, ha="center",
+                      color=INK, weight="bold")
     plain(axes, "", "along c - u, in lengths of it", "across")
     axes.margins(0.1, 0.22)
     axes.set_aspect("equal", adjustable="datalim")
