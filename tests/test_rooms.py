@@ -21,8 +21,8 @@ RANKS = {
     "checkpoint": 3, "data": 3,
     "pipeline": 4, "training": 4, "evaluation": 4,
     "__init__": 4.5,            # sdlearn/__init__.py: hands out what lies below, draws nothing
-    "explore": 5, "exercises": 5, "interview": 5,
-    "commands": 6, "__main__": 6, "bench": 6,
+    "explore": 5, "exercises": 5, "interview": 5, "bench": 5,
+    "commands": 6, "__main__": 6,
 }
 NEIGHBOURS = {"attention", "layers"}    # of one rank; one of them may import the other
 LIBRARY_RANKS = {"matplotlib": {5, 6}, "ipywidgets": {5, 6}, "accelerate": {4}}

@@ -16,16 +16,27 @@ def check_writable(files: list[Path]) -> list[Path]:
     for file in files:
         if file.suffix.lower() != ".png":
             raise SettingsError(f"{file} does not end in .png; pictures are written as PNG files")
-        try:
-            if file.is_dir():
-                raise SettingsError(f"{file} is a folder; give the name of a file in it")
-            if not file.absolute().parent.is_dir():
-                raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
-            with file.open("ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
-                pass                        # opened for writing, and left as it was
-        except OSError as error:
-            raise SettingsError(f"{file} cannot be written: {error.strerror or error}") from error
+        _check(file)
     return files
+
+
+def check_json(file: Path):
+    """Raises SettingsError where no JSON file can be written: asked before the work, not after."""
+    if file.suffix.lower() != ".json":
+        raise SettingsError(f"{file} does not end in .json; figures are written as JSON")
+    _check(file)
+
+
+def _check(file: Path):
+    try:
+        if file.is_dir():
+            raise SettingsError(f"{file} is a folder; give the name of a file in it")
+        if not file.absolute().parent.is_dir():
+            raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
+        with file.open("ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
+            pass                            # opened for writing, and left as it was
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def save_png(file: Path, image, settings: dict):
