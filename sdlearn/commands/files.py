@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..checkpoint import written_beside
@@ -46,6 +47,25 @@ def save_png(file: Path, image, settings: dict):
     info.add_text("sdlearn", json.dumps(settings))
     with written_beside(file) as beside:
         image.save(beside, format="PNG", pnginfo=info)
+
+
+def check_pictures(folder: Path) -> Path:
+    """A folder for pictures, which is made where there is none. Raises SettingsError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be made: {error.strerror or error}") from error
+    return folder
+
+
+def settings_of(file: Path) -> dict | None:
+    """The settings in a PNG that `save_png` wrote; None where there is no such file, or not a whole one."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return json.loads(image.text["sdlearn"])
+    except (OSError, AttributeError, KeyError, ValueError, SyntaxError):    # a broken PNG raises any of them
+        return None
 
 
 def check_target(out: Path, single: bool):

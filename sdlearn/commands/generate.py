@@ -1,6 +1,12 @@
-"""`python -m sdlearn generate`: pictures of a prompt, from noise or from a picture, and what they are to follow."""
+"""`python -m sdlearn generate`: pictures of a prompt, from noise or from a picture, and what they are to follow.
+
+Of many prompts in a file, too, which processes share out among them:
+
+    accelerate launch -m sdlearn generate --prompts prompts.txt --out pictures
+"""
 
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -16,7 +22,7 @@ from ..prompt import LONG
 from ..samplers import SAMPLERS
 from ..schedule import SPACINGS
 from .export import DTYPES
-from .files import check_writable, save_png
+from .files import check_pictures, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
 
 SETTINGS = ("steps", "sampler", "spacing", "guidance", "rescale", "size", "batch", "seed", "long_prompts")
@@ -25,7 +31,11 @@ OTHERS = ("image", "strength", "mask", "control", "lora", "embedding")      # wr
 
 def add_arguments(parser: argparse.ArgumentParser):
     default = Settings()
-    parser.add_argument("prompt", help="what to draw, \"(red:1.3)\" heard more; \"\" for a picture without a prompt")
+    parser.add_argument("prompt", nargs="?", help="what to draw, \"(red:1.3)\" heard more; \"\" for a picture without a "
+                                                  "prompt")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help="a prompt in each line instead; goes on where it was cut off. Processes that torchrun or "
+                             "accelerate has started share them out, a GPU each")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
     parser.add_argument("--steps", type=int, default=default.steps, help="of the sampler (%(default)s)")
     parser.add_argument("--sampler", default=default.sampler, help=f"{', '.join(SAMPLERS)} (%(default)s)")
@@ -53,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add_source_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="to compute in (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda ... (a GPU where there is one)")
-    parser.add_argument("--out", type=Path, help="a .png file (named after the prompt and the seed)")
+    parser.add_argument("--out", type=Path, help="a .png file (named after the prompt and the seed); with --prompts "
+                                                 "a folder (named after the file)")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -64,29 +75,72 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace):
+    if (args.prompt is None) == (args.prompts is None):
+        raise SettingsError("give a prompt, or a file of them with --prompts, and not both")
     settings = {name: getattr(args, name) for name in SETTINGS}
-    model = StableDiffusion.load(args.model, device=args.device, dtype=getattr(torch, args.dtype),
+    asked = read_prompts(args.prompts) if args.prompts else [args.prompt]
+    files = [picture_files(out, args.batch) for out in outputs(args, asked)]
+    for some in files:
+        check_writable(some)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = StableDiffusion.load(args.model, device=args.device or own_gpu(), dtype=getattr(torch, args.dtype),
                                  **source_options(args))
     model.checked(settings)
-    files = check_writable(picture_files(args.out or default_name(args.prompt, args.seed), args.batch))
     add_learned(model, args)
     given = settings | task(model, args)
-    if not args.prompt.strip():
+    others = {name: told_of(getattr(args, name)) for name in OTHERS if getattr(args, name)}
+    width, height = model.size(args.size or (given["image"].size if args.image else None))
+    mine = list(zip(asked, files, strict=True))[rank::processes]        # by place: what others have done moves nothing
+    for prompt, some in mine:
+        told = {"prompt": prompt, "negative_prompt": args.negative, **settings, "model": model.config.name, **others,
+                "size": f"{width}x{height}", "batch": 1}
+        told = [told | {"seed": args.seed + i} for i in range(args.batch)]
+        if args.prompts and [settings_of(file) for file in some] == told:
+            continue                                                    # of an earlier call
+        for file, image, one in zip(some, make(model, args, prompt, given), told, strict=True):
+            save_png(file, image, one)
+            print(file)
+
+
+def make(model: StableDiffusion, args: argparse.Namespace, prompt: str, given: dict) -> list[Image.Image]:
+    """Pictures of one prompt, with a bar, and with a note of what will not be heard."""
+    if not prompt.strip():
         print("note: the prompt is empty, so the picture is unconditional", file=sys.stderr)
-    for _, message in model.doubts(args.prompt, args.negative, long_prompts=args.long_prompts):
+    for _, message in model.doubts(prompt, args.negative, long_prompts=args.long_prompts):
         print(f"note: {message}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)      # they have just been told
-        steps = model.steps(args.prompt, args.negative, **given)
-    with tqdm(unit="step") as bar:
+        steps = model.steps(prompt, args.negative, **given)
+    with tqdm(unit="step", desc=prompt[:40] if args.prompts else None) as bar:
         for step in steps:
             bar.total = step.of
             bar.update()
-    others = {name: told_of(getattr(args, name)) for name in OTHERS if getattr(args, name)}
-    told = {"prompt": args.prompt, "negative_prompt": args.negative, **settings, "model": model.config.name, **others}
-    for i, (file, image) in enumerate(zip(files, step.noisy_images(), strict=True)):
-        save_png(file, image, {**told, "size": f"{image.width}x{image.height}", "batch": 1, "seed": args.seed + i})
-        print(file)
+    return step.noisy_images()
+
+
+def own_gpu() -> str | None:
+    """The GPU of this process among several that share the work; None where there is one process, or no GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises SettingsError for a file that is none, or has none."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not any(lines):
+        raise SettingsError(f"{file} holds no prompt; write one in each line")
+    return [line for line in lines if line]
+
+
+def outputs(args: argparse.Namespace, asked: list[str]) -> list[Path]:
+    """A file for each prompt; in a folder they are numbered, so that equal prompts have files of their own."""
+    if not args.prompts:
+        return [args.out or default_name(args.prompt, args.seed)]
+    folder = check_pictures(args.out or Path(args.prompts.stem))
+    return [folder / f"{i:04d}-{default_name(prompt, args.seed)}" for i, prompt in enumerate(asked)]
 
 
 def add_learned(model: StableDiffusion, args: argparse.Namespace):

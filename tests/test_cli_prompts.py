@@ -1,0 +1,82 @@
+"""`generate --prompts`: many prompts, shared out among processes, gone on with where it was cut off."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from models import one_thread  # noqa: F401
+from PIL import Image
+from test_cli import refused, run, written  # noqa: F401
+
+from sdlearn.pipeline import StableDiffusion
+
+PROMPTS = ["a red apple", "a cat", "", "a red apple", "two dogs on a (blue:1.2) background"]
+ASKED = [prompt for prompt in PROMPTS if prompt]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return tmp_path / "prompts.txt"
+
+
+def told(file) -> dict:
+    return json.loads(Image.open(file).text["sdlearn"])
+
+
+def test_each_line_becomes_a_picture(run, written, prompts, tmp_path):  # noqa: F811
+    """Numbered, with its settings in it, and the one that the prompt alone gives."""
+    out = tmp_path / "out"
+    assert run("generate", "--prompts", prompts, "--steps", 2, "--out", out).status == 0
+    files = sorted(out.iterdir())
+    assert [told(file)["prompt"] for file in files] == ASKED
+    assert files[0].name == "0000-a-red-apple-0.png" and files[2].name == "0002-a-red-apple-0.png"
+    alone, = StableDiffusion.load(written, device="cpu").text2img(ASKED[1], steps=2)
+    assert Image.open(files[1]).tobytes() == alone.tobytes()
+
+
+def test_it_goes_on_where_it_was_cut_off(run, prompts, tmp_path):  # noqa: F811
+    """What is there stays, byte for byte; what is missing, broken or made otherwise is made."""
+    out, call = tmp_path / "out", ("generate", "--prompts", prompts, "--out", tmp_path / "out")
+    assert run(*call, "--steps", 2).status == 0
+    kept, missing, broken, other = sorted(out.iterdir())
+    whole = {file: file.read_bytes() for file in (kept, missing, broken, other)}
+    missing.unlink()
+    broken.write_bytes(whole[broken][:100])
+    os.utime(kept, (1, 1))
+    assert run(*call, "--steps", 2).status == 0
+    assert {file: file.read_bytes() for file in whole} == whole
+    assert kept.stat().st_mtime == 1, "it was made again"
+    assert run(*call, "--steps", 3).status == 0
+    assert told(kept)["steps"] == 3 and kept.stat().st_mtime > 1
+
+
+def test_two_processes_share_them_out(written, prompts, tmp_path):  # noqa: F811
+    """The same pictures as from one process; each makes some, none makes another's."""
+    def call(*before, out):
+        return subprocess.run([sys.executable, *before, "sdlearn", "generate", "--prompts", str(prompts), "--model",
+                               str(written), "--steps", "2", "--out", str(out)], capture_output=True, text=True,
+                              timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    one = call("-m", out=tmp_path / "one")
+    two = call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", out=tmp_path / "two")
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert len(two.stdout.split()) == len(ASKED), "each picture is made once"
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("args, words", [
+    ((), "give a prompt, or a file"),
+    (("a cat", "--prompts", "{}"), "not both"),
+    (("--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+    (("--prompts", "{}", "--out", "{}"), "cannot be made"),
+])
+def test_bad_input_is_one_sentence(run, prompts, args, words):  # noqa: F811
+    refused(run("generate", *(arg.format(prompts) for arg in args)), words)
+
+
+def test_a_file_without_prompts_is_told(run, tmp_path):  # noqa: F811
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(run("generate", "--prompts", tmp_path / "empty.txt"), "holds no prompt")
