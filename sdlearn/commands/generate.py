@@ -31,8 +31,8 @@ OTHERS = ("image", "strength", "mask", "control", "lora", "embedding")      # wr
 
 def add_arguments(parser: argparse.ArgumentParser):
     default = Settings()
-    parser.add_argument("prompt", nargs="?", help="what to draw, \"(red:1.3)\" heard more; \"\" for a picture without a "
-                                                  "prompt")
+    parser.add_argument("prompt", nargs="?", help="what to draw, \"(red:1.3)\" heard more; \"\" for a picture without "
+                                                  "a prompt")
     parser.add_argument("--prompts", type=Path, metavar="FILE",
                         help="a prompt in each line instead; goes on where it was cut off. Processes that torchrun or "
                              "accelerate has started share them out, a GPU each")
