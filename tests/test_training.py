@@ -24,7 +24,7 @@ from sdlearn.training.clip import CLIPRecipe, retrieval, shortest
 from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, save_state
 from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
 from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
-from sdlearn.vae import VAE
+from sdlearn.vae import VAE, Gaussian
 
 MINUTE = 1 / 60
 
@@ -308,6 +308,8 @@ def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config
     from sdlearn.training import card
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 12.345)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 0.678)
+    monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {"tiny": {"objects": 7, "pixels": 9, "PSNR": 23.4,
+                                                                           "SSIM": 0.5678}})
     folder = ship(config, run, tmp_path / "model", count=3)
     parts = load_folder(folder)
     assert parts.config.vae.scaling_factor != 1 and len(parts.world["objects"]) == len(CORE.objects)
@@ -316,15 +318,36 @@ def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config
         assert torch.equal(value, stored[name].half().float())
     assert (folder / "samples.png").stat().st_size > 1000
     text = (folder / "MODEL_CARD.md").read_text()
-    assert "12.345" in text and "0.678" in text
+    assert "12.345" in text and "0.678" in text and "| tiny | 7 | 9 | 23.4 | 0.568 |" in text
+    for one in json.loads(card.EXPERIMENTS.read_text(encoding="utf-8")):
+        assert one["question"] in text and all(len(row) == len(one["columns"]) for row in one["rows"])
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["training"]["unet"]["step"] == load_state(run / "unet-state.pt")["progress"]["step"]
+
+
+def test_the_autoencoders_errors_are_told_by_size():
+    """Of one that makes every pixel paler."""
+    from sdlearn.training.card import autoencoder_by_size
+
+    class Paler:
+        def encode(self, pixels):
+            return Gaussian(0.8 * pixels, torch.zeros_like(pixels))
+
+        def decode(self, latent):
+            return latent + 0.2
+
+    found = autoencoder_by_size(Paler(), count=3)
+    assert list(found) == ["small", "medium", "large"]
+    assert found["small"]["pixels"] < found["medium"]["pixels"] < found["large"]["pixels"]
+    for told in found.values():
+        assert 3 <= told["objects"] <= 5 and told["PSNR"] > 10 and 0.5 < told["SSIM"] < 1
 
 
 def test_a_run_starts_from_shipped_weights(config, run, tmp_path, monkeypatch):
     from sdlearn.training import card
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
+    monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
     folder = ship(config, run, tmp_path / "model", count=2)
     assert stages.start_from(folder, tmp_path / "new") == ["vae", "clip", "unet"]
     assert stages.start_from(folder, tmp_path / "new") == [], "what a run has already stays"

@@ -535,6 +535,7 @@ def test_shipped_models_are_found_by_name(folder, monkeypatch):
 def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
+    monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
     monkeypatch.setattr(card, "ship_adapters", lambda *args: adapters.ship_adapters(*args, count=2))
     monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=4))
     recipes = {stage: trained(stage, config, run) for stage in SMALL}

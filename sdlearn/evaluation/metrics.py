@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import pictures
 from ..clip import CLIP
 from ..pictures import to_tensor
 
@@ -67,29 +68,8 @@ def edges(images, *, threshold: float = EDGE) -> Tensor:
 # --- a picture and what it should be ----------------------------------------------------------------
 
 def ssim(a, b, *, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity of each pair of pictures, (B,), 1 for equal ones. Wang et al. 2004.
-
-    Gaussian window of 11 with sigma 1.5, K1 0.01, K2 0.03, the mean over channels and over places where the whole
-    window lies inside the picture; intensities from 0, as the paper compares means by their ratio.
-    """
-    a, b = ((as_pixels(some).double() + 1) / 2 for some in (a, b))
-    if a.shape != b.shape or min(a.shape[2:]) < window:
-        raise ValueError(f"SSIM compares pictures of one size, {window} pixels at least, not {tuple(a.shape)} with "
-                         f"{tuple(b.shape)}")
-    reach = torch.arange(window, dtype=torch.float64, device=a.device) - (window - 1) / 2
-    weights = (-reach ** 2 / (2 * sigma ** 2)).exp()
-    weights = weights / weights.sum()
-
-    def blurred(x: Tensor) -> Tensor:
-        flat = F.conv2d(x.flatten(0, 1)[:, None], weights[None, None, :, None])
-        return F.conv2d(flat, weights[None, None, None])[:, 0].unflatten(0, x.shape[:2])
-
-    mean_a, mean_b = blurred(a), blurred(b)                                           # (B, 3, H-10, W-10)
-    var_a, var_b = blurred(a * a) - mean_a ** 2, blurred(b * b) - mean_b ** 2
-    both = blurred(a * b) - mean_a * mean_b
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
-    return value.mean(dim=(1, 2, 3)).float()
+    """`pictures.ssim` of pictures in any form: (B,), 1 for equal ones."""
+    return pictures.ssim(*map(as_pixels, (a, b)), window=window, sigma=sigma)
 
 
 def edge_agreement(images, maps, *, tolerance: int = 1) -> dict[str, float]:

@@ -14,13 +14,16 @@ from ..checkpoint.shipped import SHIPPED
 from ..clip import CLIP
 from ..config import ModelConfig
 from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
-from ..pictures import psnr, to_images, to_tensor
+from ..data.world import SIZES
+from ..pictures import psnr, ssim, to_images, to_tensor
 from ..unet import UNet
 from .adapters import card_section, ship_adapters
 from .clip import retrieval, shortest
 from .loop import load_state
 from .stages import averaged, train_tokenizer, trained_vae
 from .unet import UNetRecipe, fixed_prompts
+
+EXPERIMENTS = SHIPPED / "experiments.json"      # by hand: results of trials, with machine and date
 
 
 @torch.no_grad()
@@ -31,6 +34,32 @@ def autoencoder_psnr(vae, count: int = 500, world: World = FULL) -> float:
         pixels = to_tensor([scene(seed, "test", world).image for seed in range(first, min(first + 25, count))])
         scores.append(psnr(vae.decode(vae.encode(pixels).mode()).clamp(-1, 1), pixels))
     return float(torch.cat(scores).mean())
+
+
+@torch.no_grad()
+def autoencoder_by_size(vae, count: int = 200, world: World = FULL) -> dict[str, dict[str, float]]:
+    """PSNR in dB and SSIM of the round trip within the boxes of objects, by their size; `count` objects of each."""
+    found = {size: {"objects": 0, "pixels": 0.0, "PSNR": 0.0, "SSIM": 0.0} for size in SIZES}
+    for seed in range(100 * count):
+        one = scene(seed, "test", world)
+        wanted = [placed for placed in one.objects if found[placed.size]["objects"] < count]
+        if wanted:
+            pixels = to_tensor([one.image])
+            again = vae.decode(vae.encode(pixels).mode()).clamp(-1, 1)
+            for placed in wanted:
+                left, top, right, bottom = placed.box
+                a, b = (some[:, :, top:bottom, left:right] for some in (pixels, again))
+                if min(a.shape[2:]) < 11:                       # less than SSIM's window
+                    continue
+                told = found[placed.size]
+                told["objects"] += 1
+                told["pixels"] += max(a.shape[2:])
+                told["PSNR"] += float(psnr(a, b))
+                told["SSIM"] += float(ssim(a, b))
+        elif all(told["objects"] == count for told in found.values()):
+            break
+    return {size: {"objects": told["objects"]} | {name: told[name] / told["objects"] for name in (
+        "pixels", "PSNR", "SSIM")} for size, told in found.items() if told["objects"]}
 
 
 @torch.no_grad()
@@ -71,11 +100,24 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
         "the same for the real scenes of these prompts through the autoencoder":
             chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
         **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
+        "autoencoder by size": autoencoder_by_size(vae),
         "training": {stage: {key: states[stage][key] for key in ("step", "samples", "seconds", "precisions")
                              if key in states[stage]} for stage in states},
         "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
     }
     return parts, figures, images
+
+
+def decided(experiments: list[dict]) -> list[str]:
+    """Lines of Markdown: what was tried beside what before the shapes and losses were settled."""
+    lines = ["## What decided", ""]
+    for one in experiments:
+        rows = [one["columns"], ["---"] * len(one["columns"]), *one["rows"]]
+        lines += [f"**{one['question']}** {one['setting']}", "",
+                  *(f"| {' | '.join(f'{cell:,}' if isinstance(cell, int) else str(cell) for cell in row)} |"
+                    for row in rows), "",
+                  f"{one['decided']} ({one['machine']}, torch {one['torch']}, {one['date']})", ""]
+    return lines
 
 
 def config_with(config: ModelConfig, vae) -> ModelConfig:
@@ -127,10 +169,15 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "| what | value |", "|---|---|", *rows, "",
         "`loss right@999` is the U-Net's loss at timestep 999 with the right captions, `wrong` with the captions of "
         "other", "scenes: the gap is how much of the prompt it hears.", "",
+        "The autoencoder's round trip within the boxes of objects in unseen scenes, by the size of the object:", "",
+        "| size | objects | longer side, pixels | PSNR, dB | SSIM |", "|---|---|---|---|---|",
+        *(f"| {size} | {told['objects']} | {told['pixels']:.0f} | {told['PSNR']:.1f} | {told['SSIM']:.3f} |"
+          for size, told in figures["autoencoder by size"].items()), "",
         "## Samples", "",
         "Captions of unseen scenes, one seed each, none left out: DDIM, 25 steps, guidance 3.", "",
         "![pictures of unseen prompts](samples.png)", "",
         *card_section(figures.get("on top", {})),
+        *decided(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
         "## Licence", "",
         "Trained on OpenMoji art: the weights and the pictures they make are shared under CC BY-SA 4.0. All emojis",
         "designed by OpenMoji, the open-source emoji and icon project.", ""))
