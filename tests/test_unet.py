@@ -25,6 +25,7 @@ SD2 = UNetConfig(channels=(32, 64, 96, 96), context_dim=40, heads=None, head_dim
 CONFIGS = {
     "tiny": PRESETS["tiny"].unet,
     "mini": PRESETS["mini"].unet,
+    "lower_two": replace(PRESETS["mini"].unet, channels=(16, 32, 48), attention=(False, True, True)),
     "sd1_small": SD1,
     "sd2_small": SD2,
     "inpaint": replace(SD1, in_channels=9),
@@ -284,7 +285,7 @@ def test_samples_of_a_batch_do_not_touch():
 
 
 def test_attention_maps_of_the_unet():
-    unet, reference = pair("mini")
+    unet, reference = pair("lower_two")
     x, context = inputs(unet.config, 13, 9, tokens=20)
     with record_attention(unet) as record:
         out = unet(x, 400, context)
