@@ -393,6 +393,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
+from sdlearn.training.command import leave_processes
 from sdlearn.training.loop import fit
 
 state = PartialState(cpu=True)
@@ -421,6 +422,7 @@ assert len(toy.drawn) == steps > 10
 assert not torch.equal(*of_both(toy.drawn[0])), "both saw the same batch"
 for parameter in toy.model.parameters():
     assert torch.equal(*of_both(parameter.data)), "the weights have gone apart"
+leave_processes()
 """
     done = subprocess.run([*TWO, "--no-python", "--", sys.executable, "-c", code, str(tmp_path)], capture_output=True,
                           text=True, timeout=300, env=os.environ | ALONE)

@@ -63,11 +63,19 @@ def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingPr
             print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
         train_stage(name, {**stages.STAGES, **beside}[name], args)
+    leave_processes()
 
 
 def join_processes():
     """Train together with the other processes that torchrun has started, on a machine without a GPU as well."""
     PartialState(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+
+
+def leave_processes():
+    """End together: a process that goes while the group's threads run may be aborted on its way out."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
