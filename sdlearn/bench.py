@@ -9,7 +9,6 @@ programs that make different pictures cannot be compared: then there are times a
 import gc
 import multiprocessing
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +20,17 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
 import torch
 
 from .checkpoint import Parts, load_folder, save_folder
 from .checkpoint.shipped import SHIPPED, shipped_models
 from .clip import TextTower
 from .config import PRESETS
+from .costs import step_flops
 from .pipeline import SettingsError, StableDiffusion
 from .schedule import ALMOST_ZERO, NoiseSchedule
 from .tokenizer import Tokenizer
-from .training.ablations.contract import step_flops
 from .training.card import cpu_name
 from .unet import UNet
 from .vae import VAE
@@ -212,6 +212,10 @@ def _peak(name: str, race: Race, folder: Path) -> float:
     if race.threads:
         torch.set_num_threads(race.threads)
     contender(name, race, folder)(race.noise())
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows lacks
+
     unit = 2**20 if sys.platform == "darwin" else 2**10         # macOS tells bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -220,7 +224,8 @@ def report(race: Race, names, seconds: dict, made: dict, memory: dict) -> dict:
     """The result as data, with what it was measured on."""
     first, *_ = names
     config = PRESETS[race.preset]
-    flops = 2 * race.batch * race.steps * step_flops(config.unet, race.side // config.vae.factor)
+    passes = race.batch * race.steps * (1 if race.guidance == 1 else 2)
+    flops = passes * step_flops(config.unet, race.side // config.vae.factor)
     results = {}
     for name in names:
         middle = median(seconds[name])

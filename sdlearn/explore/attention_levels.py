@@ -5,12 +5,10 @@ Everything is read off a config. Lengths are in pixels of the screen.
 
 from typing import NamedTuple
 
-import torch
 from matplotlib.patches import FancyBboxPatch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
-from ..unet import UNet
+from ..costs import layer_flops
 from .architecture import LATENT_LINE, PLAIN, PLAIN_LINE, TEXT, TEXT_LINE, spelled
 from .figures import FAINT, INK, WIDTH, Drawing
 
@@ -54,16 +52,13 @@ def text_levels(config: ModelConfig) -> list[Level]:
 def count_flops(config: ModelConfig) -> tuple[int, dict[str, int]]:
     """FLOPs of one pass of the U-Net for one picture: in all, and of the maps of each attention layer by name.
 
-    Counted by PyTorch, on its device `meta`: shapes without numbers, so that the full-size models take no memory.
+    Counted as in `costs.layer_flops`.
     """
-    unet, side = config.unet, config.latent_size
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        UNet(unet)(torch.empty(1, unet.in_channels, side, side), torch.empty(1),
-                   torch.empty(1, config.text.length, unet.context_dim))
+    counts = layer_flops(config.unet, config.latent_size, config.text.length)
     # The products of two activations: as the fused kernel, or as the batched products that it is made of on meta.
-    maps = {name: sum(count for kind, count in kinds.items() if "bmm" in str(kind) or "attention" in str(kind))
-            for name, kinds in counter.get_flop_counts().items() if name.endswith(("attn1", "attn2"))}
-    return counter.get_total_flops(), maps
+    maps = {name: sum(count for kind, count in kinds.items() if "bmm" in kind or "attention" in kind)
+            for name, kinds in counts.items() if name.endswith(("attn1", "attn2"))}
+    return sum(counts[""].values()), maps
 
 
 def where_it_reads(config: ModelConfig) -> Drawing:

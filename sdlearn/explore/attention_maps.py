@@ -116,7 +116,7 @@ def cells_asking(picture, weights: Tensor, names: Sequence[str], cells: Sequence
     """
     pixels, height = np.asarray(picture), max(230, 16 * len(names) + 82)
     drawing = Drawing(WIDTH, height, title=title, sharpness=1.5, colours=128)
-    drawing.suptitle(title, x=0.01, y=1 - 8 / height, va="top", ha="left", fontsize=11, fontweight="bold", color=INK)
+    drawing.headline()
     axes = drawing.add_axes((10 / WIDTH, 1 - 214 / height, 176 / WIDTH, 176 / height))
     axes.imshow(pixels, interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
@@ -144,7 +144,7 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], *, title: 
     """
     width, height = 840, 92 + len(names) * (10 + 13 * len(groups))
     drawing = Drawing(width, height, title=title, sharpness=1.5, colours=48)
-    drawing.suptitle(title, x=0.01, y=1 - 8 / height, va="top", ha="left", fontsize=11, fontweight="bold", color=INK)
+    drawing.headline()
     axes = drawing.add_axes((100 / width, 46 / height, 480 / width, (height - 84) / height))
     thick, most = 0.8 / len(groups), max(map(max, groups.values()))
     for i, (name, values) in enumerate(groups.items()):

@@ -40,6 +40,11 @@ class Drawing(Figure):
         self.width, self.height, self.title = round(width), round(height), title
         self.sharpness, self.colours = sharpness, colours
 
+    def headline(self):
+        """Write the title over the drawing, in the upper left corner."""
+        self.suptitle(self.title, x=0.01, y=1 - 8 / self.height, va="top", ha="left", fontsize=11, fontweight="bold",
+                      color=INK)
+
     def png(self) -> bytes:
         """The figure as a PNG file."""
         drawn, file = io.BytesIO(), io.BytesIO()

@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..pictures import to_images
 from ..pipeline import StableDiffusion
 from ..training.unet import encoded, noised
+from ..unet import skip_channels
 from .architecture import LATENT_LINE, PLAIN, PLAIN_LINE, TEXT, TEXT_LINE
 from .curves import COLOURS, plain
 from .figures import FAINT, INK, WIDTH, Drawing, show_images
@@ -99,7 +100,7 @@ def cost_bars(configs: Sequence[ModelConfig]) -> Drawing:
     width, height = WIDTH, 172 + 42 * len(rows)
     title = "Where the parameters sit, and where the work is done"
     drawing = Drawing(width, height, title=title, sharpness=1.5, colours=64)
-    drawing.suptitle(title, x=0.01, y=1 - 8 / height, va="top", ha="left", fontsize=11, fontweight="bold", color=INK)
+    drawing.headline()
     levels = [f"level {i}" for i in range(max(len(config.unet.channels) for config in configs))]
     for column, (head, names, key) in enumerate((("by kind of layer", list(KINDS), "kind"),
                                                  ("by level, 0 the highest", levels, "level"))):
@@ -171,7 +172,7 @@ class UNetBreaker(WithStill):
         if not scenes:
             raise ValueError("there are no scenes to look at: give at least one")
         self.model, self.scenes, self.title = model, list(scenes), title
-        self.skip_count = len(rungs(model.config.unet, 8)[0])
+        self.skip_count = len(skip_channels(model.config.unet))
         wide = {"layout": Layout(width="340px"), "style": {"description_width": "80px"}}
         late = {"continuous_update": False, **wide}
         lost = [("none is lost", ()), *((f"{i} is lost", (i,)) for i in range(self.skip_count)),

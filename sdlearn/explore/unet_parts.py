@@ -1,8 +1,7 @@
 """A U-Net taken apart: the shape of every tensor, what each part costs, what each output cell depends on; and put
 together with a part missing.
 
-Shapes and costs need no weights: they are found on PyTorch's device `meta`, which knows shapes alone, so that the
-full-size models take no memory.
+Shapes and costs need no weights: see `costs`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import CrossAttention
 from ..config import UNetConfig
-from ..unet import UNet
+from ..costs import TOKENS, empty_pass, empty_unet, layer_flops
+from ..unet import skip_channels
 
 Shape = tuple[int, ...]
-TOKENS = 77
 KINDS = {                   # of a parameter or a layer, by what its name holds: the first that fits
     "time": ("time_emb",), "norms": ("norm",), "self-attention": ("attn1",), "cross-attention": ("attn2",),
     "feed-forward": (".ff.",), "into and out of tokens": ("proj_in", "proj_out"), "down and up": ("samplers",),
@@ -44,7 +42,7 @@ def rungs(config: UNetConfig, side: int) -> tuple[list[Rung], Shape]:
 
     The shapes are those that pass through the module itself, noted by hooks.
     """
-    unet, made, read, ups = _empty(config), [], [], []
+    unet, made, read, ups = empty_unet(config), [], [], []
     for name, module in unet.named_modules():
         kind = name.split(".")[-2] if "." in name else name
         if name == "conv_in" or kind == "downsamplers" or (kind == "resnets" and name.startswith("down")):
@@ -56,7 +54,7 @@ def rungs(config: UNetConfig, side: int) -> tuple[list[Rung], Shape]:
             module.register_forward_hook(lambda *_: ups.append(len(read)))
         elif name == "mid_block":
             module.register_forward_hook(lambda _, given, out: ups.append(tuple(out.shape[1:])))
-    _pass(unet, config, side)
+    empty_pass(unet, side)
     middle, *after = ups
     attending = {name for name, module in unet.named_modules() if name.endswith("transformer_blocks")}
     found = []
@@ -82,12 +80,9 @@ class Part(NamedTuple):
 def parts_of(config: UNetConfig, side: int, tokens: int = TOKENS) -> list[Part]:
     """Every layer of a U-Net with its cost. A multiplication and its addition are two FLOPs; norms, activations and
     sums are not counted, as everywhere."""
-    unet = _empty(config)
-    with FlopCounterMode(display=False) as counter:
-        _pass(unet, config, side, tokens)
-    flops = {name.partition(".")[2]: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    flops = {name: sum(kinds.values()) for name, kinds in layer_flops(config, side, tokens).items()}
     found = []
-    for name, module in unet.named_modules():
+    for name, module in empty_unet(config).named_modules():
         inside = "attn" in name and not isinstance(module, CrossAttention)
         if not inside and (isinstance(module, CrossAttention) or not list(module.children())):
             parameters = sum(one.numel() for one in module.parameters())
@@ -110,17 +105,6 @@ def _level(name: str, config: UNetConfig) -> int:
     if place[0] == "down_blocks":
         return int(place[1])
     return lowest - int(place[1]) if place[0] == "up_blocks" else lowest if place[0] == "mid_block" else 0
-
-
-def _empty(config: UNetConfig) -> UNet:
-    with torch.device("meta"):
-        return UNet(config)
-
-
-def _pass(unet: UNet, config: UNetConfig, side: int, tokens: int = TOKENS):
-    with torch.device("meta"), torch.no_grad():
-        unet(torch.empty(1, config.in_channels, side, side), torch.empty(1),
-             torch.empty(1, tokens, config.context_dim))
 
 
 # --- what an output cell depends on -------------------------------------------------------------------
@@ -186,7 +170,7 @@ def altered(unet: nn.Module, *, time: float | None = None, silent: Sequence[str]
     layers = [one for name, one in unet.named_modules() if name.endswith(tuple(silent))] if silent else []
     if silent and not layers:
         raise ValueError(f"no layer's name ends in {' or '.join(silent)}")
-    count = len(_skips_of(unet))
+    count = len(skip_channels(unet.config))
     if not lost <= set(range(count)):
         raise ValueError(f"there are skips 0 to {count - 1}, but {sorted(lost)} were to be lost")
     embed, encode = unet.embed_time, unet.encode
@@ -206,7 +190,3 @@ def altered(unet: nn.Module, *, time: float | None = None, silent: Sequence[str]
             vars(unet).pop(name, None)
             if name in before:
                 setattr(unet, name, before[name])
-
-
-def _skips_of(unet: nn.Module) -> list[nn.Module]:
-    return [unet.conv_in, *(one for block in unet.down_blocks for one in (*block.resnets, *block.downsamplers))]

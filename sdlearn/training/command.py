@@ -57,7 +57,8 @@ def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingPr
     """Train one stage, or all of the model's one after the other, or ship a run. `beside`: stages of other things."""
     join_processes()
     if args.stage == "ship":
-        print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
+        if PartialState().is_main_process:
+            print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
         return
     with PartialState().main_process_first():                  # it fills the run, and the others find it filled
         if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):

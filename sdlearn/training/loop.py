@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from ..attention import open_attention
@@ -177,7 +177,8 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
 
 
 def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed):
-    precision = precision or choose_precision(recipe, PartialState().device)
+    if precision is None:                                       # the main process chooses, for all of them
+        [precision] = broadcast_object_list([choose_precision(recipe, PartialState().device)])
     AcceleratorState._reset_state()                             # the stage before may have run in another precision
     accelerator = Accelerator(mixed_precision=precision)
     device, main = accelerator.device, accelerator.is_main_process

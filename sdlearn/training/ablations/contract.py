@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Parts
-from ...config import UNetConfig
 from ...data import CORE, World
 from ...schedule import NoiseSchedule
-from ...unet import UNet
 from ..classroom import Material, prepare
 
 
@@ -156,17 +154,3 @@ def marks(steps: int, count: int = 8) -> set[int]:
 def early_marks(steps: int) -> set[int]:
     """Steps at which something is measured where the first ones matter: 0, 1, 2, 5, 10, 20, 50 ... and the last."""
     return {0, steps, *(n * 10**i for i in range(len(str(steps))) for n in (1, 2, 5) if n * 10**i < steps)}
-
-
-@lru_cache
-def step_flops(config: UNetConfig, side: int, tokens: int = 77) -> int:
-    """Floating-point operations of one pass of a U-Net for one latent of side x side cells; nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        unet = UNet(config)
-        x = torch.empty(1, config.in_channels, side, side)
-        context = torch.empty(1, tokens, config.context_dim)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        unet(x, 500, context)
-    return counter.get_total_flops()

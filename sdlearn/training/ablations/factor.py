@@ -10,12 +10,13 @@ from functools import partial
 
 import torch
 
+from ...costs import step_flops
 from ...data import FULL, scene
 from ...finetune.loop import train
 from ...pictures import psnr, to_images, to_tensor
 from ..loop import Average
 from ..vae import VAERecipe
-from .contract import Ablation, Base, Plan, Reading, Variant, marks, step_flops
+from .contract import Ablation, Base, Plan, Reading, Variant, marks
 from .drawing import ceiling
 
 CHANNELS = {4: (16, 52, 164), 8: (16, 32, 64, 160), 16: (16, 32, 64, 96, 144)}     # 3.98 to 4.05 M parameters each

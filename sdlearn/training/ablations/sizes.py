@@ -9,12 +9,13 @@ from functools import lru_cache, partial
 
 import torch
 
+from ...costs import step_flops
 from ...data import scene
 from ...data.world import CLASSROOM as LESSON_WORLD
 from ...pictures import to_tensor
 from ..classroom import Material
 from ..unet import listening
-from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson, step_flops
+from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 
 PARTS = (1.0, 0.75, 0.5)                # of the base's size: 128, 96, 64 pixels

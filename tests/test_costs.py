@@ -1,0 +1,26 @@
+"""The FLOPs of a U-Net, counted without computing, are those of a real pass."""
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdlearn.config import PRESETS
+from sdlearn.costs import layer_flops, step_flops
+from sdlearn.unet import UNet
+
+
+def test_the_work_of_a_step_is_that_of_a_real_pass():
+    config = PRESETS["classroom"].unet
+    unet, counter = UNet(config), FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):    # whose two products are counted one by one
+        unet(torch.zeros(1, 4, 16, 16), 500, torch.zeros(1, 77, config.context_dim))
+    assert step_flops(config, 16) == counter.get_total_flops()
+    assert 3.5 < step_flops(config, 32) / step_flops(config, 16) < 5
+
+
+def test_the_work_of_a_layer_is_that_of_arithmetic():
+    """A 3x3 convolution: two for each of 9 * inputs weights, each output channel and each cell."""
+    counts = layer_flops(PRESETS["sd15"].unet, 64)
+    assert sum(counts["conv_in"].values()) == 2 * 9 * 4 * 320 * 64**2
+    assert sum(counts["mid_block.resnets.0.conv1"].values()) == 2 * 9 * 1280 * 1280 * 8**2
+    assert sum(counts[""].values()) == step_flops(PRESETS["sd15"].unet, 64)
