@@ -193,9 +193,9 @@ def test_dropout_alone_differs(base):
 
 
 def test_dropout_pictures_without_guidance_do_not_use_the_empty_prompt(base):
-    reading = dropout.guided_pictures(base, SMALL["dropout"], base.unet)
+    reading = dropout.guided_pictures(base, SMALL["dropout"], 0.1, base.unet)
     assert list(reading.figures) == ["right, w = 1", "right, w = 3", "right, w = 7"]
-    assert len(reading.pictures) == 3 * dropout.SHOWN and reading.captions[-1].startswith("w = 7: a ")
+    assert len(reading.pictures) == 3 * dropout.SHOWN and reading.captions[-1].startswith("dropout 0.1, w = 7: a ")
 
 
 def test_factors_are_of_equal_parameters():

@@ -26,7 +26,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 def readings(base: Base, plan: Plan, share: float):
     material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
     return lesson(base.parts, material, plan, dropout=share, measure=partial(heard, base, unseen),
-                  finish=partial(guided_pictures, base, plan))
+                  finish=partial(guided_pictures, base, plan, share))
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def heard(base: Base, unseen: Material, unet, step: int = 700) -> dict[str, floa
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 
 
-def guided_pictures(base: Base, plan: Plan, unet) -> Reading:
+def guided_pictures(base: Base, plan: Plan, share: float, unet) -> Reading:
     """Accuracy at each guidance scale; pictures of the first prompts at each."""
     asked = lesson_prompts(base, plan)
     figures, pictures, captions = {}, [], []
@@ -46,7 +46,7 @@ def guided_pictures(base: Base, plan: Plan, unet) -> Reading:
         images = draw(base, unet, [one.text for one in asked], guidance=scale, steps=plan.sampling_steps)
         figures |= {f"{name}, w = {scale:g}": value for name, value in base.measures.judge(images, asked).items()}
         pictures += list(images[:SHOWN])
-        captions += [f"w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
+        captions += [f"dropout {share:g}, w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
     return Reading(plan.steps, figures, pictures, captions)
 
 
@@ -56,4 +56,4 @@ DROPOUT = Ablation(
     Plan(steps=1500, batch=32, scenes=1500, unseen=128, prompts=25, guidance=None, sampling_steps=20), 10, variants,
     "small", ("right@t, wrong@t, empty@t: the loss at timestep t on unseen scenes with their own captions, with those "
               "of other scenes, with the empty one", "the pictures of w = 1 do not use the unconditional model"),
-    columns=2 * SHOWN)
+    columns=SHOWN)
