@@ -1,4 +1,4 @@
-"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | export`.
+"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | ladder | export`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
 imported only when it is the one that runs, so that help comes at once.
@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
     "ablate": ("leave one thing out of training or sampling, and keep the figures as data", "commands.ablate"),
     "bench": ("measure how long a picture takes, side by side with diffusers", "commands.bench"),
+    "ladder": ("measure what makes sampling fast, one change after the other", "commands.ladder"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }
 

@@ -126,15 +126,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))    # a Sequential for its key, to_out.0
         self.watch = None           # set by `record_attention`: called with every attention map
-        self.fused = True           # unset by `open_attention`
+        self.open_up_to = 0         # set by `open_attention`: the largest map that is made in the open
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C), context (B, M, T) -> (B, N, C)."""
         context = x if context is None else context
         q = self.to_q(x)
         k, v = context.keys_values(self) if isinstance(context, KeptText) else (self.to_k(context), self.to_v(context))
-        fused = self.fused or x.shape[1] * context.shape[1] > SMALL_MAP
-        if fused and self.watch is None:
+        if self.watch is None and x.shape[1] * context.shape[1] > self.open_up_to:
             return self.to_out(attend(q, k, v, self.heads, mask))
         weights = attention_map(q, k, self.heads, mask)                      # (B, H, N, M)
         if self.watch is not None:
@@ -273,21 +272,22 @@ def record_attention(model: nn.Module, only: str = "") -> Iterator[AttentionReco
 
 
 @contextmanager
-def open_attention(*models: nn.Module) -> Iterator[None]:
+def open_attention(*models: nn.Module, largest: int = SMALL_MAP) -> Iterator[None]:
     """Inside, the models' attention multiplies in the open, not by PyTorch's fused kernel; for training small ones.
 
     On a CPU the backward of that kernel takes several times as long as the plain products (a quarter of a whole
-    step of `mini`); what it saves is the memory of the maps, so maps of more than SMALL_MAP numbers stay fused.
+    step of `mini`); what it saves is the memory of the maps, so maps of more than `largest` numbers, queries times
+    keys of one head, stay fused.
     """
     layers = [layer for model in models for layer in model.modules() if isinstance(layer, CrossAttention)]
-    before = [layer.fused for layer in layers]
+    before = [layer.open_up_to for layer in layers]
     try:
         for layer in layers:
-            layer.fused = False
+            layer.open_up_to = largest
         yield
     finally:
-        for layer, fused in zip(layers, before, strict=True):
-            layer.fused = fused
+        for layer, size in zip(layers, before, strict=True):
+            layer.open_up_to = size
 
 
 def heat_maps(maps: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:

@@ -393,11 +393,21 @@ def test_attention_in_the_open_is_the_same_attention():
 
     fused = both()
     with pytest.raises(RuntimeError, match="on the way"), open_attention(nn.Sequential(layer)):
-        assert not layer.fused
+        assert layer.open_up_to
         for one, other in zip(fused, both(), strict=True):
             torch.testing.assert_close(one, other)
         with record_attention(layer) as record:
             layer(x, text)
         assert len(record.maps) == 1, "it can be watched as well"
         raise RuntimeError("on the way")
-    assert layer.fused
+    assert not layer.open_up_to
+
+
+@pytest.mark.parametrize("largest, opened", [(29, False), (30, True)])
+def test_attention_is_open_up_to_a_map_of_that_size(monkeypatch, largest, opened):
+    """6 queries times 5 keys."""
+    layer, kernel, calls = CrossAttention(8, 8, heads=2), F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
+    with open_attention(layer, largest=largest):
+        layer(torch.randn(1, 6, 8), torch.randn(1, 5, 8))
+    assert len(calls) == (not opened)

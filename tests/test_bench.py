@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdlearn import bench
 from sdlearn.__main__ import main
 from sdlearn.bench import PicturesDiffer, Race, run
+from sdlearn.bench import race as bench
 from sdlearn.commands.bench import table
 from sdlearn.config import PRESETS
 from sdlearn.pipeline import SettingsError

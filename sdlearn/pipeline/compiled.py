@@ -23,15 +23,17 @@ class CompiledUNet:
     Compiled at its first call, once for each size and batch. What is compiled takes the time embedding and each
     layer's keys and values of the text, so that the first are made once for a run and the second once for a text:
     see `unet.reusing`. On a CPU the weights become constants, laid out as the kernels read them, so `fresh` tells
-    whether they have been changed since. On a GPU the kernels of a call are one CUDA graph, launched at once.
+    whether they have been changed since. On a GPU the kernels of a call are one CUDA graph, launched at once;
+    without `graphs` each is launched by itself.
     """
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: UNet, graphs: bool = True):
         self.unet, self.config = unet, unet.config
         self.on_gpu = unet.conv_in.weight.device.type == "cuda"
+        self.graphs = graphs and self.on_gpu
         self.layers = [layer for name, layer in unet.named_modules() if name.endswith("attn2")]
         self.step = torch.compile(partial(_step, unet, self.layers), fullgraph=True, dynamic=False,
-                                  mode="reduce-overhead" if self.on_gpu else None)
+                                  mode="reduce-overhead" if self.graphs else None)
         self.versions = self._versions()
 
     def __call__(self, x: Tensor, t: Tensor | float, context: Tensor | KeptText,
@@ -42,7 +44,7 @@ class CompiledUNet:
             pairs = [text.keys_values(layer) for layer in self.layers]
             temb = self.unet.embed_time(t, x)
             with compiler_settings(freezing=not self.on_gpu):
-                if not self.on_gpu:
+                if not self.graphs:
                     return self.step(x, temb, pairs, residuals)
                 torch.compiler.cudagraph_mark_step_begin()
                 return self.step(x, temb, pairs, residuals).clone()     # the graph writes into the same place again

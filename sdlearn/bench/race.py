@@ -1,20 +1,15 @@
 """Side by side with diffusers: the same weights, the same noise, one process, turn by turn.
 
-    python -m sdlearn bench --preset mini --steps 20 --against diffusers
-
 Machines are noisy and differ, so what counts is the ratio of two times of one turn, and its median over turns. Two
 programs that make different pictures cannot be compared: then there are times and no ratio.
 """
 
 import gc
 import multiprocessing
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,17 +18,17 @@ import numpy as np
 import psutil
 import torch
 
-from .checkpoint import Parts, load_folder, save_folder
-from .checkpoint.shipped import SHIPPED, shipped_models
-from .clip import TextTower
-from .config import PRESETS
-from .costs import step_flops
-from .pipeline import SettingsError, StableDiffusion
-from .schedule import ALMOST_ZERO, NoiseSchedule
-from .tokenizer import Tokenizer
-from .training.card import cpu_name
-from .unet import UNet
-from .vae import VAE
+from ..checkpoint import Parts, load_folder, save_folder
+from ..checkpoint.shipped import SHIPPED, shipped_models
+from ..clip import TextTower
+from ..config import PRESETS
+from ..costs import step_flops
+from ..pipeline import SettingsError, StableDiffusion
+from ..schedule import ALMOST_ZERO, NoiseSchedule
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+from .machine import machine
 
 PROMPT = "a red apple to the left of a cat on a yellow background"
 SAMPLERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
@@ -42,8 +37,6 @@ CONTENDERS = ("sdlearn", "sdlearn compiled", "diffusers", "diffusers compiled")
 # up over the steps: `mini`, 20 steps, here and in diffusers: 41 and 0.9 in bfloat16, 3 and 0.1 in float16, where
 # another seed's picture is 255 and 43 away.
 ROUNDING = {"float32": (2, 0.1), "bfloat16": (128, 3.0), "float16": (16, 0.5)}
-# Dense bfloat16 on tensor cores, FLOP/s, from the makers' data sheets.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "T4": 65e12}
 
 
 class PicturesDiffer(FloatingPointError):
@@ -180,7 +173,7 @@ def run(race: Race, names: tuple[str, ...], watch: Callable = lambda items, **_:
     return report(race, names, seconds, made, memory)
 
 
-def rotated(names: tuple[str, ...], turn: int) -> Iterator[str]:
+def rotated(names: Sequence, turn: int) -> Iterator:
     """Another one begins in every turn."""
     start = turn % len(names)
     return iter((*names[start:], *names[:start]))
@@ -238,20 +231,10 @@ def report(race: Race, names, seconds: dict, made: dict, memory: dict) -> dict:
                 for kind, bound in zip(("largest", "mean"), ROUNDING[race.dtype], strict=True))
     ratios = {name: median(a / b for a, b in zip(seconds[first], seconds[name], strict=True)) for name in names[1:]}
     return {"race": asdict(race) | {"size": race.side}, "contenders": results, "alike": alike,
-            **({f"time of {first} to that of": ratios} if alike else {}), **machine(race)}
+            **({f"time of {first} to that of": ratios} if alike else {}), **machine(race.device)}
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Of two lots of pictures, in shades of 255."""
     off = np.abs(a.astype(int) - b.astype(int))
     return {"largest difference": int(off.max()), "mean difference": float(off.mean())}
-
-
-def machine(race: Race) -> dict:
-    gpu = race.device.startswith("cuda")
-    name = torch.cuda.get_device_name() if gpu else cpu_name()
-    peak = next((peak for part, peak in PEAKS.items() if part in name), None) if gpu else None
-    return {"machine": name, **({"peak TFLOP/s, bfloat16": peak / 1e12} if peak else {}),
-            "threads": torch.get_num_threads(), "date": date.today().isoformat(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in (
-                "sdlearn", "torch", "diffusers")}}}

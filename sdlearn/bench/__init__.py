@@ -1,0 +1,10 @@
+"""How long a picture takes: side by side with diffusers, and rung by rung from the plain loop to the fast one.
+
+    python -m sdlearn bench --preset mini --steps 20 --against diffusers
+    python -m sdlearn ladder --preset sd15 --device cuda
+"""
+
+from .ladder import Rung, climb, rungs_for
+from .race import CONTENDERS, SAMPLERS, PicturesDiffer, Race, run
+
+__all__ = ["CONTENDERS", "SAMPLERS", "PicturesDiffer", "Race", "Rung", "climb", "run", "rungs_for"]
