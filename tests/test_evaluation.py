@@ -15,12 +15,13 @@ from PIL import Image
 from sdlearn import evaluation as ev
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.checkpoint.shipped import kept_evaluation, remove_old_evaluation
 from sdlearn.data import CORE, OBJECTS, scene, scene_of
 from sdlearn.data.world import HELD_OUT_COLOURS, is_held_out
 from sdlearn.evaluation import Detection, Detector, DetectorConfig, Prompt, Seen, Thing, Wanted, metrics, verdict
 from sdlearn.evaluation.accuracy import accuracy, boxed, matches, words
 from sdlearn.evaluation.card import known_figures, ship_judge
-from sdlearn.evaluation.command import Plan
+from sdlearn.evaluation.command import Plan, distances
 from sdlearn.evaluation.command import run as measure
 from sdlearn.evaluation.detector import STRIDE, Heads, Targets, detection_loss, focal_loss, heat_targets
 from sdlearn.evaluation.judge import WEIGHTS, load_judge, overlap, read_off, save_judge
@@ -774,6 +775,15 @@ def test_words_boxes_and_percent():
     assert percent(0.1234) == "12.3" and percent(None) == "-" and table.__doc__
 
 
+def test_frechet_distances_of_all_columns():
+    """To the real scenes: of themselves nothing, of others some; the floor beside them."""
+    torch.manual_seed(0)
+    real, near, far = torch.randn(200, 4), torch.randn(200, 4), torch.randn(200, 4) + 3
+    found = distances({"w = 1": far, "ceiling": real, "scenes": real}, near)
+    assert list(found) == ["w = 1", "ceiling", "floor"]
+    assert found["ceiling"] == pytest.approx(0, abs=1e-6) and 1e-3 < found["floor"] < 1 and 30 < found["w = 1"] < 45
+
+
 @shipped
 def test_the_command(tmp_path, monkeypatch, capsys, tiny):
     folder = save_folder(tmp_path / "tiny", tiny.parts)
@@ -783,6 +793,17 @@ def test_the_command(tmp_path, monkeypatch, capsys, tiny):
     out, err = capsys.readouterr()
     assert out.endswith("figures\n") and "w = 3" in out and "ceiling" in out and "7/7" in err
     assert (tmp_path / "figures" / "evaluation.json").exists()
+    assert not (folder / "EVALUATION.md").exists()
+    assert main([*common, "--guidance", "1", "--out", "figures", "--keep"]) == 0
+    assert "| overall, of the ceiling |" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
+    kept = kept_evaluation(folder)
+    assert "w = 1" in kept["columns"] and "pictures" not in kept and not remove_old_evaluation(folder)
+    tiny.unet.conv_in.weight.data += 1
+    save_folder(folder, tiny.parts)                     # other weights: what was measured is not of these
+    tiny.unet.conv_in.weight.data -= 1
+    assert kept_evaluation(folder) is None and remove_old_evaluation(folder)
+    assert not (folder / "EVALUATION.md").exists() and not (folder / "evaluation.json").exists()
+    capsys.readouterr()
     for wrong, told in ((["--prompts", "0"], "prompts is 0"), (["--sampler", "best"], "no sampler"),
                         (["--guidance", "nan"], "guidance"), (["--model", "none"], "no model 'none'")):
         assert main([*common, "--out", "wrong", *wrong]) == 2

@@ -8,6 +8,7 @@ The last two hold differences to the model's own U-Net, see `difference`; loaded
 Wherever a model is asked for, the path of any folder of this kind serves as well as a shipped name.
 """
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from ..controlnet import ControlNet
 from ..unet import UNet
 from .configs import controlnet_from_dict, controlnet_to_dict, unet_from_dict, unet_to_dict
-from .difference import Tensors, check_base, difference, restored, write_difference
+from .difference import Tensors, check_base, difference, fingerprint, restored, write_difference
 from .errors import CheckpointError
 from .files import read_tensors, shapes, write_json, written_beside
 from .folder import DIFFUSERS_FILE, Parts, _read, load_folder, weights_file
@@ -25,6 +26,7 @@ from .folder import DIFFUSERS_FILE, Parts, _read, load_folder, weights_file
 SHIPPED = Path(__file__).parents[1] / "weights"
 CONTROL, INPAINT = "control-", "inpaint"        # folders; the second is also what an inpainting model's name ends in
 DIFFERENCE_FILE = "difference.safetensors"
+EVALUATION, EVALUATION_TEXT = "evaluation.json", "EVALUATION.md"
 
 
 def shipped_models() -> list[str]:
@@ -110,6 +112,30 @@ def remove_strangers(model: Path) -> list[str]:
             shutil.rmtree(file.parent)
             gone.append(file.parent.name)
     return gone
+
+
+def keep_evaluation(model: Path, figures: dict, text: str):
+    """Write an evaluation beside the weights that were measured, with the fingerprint of the U-Net."""
+    with written_beside(model) as beside:
+        write_json(beside / EVALUATION, {**figures, "U-Net": fingerprint(base_file(model))})
+        (beside / EVALUATION_TEXT).write_text(text, encoding="utf-8")
+
+
+def kept_evaluation(model: str | Path = "mini") -> dict | None:
+    """The figures of the last evaluation of a model's weights, None where there is none of these weights."""
+    folder = model_folder(model)
+    file = folder / EVALUATION
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found if found.get("U-Net") == fingerprint(base_file(folder)) else None
+
+
+def remove_old_evaluation(model: Path) -> bool:
+    """Remove the evaluation of other weights than a model folder holds now; whether there was one."""
+    if not (model / EVALUATION).exists() or kept_evaluation(model) is not None:
+        return False
+    for name in (EVALUATION, EVALUATION_TEXT):
+        (model / name).unlink(missing_ok=True)
+    return True
 
 
 # --- where things are -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from ..evaluation.command import FIGURES, Plan
 from ..evaluation.command import run as measure
+from ..evaluation.keeping import keep
 from ..pipeline import SettingsError, StableDiffusion, shipped
 from ..samplers import SAMPLERS
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--device", help="cpu, cuda ... (a GPU where there is one)")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="FOLDER",
                         help=f"for {FIGURES} and sheets of failures (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="put the figures into the model's own folder, too")
 
 
 def run(args: argparse.Namespace):
@@ -35,3 +37,5 @@ def run(args: argparse.Namespace):
         raise SettingsError(str(error)) from error
     print(told)
     print(args.out)
+    if args.keep:
+        print(keep(args.out, args.model))

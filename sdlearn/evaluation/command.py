@@ -5,14 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ..checkpoint import write_json, written_beside
+from ..data import SIDE
 from .card import known_figures
 from .judge import Judge, load_judge
-from .report import circumstances, column, failure_sheet, results, table, told, worst
-from .sampling import Judged, evaluate, evaluate_scenes
+from .metrics import frechet_distance, vision_features
+from .report import Column, circumstances, column, failure_sheet, figure, line, results, table, told, worst
+from .sampling import Judged, evaluate, evaluate_scenes, scene_for
 from .tasks import PER_TASK, TASKS, Prompt, prompts_for
 
 FIGURES = "evaluation.json"
+FRECHET = "Fréchet distance to scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +65,44 @@ def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
     prompts = prompts_for(model.world["objects"], count=plan.prompts)
     figures = {"model": model.config.name, **circumstances(), "settings": asdict(plan),
                "judge on unseen scenes": (known_figures() or {}).get("unseen scenes"), "columns": {}, "pictures": {}}
-    columns = []
+    columns, features, sees = [], {}, sees_pictures(model)
     for title, judged, kept in passes(model, plan, prompts, judge):
         judged = list(watch(judged, total=plan.pictures, desc=title))
         columns.append(column(title, judged, model.clip))
         figures["columns"][title] = told(columns[-1], plan.prompts)
+        if sees:
+            features[title] = vision_features(model.clip, [one.image for one in judged])
         if kept:
             figures["pictures"][title] = results(judged)
         write(out, figures, worst(judged) if kept else [], title)
-    return table(columns)
+    if not sees or plan.pictures < 2:
+        return table(columns)
+    figures[FRECHET] = distances(features, floor_of(model, plan, prompts))
+    write(out, figures, [], "")
+    return table(columns) + "\n" + frechet_lines(figures[FRECHET], columns)
+
+
+def sees_pictures(model) -> bool:
+    """Whether the model has a vision tower that sees its pictures, and the scenes, at their size."""
+    return model.clip is not None and model.clip.vision_model.config.image_size == model.config.image_size == SIDE
+
+
+def floor_of(model, plan: Plan, prompts: Sequence[Prompt]) -> Tensor:
+    """Features of other scenes of the same prompts, as many."""
+    return vision_features(model.clip, [scene_for(prompt, plan.seeds + seed).image for prompt in prompts
+                                        for seed in range(plan.seeds)])
+
+
+def distances(features: dict[str, Tensor], others: Tensor) -> dict[str, float]:
+    """Fréchet distances of all columns to the real scenes, by title; "floor": of other scenes, as many, to these."""
+    real = features.pop("scenes")
+    return {title: frechet_distance(some, real) for title, some in features.items()} | {
+        "floor": frechet_distance(others, real)}
+
+
+def frechet_lines(found: dict[str, float], columns: Sequence[Column]) -> str:
+    return line("Fréchet distance", [figure(found.get(one.title)) for one in columns]) + (
+        f"\nOf the towers' features, to the scenes; of as many other scenes of the same prompts: {found['floor']:.3f}")
 
 
 def passes(model, plan: Plan, prompts: Sequence[Prompt], judge: Judge) -> Iterator[tuple[str, Iterator[Judged], bool]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Parts, save_folder
-from ..checkpoint.shipped import SHIPPED
+from ..checkpoint.shipped import SHIPPED, remove_old_evaluation
 from ..clip import CLIP
 from ..config import ModelConfig
 from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
@@ -130,6 +130,7 @@ def ship(config: ModelConfig, run: Path, out: Path | None = None, *, world: Worl
     prompts = fixed_prompts(count, world)
     parts, figures, images = measure(config, run, prompts, world)
     folder = save_folder(out or SHIPPED / config.name, parts, dtype=torch.float16)
+    remove_old_evaluation(folder)
     if adapters := ship_adapters(config, run, folder):
         figures["on top"] = adapters
         figures["training"] |= {stage: told["training"] for stage, told in adapters.items()}
@@ -173,6 +174,8 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "| size | objects | longer side, pixels | PSNR, dB | SSIM |", "|---|---|---|---|---|",
         *(f"| {size} | {told['objects']} | {told['pixels']:.0f} | {told['PSNR']:.1f} | {told['SSIM']:.3f} |"
           for size, told in figures["autoencoder by size"].items()), "",
+        "How well it follows prompts, task by task, stands in `EVALUATION.md` beside this card, if these weights have",
+        "been measured: `python -m sdlearn evaluate --keep`.", "",
         "## Samples", "",
         "Captions of unseen scenes, one seed each, none left out: DDIM, 25 steps, guidance 3.", "",
         "![pictures of unseen prompts](samples.png)", "",
