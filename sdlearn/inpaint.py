@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import Grid, NoiseSchedule
+from .schedule import Grid, NoiseSchedule, standard_noise
 
 Denoise = Callable[[Tensor, float], Tensor]
 Sampler = Callable[..., Iterator]           # one of `samplers`
@@ -188,22 +188,15 @@ def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) ->
         for index, (t, t_prev) in enumerate(grid):
             passes = 1 if t_prev is None else times
             for again in reversed(range(passes)):
-                told = blended(denoise, known, mask, _noise(x, generator), schedule)
+                told = blended(denoise, known, mask, standard_noise(x, generator), schedule)
                 step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
                 x = step.x
                 if again:
                     kept = schedule.at(t)[0] / schedule.at(t_prev)[0]       # of the signal, going forward
-                    x = kept * x + math.sqrt(1 - kept**2) * _noise(x, generator)
+                    x = kept * x + math.sqrt(1 - kept**2) * standard_noise(x, generator)
             yield step._replace(index=index)
 
     return sampler
-
-
-def _noise(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Standard noise of x's shape, drawn on the CPU, by one generator or by one for each picture."""
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(x.shape[1:], generator=one) for one in generator]).to(x)
-    return torch.randn(x.shape, generator=generator).to(x)
 
 
 def _same_size(what: str, tensor: Tensor, other: str, wanted: Tensor) -> None:

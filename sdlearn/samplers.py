@@ -25,13 +25,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .schedule import Grid, NoiseSchedule, timesteps
+from .schedule import Generators, Grid, NoiseSchedule, standard_noise, timesteps
 
 Denoise = Callable[[Tensor, float], Tensor]
-Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each picture in it
 
 
 class Step(NamedTuple):
@@ -258,18 +256,10 @@ def grid_for(name: str, schedule: NoiseSchedule, n: int, spacing: str | None = N
 
 
 def gaussian(x: Tensor, std: float, generator: Generators) -> Tensor | float:
-    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0.
-
-    A list holds one generator for each picture of the batch, so that each draws what it would draw alone.
-    """
+    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0."""
     if std == 0:
         return 0.0
-    kind = {"device": "cpu", "dtype": torch.float32}
-    if isinstance(generator, list):
-        noise = torch.stack([torch.randn(x.shape[1:], generator=one, **kind) for one in generator])
-    else:
-        noise = torch.randn(x.shape, generator=generator, **kind)
-    return std * noise.to(device=x.device, dtype=x.dtype)
+    return std * standard_noise(x, generator)
 
 
 def log(value: float) -> float:

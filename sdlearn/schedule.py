@@ -24,6 +24,7 @@ from .config import NoiseConfig
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "linspace_open", "trailing", "karras")
 Grid = list[tuple[float, float | None]]
+Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each picture in it
 
 # Where abar is 0, sigma/alpha is infinite. What needs it finite takes this abar instead, the smallest
 # number that float16 holds, as diffusers does: sigma/alpha = 4096.
@@ -154,6 +155,20 @@ class NoiseSchedule:
         shape = (-1, *[1] * (x.ndim - 1))
         alpha, sigma = (value.to(x.dtype).to(x.device).reshape(shape) for value in self.alpha_sigma(t))
         return alpha, sigma
+
+
+def standard_noise(x: Tensor, generator: Generators = None) -> Tensor:
+    """Noise of variance 1, of x's shape and type and on its device.
+
+    Drawn on the CPU in float32, so that a seed gives the same noise on every machine. A list holds one generator for
+    each picture of the batch, so that each draws what it would draw alone. A GPU is not waited for.
+    """
+    kind = {"device": "cpu", "dtype": torch.float32}
+    if isinstance(generator, list):
+        noise = torch.stack([torch.randn(x.shape[1:], generator=one, **kind) for one in generator])
+    else:
+        noise = torch.randn(x.shape, generator=generator, **kind)
+    return noise.to(device=x.device, dtype=x.dtype, non_blocking=x.is_cuda)
 
 
 def betas(config: NoiseConfig) -> Tensor:
