@@ -171,7 +171,21 @@ def test_several_names_go_in_and_come_back_together():
     def merge_heads(x):
         raise NotImplementedError
     assert check("heads", own[0], merge_heads) == (split, merge)
-    assert check.run("heads", own[0], merge_heads).message == "merge_heads is not written yet."
+    half = check.run("heads", own[0], merge_heads)
+    assert (half.status, half.passed, half.message) == ("wrong", 2, "merge_heads is not written yet.")
+
+
+def test_of_several_names_it_is_told_which_is_not_written(capsys):
+    class Upsample:
+        def __init__(self, channels):
+            raise NotImplementedError
+    down = find("resample").solutions[0]
+    assert check.run("resample", down, Upsample).message == "Upsample is not written yet."
+
+    def split_heads(x, heads):
+        raise NotImplementedError
+    check("heads", split_heads, RIGHT["heads"][0][1])
+    assert "own. split_heads is not written yet. 4 tests are waiting." in capsys.readouterr().out
 
 
 def test_the_packages_own_is_not_taken_for_a_learners(capsys):
@@ -537,6 +551,7 @@ def test_differences(got, expected, said):
 @pytest.mark.parametrize("change, said", [
     (lambda x: -x, "the negative"), (lambda x: 2.5 * x, "2.5 times"), (lambda x: x.mT, "axes 0 and 1 are swapped"),
     (lambda x: x.reshape(2, 6), "in another shape"), (lambda x: x + 1, None), (lambda x: x.flip(0), None),
+    (lambda x: x.double(), None),
 ])
 def test_resemblances(change, said):
     x = randn(3, 4)

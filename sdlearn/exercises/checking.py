@@ -164,8 +164,9 @@ def card(exercise: Exercise, result: Result, told: str = "") -> Card:
     beyond = exercise.beyond if result.right else ""
     match result.status:
         case "unwritten":
-            badge, said = "not written yet", f"The course goes on with its own. {waiting}"
-            plain = f"{title}: {WAITING} {waiting}"
+            which = f"{result.message} " if result.message else ""          # of several, some are written
+            badge, said = "not written yet", f"{which}The course goes on with its own. {waiting}"
+            plain = f"{title}: {WAITING} {which}{waiting}"
         case "right":
             badge, said = f"right, {result.passed} of {result.of}", "The course goes on with yours."
             plain = f"{title}: right, {result.passed} of {result.of}."

@@ -160,8 +160,9 @@ def verdict(exercise: Exercise, answers: tuple[Callable, ...], index: int) -> di
     except Wrong as wrong:
         return told | {"said": str(wrong), "place": wrong.place}
     except NotImplementedError as error:
-        names = [one.name for one in traceback.extract_tb(error.__traceback__)]
-        return told | {"said": f"{names[-1]} is not written yet.", "written": False}
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        name = frame.f_code.co_qualname.rpartition("<locals>.")[2].removesuffix(".__init__")
+        return told | {"said": f"{name} is not written yet.", "written": False}
     except BaseException as error:      # exit() and a KeyboardInterrupt of the learner's own end here as well
         where = place(error)
         said = raised(error) if where or isinstance(error, MemoryError) else \

@@ -26,8 +26,8 @@ heads = lesson.exercise(
 
 @heads.test("shape")
 def heads_are_an_axis(split_heads, merge_heads):
+    """Of splitting alone, as the next: whoever has not written merge_heads yet is told how split_heads does."""
     split_heads.agrees(lambda split: split(X, HEADS) * 0, what="split_heads' result")
-    merge_heads.agrees(lambda merge: merge(randn(2, 3, 5, 4)) * 0, what="merge_heads' result")
 
 
 @heads.test("value")
@@ -100,7 +100,7 @@ def of_heads(scores, mix=lambda weights, v: weights @ v, *, merge=merge_heads):
 
 @attention.test("shape")
 def as_many_as_queries(attention):
-    require_shape(attention(Q, K, V, HEADS), Q.shape)
+    attention.agrees(lambda answer: answer(Q, K, V, HEADS) * 0)
 
 
 @attention.test("value")
@@ -159,6 +159,8 @@ def one_for_all(q, k, v, heads):
     return attend(q, k, v, 1)
 
 
+attention.mistake("the heads are not put together: (B, H, N, D) goes back to (B, N, C)")(
+    of_heads(lambda q, k: scaled(q, k).softmax(-1), merge=lambda x: x))
 attention.mistake("the heads are put together without swapping tokens and heads back")(
     of_heads(lambda q, k: scaled(q, k).softmax(-1), merge=lambda x: x.reshape(len(x), x.shape[2], -1)))
 
@@ -216,6 +218,12 @@ for diagnosis, mask in [
         return of_heads(lambda q, k: (scaled(q, k) * ones(q.shape[2]).tril()).softmax(-1))(q, k, v, heads)
     causal.mistake(diagnosis)(answer)
 
+causal.mistake("0 times infinity is no number: write minus infinity where a token may not look, 0 where it may")(
+    lambda q, k, v, heads: attend(q, k, v, heads, ones(q.shape[1]).tril().float() * -torch.inf))
+causal.mistake("0 times infinity is no number: write minus infinity where a token may not look, 0 where it may")(
+    lambda q, k, v, heads: attend(q, k, v, heads, ones(q.shape[1]).triu(1).float() * -torch.inf))
+causal.mistake("the heads are not split: this is one head of all channels")(
+    lambda q, k, v, heads: causal_attention(q, k, v, 1))
 causal.mistake("a token must see itself too: keep the diagonal")(    # by hand, the first token's row is NaN
     of_heads(lambda q, k: scaled(q, k).masked_fill(~ones(q.shape[2]).tril(-1), -torch.inf).softmax(-1)))
 causal.mistake("the mask comes after the softmax: then a row no longer sums to 1")(

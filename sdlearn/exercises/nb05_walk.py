@@ -111,16 +111,16 @@ def read_elsewhere(up_inputs):
     up_inputs.agrees(lambda answer: [list(level) for level in answer(FLAT)], what="With a single level, the list")
 
 
-def upwards(config, *, take=-1, layers=1, with_skip=True, stays=False, early=False):
+def upwards(config, *, take=-1, layers=1, with_skip=True, stays=False, early=False, grows=False):
     made, below, found = skip_channels(config), config.channels[-1], []
     for width in reversed(config.channels):
         below = width if early else below
         level = []
         for _ in range(config.layers_per_block + layers):
             level.append(below + (made.pop(take) if with_skip else 0))
-            below = below if stays else width
+            below = level[-1] if grows else below if stays else width
         found.append(level)
-        below = width
+        below = below if grows else width
     return found
 
 
@@ -131,6 +131,7 @@ for diagnosis, switches in [
     ("only the first ResBlock of a level reads what comes from below: the next reads what the first made",
      {"stays": True}),
     ("the first ResBlock of a level reads what comes from below, as wide as the level below", {"early": True}),
+    ("what goes on is what a ResBlock makes, as wide as its level, not what it reads", {"grows": True}),
 ]:
     inputs.mistake(diagnosis)(lambda config, switches=switches: upwards(config, **switches))
 
@@ -181,8 +182,8 @@ def went_up(decode, features=None) -> Tensor:
 
 @walk.test("shape")
 def maps_and_their_shapes(encode, decode):
+    """Of encode alone, as the next: whoever has not written decode yet is told how encode does."""
     encode.agrees(lambda answer: [0 * one for one in went_down(answer)], what="encode's result")
-    decode.agrees(lambda answer: 0 * went_up(answer), what="decode's result")
 
 
 @walk.test("value")
@@ -232,7 +233,7 @@ def from_the_start(unet, x, temb, context):
     return [*features, unet.mid_block(features[-1], temb, context)]
 
 
-def upward(*, order=slice(None, None, -1), from_front=False, sized=True, end=F.silu, norm=True):
+def upward(*, order=slice(None, None, -1), from_front=False, sized=True, own=False, end=F.silu, norm=True):
     def answer(unet, features, temb, context):
         *left, h = features
         for block in unet.up_blocks:
@@ -241,7 +242,7 @@ def upward(*, order=slice(None, None, -1), from_front=False, sized=True, end=F.s
                 mine, left = left[:count], left[count:]
             else:
                 mine, left = left[-count:], left[:-count]
-            size = (left[-1] if left else features[0]).shape[2:] if sized else None
+            size = (left[-1] if left and not own else mine[-1]).shape[2:] if sized else None
             h = block(h, mine[order], temb, context, size)
         return unet.conv_out(end(unet.conv_norm_out(h) if norm else h))
     return answer
@@ -250,8 +251,11 @@ def upward(*, order=slice(None, None, -1), from_front=False, sized=True, end=F.s
 for diagnosis, switches in [
     ("the skips of a block are read in the order in which they were made: the last made comes first",
      {"order": slice(None)}),
-    ("the skips that were made first are read first: take them from the end of the list",
+    # Both of these meet a map of another size, and PyTorch says the same of them.
+    ("are the skips taken from the end of the list, and is `size` that of the last skip that is left behind them?",
      {"from_front": True, "order": slice(None)}),
+    ("are the skips taken from the end of the list, and is `size` that of the last skip that is left behind them?",
+     {"own": True}),
     ("no size is told to the block: half of 7 rows is 4, and twice 4 is 8", {"sized": False}),
     ("SiLU before conv_out is missing", {"end": lambda x: x}),
     ("the norm before conv_out is missing", {"norm": False}),

@@ -83,6 +83,8 @@ for diagnosis, line in [
     ("it goes towards n: what must be taken away?", lambda u, c, n, w, v: u + w * (c - u) + v * (n - u)),
     ("the way to n starts at c here: let it start at u", lambda u, c, n, w, v: u + w * (c - u) - v * (n - c)),
     ("n is taken away whole: only the way from u to n must be", lambda u, c, n, w, v: u + w * (c - u) - v * n),
+    ("the push starts at n and goes to c: it goes from u, away from n",
+     lambda u, c, n, w, v: u + w * (c - u) - v * (c - n)),
     ("this is n in the place of u, the usual negative prompt: `away` is not used",
      lambda u, c, n, w, v: n + w * (c - n)),
     ("the push has w as a factor, too: `away` is a strength of its own",
@@ -143,6 +145,9 @@ for diagnosis, parts in [
     ("the deviation of an output of zeros is 0: what is divided by it is not a number", {"tiny": 0.0}),
     ("one deviation serves the whole batch: each latent has its own", {"dims": (0, 1, 2, 3)}),
     ("each channel is rescaled by itself, which shifts colours: one factor for each latent", {"dims": (2, 3)}),
+    ("phi is taken as a power of the factor: mix the two outputs, phi of the one and 1 - phi of the other",
+     {"mixed": lambda out, full, phi: out * (full.std((1, 2, 3), keepdim=True) / out.std(
+         (1, 2, 3), keepdim=True).clamp(min=1e-30)) ** phi}),
     ("the factor is upside down: the deviation wanted, over the one that is there",
      {"factor": lambda wanted, there: there / wanted}),
     ("the factor is a ratio of variances: take their roots, the deviations",

@@ -1,6 +1,5 @@
 """Exercises of notebook 06, its second part: one batch for both halves, and the denoiser that samplers take."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +27,8 @@ class Network:
                                         "text for each latent")
         self.batches.append(len(x))
         heard = context.mean(dim=1)[:, :4, None, None]
-        return torch.tanh(x * heard + math.sin(t / 100)) + heard
+        time = torch.as_tensor(t, dtype=torch.float32).reshape(-1, 1, 1, 1)         # one for all, or one each
+        return torch.tanh(x * heard + torch.sin(time / 100)) + heard
 
 
 # --- 6.2 ----------------------------------------------------------------------------------------------
@@ -65,7 +65,8 @@ def one_run(both_halves):
     both_halves(network, X, 500.0, texts())
     require(len(network.batches) == 1, f"It runs the network {len(network.batches)} times where once will do, on a "
                                        "batch of twice the size")
-    both_halves.agrees(lambda answer: list(answer(Network(), X[:1], 20.0, texts()[1:3])), what="With a batch of 1")
+    both_halves.agrees(lambda answer: list(answer(Network(), X[:1], 20.0, texts()[1:3])),
+                       what="With a batch of 1, the result")
 
 
 @both_halves.mistake("u and c have changed places: the texts come as [u; c]")
@@ -82,6 +83,11 @@ def side_by_side(unet, x, t, texts):
 def dealt_out(unet, x, t, texts):
     output = unet(torch.cat([x, x]), t, texts)
     return output[::2], output[1::2]
+
+
+@both_halves.mistake("split(2) makes pieces of 2 each: `chunk(2)` makes two pieces")
+def in_pieces_of_two(unet, x, t, texts):
+    return unet(torch.cat([x, x]), t, texts).split(2)
 
 
 @both_halves.mistake("it is cut along the channels: cut along the batch, axis 0")

@@ -89,6 +89,7 @@ for words, answer in [
     ("divided after the softmax", attention_by(lambda s, d, h: s.softmax(-1) / d**0.5)),
     ("exp overflows", attention_by(bare_exp)),
     ("the heads are not split", lambda q, k, v, heads: F.scaled_dot_product_attention(q, k, v)),
+    ("goes back to (B, N, C)", attention_by(lambda s, d, h: (s / d**0.5).softmax(-1), merge="b h n d -> b h n d")),
     ("swapping tokens and heads back", lambda q, k, v, heads: F.scaled_dot_product_attention(
         *(rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))).contiguous().view(q.shape)),
 ]:
@@ -143,8 +144,15 @@ for words, weights in [
     ("set to 0", lambda s, ones: s.masked_fill(~ones.tril(), 0).softmax(-1)),
     ("after the softmax", lambda s, ones: s.softmax(-1).masked_fill(~ones.tril(), 0)),
     ("zeros and ones are added", lambda s, ones: (s + ones.tril().float()).softmax(-1)),
+    ("0 times infinity", lambda s, ones: (s + ones.triu(1) * -torch.inf).softmax(-1)),
+    ("0 times infinity", lambda s, ones: (s - ones.tril() * torch.inf).softmax(-1)),
 ]:
     wrong("causal_attention", words)(causal_by(weights))
+
+
+@wrong("causal_attention", "the heads are not split")
+def without_heads(q, k, v, heads):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 # --- CrossAttention -----------------------------------------------------------------------------------

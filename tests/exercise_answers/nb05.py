@@ -55,6 +55,7 @@ def sinusoids(half_of=lambda dim: dim // 2, exponent=lambda i, half: -i / half, 
 
 for words, answer in [
     ("the sines come first", sinusoids(order=("sin", "cos"))),
+    ("of the first DDPM", sinusoids(exponent=lambda i, half: -i / max(half - 1, 1), order=("sin", "cos"))),
     ("divided by dim/2 - 1", sinusoids(exponent=lambda i, half: -i / max(half - 1, 1))),
     ("divide by dim/2", sinusoids(exponent=lambda i, half: -i / (2 * half))),
     ("the exponent is negative", sinusoids(exponent=lambda i, half: i / half)),
@@ -150,6 +151,13 @@ class Late(Block):
 class Plain(Block):
     def skip(self, x):
         return 0
+
+
+@wrong("unet_resblock", "there the input is added as it is")
+class AlwaysConvolved(Block):
+    def __init__(self, inputs, outputs, embed_dim, groups=32):
+        super().__init__(inputs, outputs, embed_dim, groups)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
 
 @wrong("unet_resblock", "in the U-Net's ResBlocks it is 1e-5")
@@ -354,6 +362,18 @@ for words, answer in [
     wrong("up_inputs", words)(answer)
 
 
+@wrong("up_inputs", "not what it reads")
+def growing(config):
+    made, below, found = made_by(config), config.channels[-1], []
+    for _ in config.channels:
+        level = []
+        for _ in range(config.layers_per_block + 1):
+            below += made.pop()
+            level.append(below)
+        found.append(level)
+    return found
+
+
 # --- walk ---------------------------------------------------------------------------------------------
 
 @right("walk", of="encode")
@@ -441,13 +461,22 @@ def going_up(pick, end=lambda unet, h: unet.conv_out(F.silu(unet.conv_norm_out(h
     return answer
 
 
+@wrong("walk", "is `size` that of the last skip that is left", of="decode")
+def as_large_as_its_own(unet, features, temb, context):
+    *stack, h = features
+    for block in unet.up_blocks:
+        mine = [stack.pop() for _ in block.resnets]
+        h = block(h, mine, temb, context, h.shape[2:])
+    return unet.conv_out(F.silu(unet.conv_norm_out(h)))
+
+
 def last_first(stack, count):
     return stack[:-count - 1:-1], stack[:-count]
 
 
 for words, answer in [
     ("the last made comes first", going_up(lambda stack, count: (stack[-count:], stack[:-count]))),
-    ("take them from the end", going_up(lambda stack, count: (stack[:count], stack[count:]))),
+    ("taken from the end", going_up(lambda stack, count: (stack[:count], stack[count:]))),
     ("half of 7 rows is 4", going_up(last_first, sized=False)),
     ("SiLU before conv_out", going_up(last_first, lambda unet, h: unet.conv_out(unet.conv_norm_out(h)))),
     ("the norm before conv_out", going_up(last_first, lambda unet, h: unet.conv_out(F.silu(h)))),

@@ -86,6 +86,17 @@ def in_turn(unet, x, t, texts):
     return out[0::2], out[1::2]
 
 
+@wrong("both_halves", "makes pieces of 2 each")
+def in_twos(unet, x, t, texts):
+    return unet(x.repeat(2, 1, 1, 1), t, texts).split(2)
+
+
+@right("both_halves")
+def with_a_timestep_for_each(unet, x, t, texts):
+    u, c = unet(torch.cat([x, x]), torch.full((len(texts),), t), texts).chunk(2)
+    return u, c
+
+
 @wrong("both_halves", "cut along the channels")
 def wrong_axis(unet, x, t, texts):
     return torch.chunk(unet(torch.cat([x, x]), t, texts), 2, 1)
@@ -116,6 +127,7 @@ def after_guided(uncond, cond, negative, scale, away):
 for words, answer in [
     ("it goes towards n", lambda u, c, n, w, v: guidance.guided(u, c, w) + v * (n - u)),
     ("starts at c here", lambda u, c, n, w, v: u + w * (c - u) + v * (c - n)),
+    ("from u, away from n", lambda u, c, n, w, v: guidance.guided(u, c, w) + v * (n - c)),
     ("n is taken away whole", lambda u, c, n, w, v: guidance.guided(u, c, w) - v * n),
     ("`away` is not used", lambda u, c, n, w, v: guidance.guided(n, c, w)),
     ("a strength of its own", lambda u, c, n, w, v: guidance.guided(u, c - v * (n - u), w)),
@@ -152,6 +164,7 @@ for words, answer in [
     ("a ratio of variances",
      lambda out, cond, phi: out * (1 - phi + phi * cond.var((1, 2, 3), keepdim=True)
                                    / out.var((1, 2, 3), keepdim=True).clamp(min=1e-9))),
+    ("a power of the factor", lambda out, cond, phi: out * (of(cond) / of(out).clamp(min=1e-9)) ** phi),
     ("have changed places", lambda out, cond, phi: phi * out + (1 - phi) * out * of(cond) / of(out).clamp(min=1e-9)),
     ("whatever phi is", lambda out, cond, phi: out * of(cond) / of(out).clamp(min=1e-9)),
     ("not rescaled is missing", lambda out, cond, phi: phi * out * of(cond) / of(out).clamp(min=1e-9)),
