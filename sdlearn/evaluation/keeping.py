@@ -44,8 +44,8 @@ def page(figures: dict) -> str:
         {settings['prompts']} prompts of each task, {settings['seeds']} seeds each, {settings['steps']} steps of
         {settings['sampler']}. Percent of pictures that the judge finds right, with the standard error; w is the
         guidance scale. `scenes` are real scenes of the same prompts, so they tell the judge's own errors; `ceiling` is
-        what is left of them after the autoencoder. The Fréchet distance is one of the towers' features to those of the scenes;
-        its floor is that of as many other scenes."""
+        what is left of them after the autoencoder. The Fréchet distance is one of the towers' features to those of the
+        scenes; its floor is that of as many other scenes."""
     table = [["", *columns], ["---"] * (len(columns) + 1), *rows]
     told = textwrap.fill(" ".join(told.split()), 118)
     return "\n".join((f"# How well `{figures['model']}` follows prompts", "", told, "",
