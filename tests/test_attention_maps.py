@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdlearn.attention import heat_maps, record_attention
 from sdlearn.config import PRESETS
-from sdlearn.explore.attention_levels import count_flops, text_levels, where_it_reads
+from sdlearn.explore.attention_levels import changed, count_flops, text_levels, where_it_reads
 from sdlearn.explore.attention_maps import (
     ALL,
     MOST,
@@ -19,6 +19,7 @@ from sdlearn.explore.attention_maps import (
     bars,
     by_place,
     cells_asking,
+    finest,
     overlay,
     picture_rows,
     places,
@@ -51,6 +52,25 @@ def inside(drawing):
     box = drawing.get_tightbbox()          # in inches
     width, height = drawing.get_size_inches()
     return -0.01 <= box.x0 and -0.01 <= box.y0 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
+
+
+# --- layers ----------------------------------------------------------------------------------------
+
+def test_modules_are_called_with_other_inputs_inside_and_with_their_own_behind():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Bilinear(3, 3, 2)
+    x = torch.ones(1, 3)
+    with changed([one], lambda x: 2 * x):
+        assert torch.equal(one(x), torch.nn.functional.linear(2 * x, one.weight, one.bias))
+    with changed([other], lambda a, b: (b, a)):
+        assert torch.equal(other(x, 2 * x), torch.nn.functional.bilinear(2 * x, x, other.weight, other.bias))
+    with pytest.raises(RuntimeError), changed([one], lambda x: x[:, :2]):
+        one(x)
+    assert torch.equal(one(x), torch.nn.functional.linear(x, one.weight, one.bias))
+
+
+def test_the_finest_maps_have_the_most_cells():
+    maps = {name: torch.zeros(1, 2, cells, 5) for name, cells in (("a", 4), ("b", 16), ("c", 16))}
+    assert list(finest(maps)) == ["b", "c"]
 
 
 # --- places -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlearn.config import NoiseConfig
-from sdlearn.explore.curves import Panel, curves, density
+from sdlearn.explore.curves import Panel, curves, density, over
 from sdlearn.explore.plane import Plane, SamplerExplorer, lattice, planes, sliced_distance
 from sdlearn.samplers import SAMPLERS, grid_for
 from sdlearn.schedule import NoiseSchedule
@@ -32,6 +32,10 @@ def test_curves_hold_the_lines_of_each_panel():
     assert first.lines[0].get_marker() == "o" and second.lines[0].get_marker() == "None"
     assert first.lines[1].get_linestyle() == "--" and first.get_legend() and not second.get_legend()
     assert drawing.png().startswith(b"\x89PNG") and drawing.title == "Both"
+
+
+def test_lines_over_the_same_places_share_their_xs():
+    assert over((1, 2), {"a": [3, 4], "b": [5, 6]}) == {"a": ((1, 2), [3, 4]), "b": ((1, 2), [5, 6])}
 
 
 def test_a_log_axis_of_few_points_names_them():

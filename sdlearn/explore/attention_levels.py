@@ -1,11 +1,15 @@
-"""Where a U-Net reads the text: the shapes of q, k, v and of the maps at each of its levels, and what they cost.
+"""Where a U-Net reads the text: the shapes of q, k, v and of the maps at each of its levels, and what they cost; and
+its layers, given something else to read.
 
-Everything is read off a config. Lengths are in pixels of the screen.
+Shapes and costs are read off a config. Lengths are in pixels of the screen.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from matplotlib.patches import FancyBboxPatch
+from torch import nn
 
 from ..config import ModelConfig
 from ..costs import layer_flops
@@ -59,6 +63,15 @@ def count_flops(config: ModelConfig) -> tuple[int, dict[str, int]]:
     maps = {name: sum(count for kind, count in kinds.items() if "bmm" in kind or "attention" in kind)
             for name, kinds in counts.items() if name.endswith(("attn1", "attn2"))}
     return sum(counts[""].values()), maps
+
+
+@contextmanager
+def changed(modules: Iterable[nn.Module], inputs: Callable) -> Iterator[None]:
+    """Inside, each of the modules is called with what `inputs` makes of its arguments: a tensor, or a tuple of all."""
+    with ExitStack() as stack:
+        for one in modules:
+            stack.enter_context(one.register_forward_pre_hook(lambda _, given: inputs(*given)))
+        yield
 
 
 def where_it_reads(config: ModelConfig) -> Drawing:

@@ -46,6 +46,12 @@ def by_place(weights: Tensor, names: Sequence[str], dim: int = -1) -> Tensor:
     return torch.cat([weights.narrow(dim, 0, own), padding], dim)
 
 
+def finest(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of maps (B, H, N, M) by layer, those with the most cells N."""
+    most = max(one.shape[2] for one in maps.values())
+    return {name: one for name, one in maps.items() if one.shape[2] == most}
+
+
 def short_name(layer: str) -> str:
     """"up 1.0" for the first transformer of up_blocks.1, "mid" for that of the middle."""
     block, _, number = layer.partition("_block")

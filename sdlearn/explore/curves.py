@@ -40,6 +40,11 @@ def curves(*panels: Panel, title: str, height: float = 320) -> Drawing:
     return drawing
 
 
+def over(xs: Sequence, lines: Mapping[str, Sequence]) -> dict[str, tuple[Sequence, Sequence]]:
+    """Lines of a panel that share their xs, by name."""
+    return {name: (xs, ys) for name, ys in lines.items()}
+
+
 def density(values: Sequence, low: float, high: float, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """A histogram as a line: the middles of `bins` equal parts of low...high, and the density in each, (bins,) both."""
     heights, edges = np.histogram(np.asarray(values).ravel(), bins=bins, range=(low, high), density=True)
