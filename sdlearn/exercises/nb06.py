@@ -9,7 +9,7 @@ from .. import guidance
 from .exercise import Lesson
 from .judge import randn, require, require_shape
 
-lesson = Lesson(6, "guidance")
+lesson = Lesson(6, "Classifier-free guidance")
 
 U, C, N = (randn(3, 4, 5, 6, seed=seed) + shift for seed, shift in ((1, 0.3), (2, -0.5), (3, 0.8)))
 
