@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlearn.config import NoiseConfig
-from sdlearn.explore.curves import Panel, curves, density, over
+from sdlearn.explore.curves import Panel, curves, density, over, running_mean
 from sdlearn.explore.plane import Plane, SamplerExplorer, lattice, planes, sliced_distance
 from sdlearn.samplers import SAMPLERS, grid_for
 from sdlearn.schedule import NoiseSchedule
@@ -36,6 +36,10 @@ def test_curves_hold_the_lines_of_each_panel():
 
 def test_lines_over_the_same_places_share_their_xs():
     assert over((1, 2), {"a": [3, 4], "b": [5, 6]}) == {"a": ((1, 2), [3, 4]), "b": ((1, 2), [5, 6])}
+
+
+def test_a_running_mean_is_of_as_many_values_as_it_says():
+    assert running_mean([1, 2, 6, 0], 2) == pytest.approx([1.5, 4, 3])
 
 
 def test_a_log_axis_of_few_points_names_them():

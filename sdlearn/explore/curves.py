@@ -45,6 +45,11 @@ def over(xs: Sequence, lines: Mapping[str, Sequence]) -> dict[str, tuple[Sequenc
     return {name: (xs, ys) for name, ys in lines.items()}
 
 
+def running_mean(values: Sequence[float], count: int) -> list[float]:
+    """The mean of each `count` values in a row; the first of them ends at the value number `count`."""
+    return np.convolve(np.asarray(values, float), np.full(count, 1 / count), mode="valid").tolist()
+
+
 def density(values: Sequence, low: float, high: float, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """A histogram as a line: the middles of `bins` equal parts of low...high, and the density in each, (bins,) both."""
     heights, edges = np.histogram(np.asarray(values).ravel(), bins=bins, range=(low, high), density=True)
