@@ -71,6 +71,10 @@ for diagnosis, answer in [
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.mean(dim=(1, 2, 3)).square())),
     ("the mean runs over the batch as well: give one number for each picture",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().mean())),
+    ("this is one number for the whole batch: give a tensor with one for each picture",
+     of_errors(lambda e: 10 * math.log10(4 / e), lambda off: off.square().mean())),
+    ("the mean runs over the colours alone: it runs over rows and columns as well",
+     of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().mean(dim=1))),
 ]:
     decibels.mistake(diagnosis)(answer)
 
@@ -164,7 +168,7 @@ for diagnosis, answer in [
         lambda m, lv, n: m + (0.5 * lv).exp() * n, lambda shape, generator: torch.randn((), generator=generator))),
     ("the noise does not come from the generator that was given", lambda posterior, generator=None:
      posterior.mean + posterior.std * torch.randn(posterior.mean.shape)),
-    ("no gradient reaches the two: drawing from the Gaussian is no function of its mean and its logvar",
+    ("no gradient reaches the two: what is drawn from the Gaussian is no function of its mean and its logvar",
      lambda posterior, generator=None: Gaussian(posterior.mean, posterior.logvar).sample(generator).detach()
      .requires_grad_()),
 ]:
@@ -229,6 +233,12 @@ for diagnosis, answer in [
     ("the - 1 is missing: the divergence of the standard normal from itself is 0",
      of_terms(lambda m, lv: 0.5 * (m.square() + lv.exp() - lv))),
     ("the mean counts by its square", of_terms(lambda m, lv: 0.5 * (m + lv.exp() - 1 - lv))),
+    ("exp(logvar) has the wrong sign: the mean under q of z² is mean² + variance",
+     of_terms(lambda m, lv: 0.5 * (m.square() - lv.exp() - 1 - lv))),
+    ("the variance is missing: a posterior that is too wide must cost something as well",
+     of_terms(lambda m, lv: 0.5 * (m.square() - lv))),
+    ("the standard deviation stands for the variance, in both places: logvar is the logarithm of the variance",
+     of_terms(lambda m, lv: 0.5 * (m.square() + (lv / 2).exp() - 1 - lv / 2))),
     ("the mean is missing: a posterior far from zero must cost something",
      of_terms(lambda m, lv: 0.5 * (lv.exp() - 1 - lv))),
     ("exp(logvar / 2) is the standard deviation where the variance must stand",

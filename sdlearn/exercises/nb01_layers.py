@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..vae import Downsample, ResBlock
-from .judge import randn, require, require_shape, with_weights
+from .judge import randn, require, with_weights
 from .nb01 import lesson
 
 # --- 1.2 ----------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ ONES, ZEROS = torch.ones(6), torch.zeros(6)
 
 @norm.test("shape")
 def keeps_the_shape(group_norm):
-    require_shape(group_norm(X, 3, WEIGHT, BIAS), X.shape)
+    group_norm.agrees(lambda answer: 0 * answer(X, 3, WEIGHT, BIAS))
 
 
 @norm.test("value")
@@ -97,6 +97,8 @@ def rows_of(x, groups):
 for diagnosis, answer in [
     ("the groups share one mean: this is one group of all channels",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, 1), eps=eps), w, b)),
+    ("all numbers share one mean: those of a group in a picture have their own", lambda x, g, w, b, eps=1e-6: scaled(
+        normalised(x, x.reshape(1, 1, -1), eps=eps), w, b)),
     ("each channel has a mean of its own: this is instance normalisation",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, x.flatten(2), eps=eps), w, b)),
     ("the pictures of the batch share mean and variance: each has its own",
@@ -115,6 +117,10 @@ for diagnosis, answer in [
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, root=False), w, b)),
     ("the mean is not taken away: this is RMS normalisation",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, centred=False), w, b)),
+    ("weight and bias line up with the last axis, the columns: give them the shape (C, 1, 1)",
+     lambda x, g, w, b, eps=1e-6: normalised(x, rows_of(x, g), eps=eps) * w + b),
+    ("mean and variance have lost the axis that they run over: `keepdim=True` keeps it, so that they line up",
+     lambda x, g, w, b, eps=1e-6: rows_of(x, g) - rows_of(x, g).mean(dim=2)),
     ("weight and bias are not used", lambda x, g, w, b, eps=1e-6: normalised(x, rows_of(x, g), eps=eps)),
     ("the bias is not used", lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps), w, 0 * b)),
     ("the weight is added, and the bias multiplied",
@@ -210,6 +216,26 @@ class Variant(nn.Module):
 @resblock.mistake("the convolutions do not pad, so the map shrinks and cannot be added to its input")
 class Shrinking(Variant):
     padding = 0
+
+
+@resblock.mistake("`conv_shortcut` is for blocks whose widths differ: elsewhere the input is added as it is")
+class ShortcutAlways(Variant):
+    def __init__(self, inputs, outputs, groups):
+        super().__init__(inputs, outputs, groups)
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+
+@resblock.mistake("the input has not the width of the result: bring it along by `conv_shortcut`")
+class ShortcutUnused(Variant):
+    def forward(self, x):
+        return x + self.both(x)
+
+
+@resblock.mistake("the groups come first: `nn.GroupNorm(groups, channels)`")
+class GroupsLast(Variant):
+    def __init__(self, inputs, outputs, groups):
+        super().__init__(inputs, outputs, groups)
+        self.norm1 = nn.GroupNorm(inputs, groups, eps=1e-6)
 
 
 @resblock.mistake("the input is not added at the end")
@@ -351,6 +377,24 @@ class Repeated(Padded):
 @down.mistake("nothing is padded, so the last row and column have no third neighbour")
 class Unpadded(Padded):
     sides = (0, 0, 0, 0)
+
+
+@down.mistake("only the right is padded: one row below is to be added as well")
+class RightAlone(Padded):
+    sides = (0, 1)
+
+
+@down.mistake("the convolution takes steps of one: give it `stride=2`")
+class StepsOfOne(Padded):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.conv.stride = (1, 1)
+
+
+@down.mistake("the result of the convolution is padded: pad what goes into it")
+class PaddedBehind(Padded):
+    def forward(self, x):
+        return F.pad(self.conv(x), self.sides)
 
 
 @down.mistake("this is padding of one more at both ends: one column at the right and one row below")
