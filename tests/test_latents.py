@@ -15,11 +15,14 @@ from sdlearn.explore.latents import (
     Edit,
     LatentExplorer,
     channel_maps,
+    colour_read,
     enlarged,
+    face_error,
     framed,
     heat,
     kept_bytes,
     latent_sheet,
+    letters_read,
     linear_probe,
     low_pass,
     reach,
@@ -142,6 +145,25 @@ def test_reach_is_the_field_that_convolutions_see():
     assert (middle > 1e-8).nonzero().double().mean(dim=0).tolist() == [8, 8]
     # Cell (4, 3) sees rows 3...5 of the first map, and row i of that 2i - 1 ... 2i + 1 of the picture.
     assert there.amin(dim=0).tolist() == [5, 3] and there.amax(dim=0).tolist() == [11, 9]
+
+
+def test_a_colour_is_read_where_a_norm_leaves_it():
+    assert colour_read(lambda x, *_: x, 1) == pytest.approx(1)
+    assert colour_read(lambda x, *_: x / x.norm(dim=1, keepdim=True), 1) < 0.95            # its strength is gone
+    assert colour_read(lambda x, *_: 0 * x, 1) < 0.01
+
+
+def test_letters_are_read_until_they_are_gone():
+    assert letters_read(lambda pixels: pixels, 8) == 1
+    assert letters_read(lambda pixels: torch.ones_like(pixels), 20) == pytest.approx(1 / 26)
+
+
+def test_the_error_of_a_face_is_of_its_own_pixels():
+    assert face_error(lambda pixels: pixels, "sad face", 40) == 0
+    around = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    around[44:84, 44:84] = False
+    assert face_error(lambda pixels: pixels + around, "sad face", 40) == 0
+    assert face_error(lambda pixels: pixels.mean(dim=(2, 3), keepdim=True) + 0 * pixels, "sad face", 40) > 0.5
 
 
 # --- pictures -----------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from PIL import Image as Pictures
 from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from ..data import SIDE, Scene
+from ..data import BACKGROUNDS, SIDE, Scene
 from ..pictures import psnr, to_images, to_tensor
 from ..vae import VAE, Gaussian
-from .figures import Drawing, _grid, show_images
+from .figures import Drawing, _grid, portrait, show_images
 from .widgets import WithStill
 
 BANDS = 16              # of a spectrum
@@ -103,6 +103,40 @@ def reach(encode: Callable[[Tensor], Gaussian], pixels: Tensor, cell: tuple[int,
         [gradient] = torch.autograd.grad(mean[:, row, column].square().sum(), given)
     seen = gradient.abs().sum(dim=1)[0]                                     # (H, W)
     return (seen / seen.max()).clamp(min=1e-9)
+
+
+def colour_read(norm: Callable, groups: int, channels: int = 16) -> float:
+    """The share of a flat map's colour that a linear map reads off after group normalisation: 1 all of it, 0 nothing.
+
+    norm: `norm(x, groups, weight, bias)`. 512 colours are mixed into the channels; half of them fit the map, the
+    others measure it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    colours = 2 * torch.rand(512, 3, generator=draw) - 1
+    flat = (colours @ torch.randn(3, channels, generator=draw))[..., None, None]            # (512, C, 1, 1)
+    after = norm(flat, groups, torch.ones(channels), torch.zeros(channels))
+    x = F.pad(after[:, :, 0, 0], (0, 1), value=1.0)                                         # (512, C+1)
+    off = x[256:] @ torch.linalg.lstsq(x[:256], colours[:256], driver="gelsd").solution - colours[256:]
+    return max(0.0, 1 - (off.square().mean() / colours.var()).item())
+
+
+def letters_read(through: Callable[[Tensor], Tensor], height: int) -> float:
+    """The share of the 26 letters, each between two n and `height` pixels tall, that are still read right after
+    `through`, which maps pictures (B, 3, H, W) to such. Read right: nearer to its own clean picture than to the other
+    25."""
+    texts = [written(f"n{chr(97 + i)}n", height, 96, 64, place=(47, 30)) for i in range(26)]
+    clean = to_tensor(texts)                                                                # (26, 3, 64, 96)
+    nearest = torch.cdist(through(clean).flatten(1), clean.flatten(1)).argmin(dim=1)
+    return (nearest == torch.arange(26)).double().mean().item()
+
+
+def face_error(through: Callable[[Tensor], Tensor], name: str, size: int) -> float:
+    """The squared error that `through` makes on the pixels of a face of `size` pixels, in the middle of pictures of
+    four colours, as a share of the face's variance."""
+    clean = to_tensor([framed(portrait(name, None, rgb, size)) for rgb in list(BACKGROUNDS.values())[:4]])
+    own = slice((SIDE - size) // 2, (SIDE + size) // 2)
+    there, after = (some[:, :, own, own] for some in (clean, through(clean)))
+    return ((after - there).square().mean() / there.var(dim=(2, 3)).mean()).item()
 
 
 # --- pictures -----------------------------------------------------------------------------------------
