@@ -171,6 +171,8 @@ for diagnosis, answer in [
      rows_at(lambda ids, end: ids.argmax(dim=1))),
     ("every row is read at the places of all rows: index rows and places together",
      lambda hidden, ids, end: hidden[:, first(ids, end)]),
+    ("all end tokens of a row are taken, those of the padding too: take the first alone",
+     lambda hidden, ids, end: hidden[ids == end]),
     ("this is the sum over all end tokens, padding too: take the first alone",
      lambda hidden, ids, end: (hidden * (ids == end)[..., None]).sum(1)),
     ("this is the mean of the words: only the state at the end token is asked for",
@@ -247,10 +249,13 @@ for diagnosis, answer in [
     ("the cosines are not multiplied by the scale", scaled(lambda scale: 1.0)),
     ("the cosines are divided by the scale where they must be multiplied: it is one over the temperature",
      scaled(lambda scale: 1 / scale.exp())),
-    ("the scale must stay at or below 100", scaled(lambda scale: scale.exp())),
+    ("the scale must stay at or below 100: the scale itself, after exp", scaled(lambda scale: scale.exp())),
     ("the losses of the rows are summed: the mean is asked for",
      of_logits(lambda logits, own: (F.cross_entropy(logits, own, reduction="sum")
                                     + F.cross_entropy(logits.T, own, reduction="sum")) / 2)),
+    ("the softmax is taken twice: `F.cross_entropy` has it in it, and wants the logits themselves",
+     of_logits(lambda logits, own: (F.cross_entropy(logits.softmax(1), own)
+                                    + F.cross_entropy(logits.T.softmax(1), own)) / 2)),
     ("this only pulls together what belongs together: the other entries of a row must lose",
      of_logits(lambda logits, own: -logits.diag().mean())),
     ("the softmax of each row is missing: cross-entropy, not the sigmoid of each entry",

@@ -86,6 +86,11 @@ def past_the_end(symbols, pair):
     return merged
 
 
+@joined.mistake("no pair is found: a slice of a list is a list, and a list never equals a tuple")
+def never_equal(symbols, pair):
+    return symbols
+
+
 @joined.mistake("the text is searched, not the symbols: `ca n` is not the pair (a, n)")
 def by_replacing(symbols, pair):
     return " ".join(symbols).replace(" ".join(pair), "".join(pair)).split()
@@ -153,7 +158,7 @@ def until_none_is_left(learn_merges):
     learn_merges.agrees(lambda answer: first_merges(answer, words, 9), what="Of a, ab and é, the list")
 
 
-def learner(count=None, spell=to_symbols, choose=None, again=True):
+def learner(count=None, spell=to_symbols, choose=None, again=True, join=merge):
     """A `learn_merges` with another way to count a word's pairs, to spell it, or to choose among the pairs."""
     count = count or (lambda symbols, times: Counter(list(pairwise(symbols)) * times))
     choose = choose or (lambda counts: min(counts, key=lambda pair: (-counts[pair], pair)))
@@ -170,7 +175,7 @@ def learner(count=None, spell=to_symbols, choose=None, again=True):
                 return
             best = choose(counts)
             yield best
-            texts = [(merge(symbols, best), times) for symbols, times in texts]
+            texts = [(join(symbols, best), times) for symbols, times in texts]
             if not again:
                 del counts[best]
     return learn_merges
@@ -179,6 +184,8 @@ def learner(count=None, spell=to_symbols, choose=None, again=True):
 for diagnosis, answer in [
     ("every word counts once: a pair counts as often as its word occurs",
      learner(count=lambda symbols, times: Counter(pairwise(symbols)))),
+    ("the pair is not merged in the words, so it is found again and again",
+     learner(join=lambda symbols, pair: symbols)),
     ("the pairs are counted once, at the start: count anew after each merge", learner(again=False)),
     ("of pairs that occur equally often this takes the one met first: take the smallest",
      learner(choose=lambda counts: max(counts, key=counts.get))),
@@ -201,8 +208,9 @@ def until_error(choose):
     return endless
 
 
-for chooser in (lambda counts: min(counts, key=counts.get), lambda counts: max(counts.values())):
-    learn.mistake("where no pair is left, it must end: `min` and `max` of nothing raise an error")(until_error(chooser))
+for chooser in (lambda counts: min(counts, key=counts.get), lambda counts: max(counts.values()),
+                lambda counts: counts.most_common(1)[0]):
+    learn.mistake("where no pair is left, it must end: the best of nothing raises an error")(until_error(chooser))
 
 
 # --- 2.3 ----------------------------------------------------------------------------------------------
@@ -230,9 +238,12 @@ CHAIN = [("b", "c"), ("a", "b"), ("c", "d</w>")]            # of "abcd", what is
 
 @encode.test("shape")
 def a_list_of_ids(encode_word):
-    ids = encode_word("cat", RANKS, VOCAB)
-    require(isinstance(ids, list) and all(isinstance(one, int) for one in ids),
-            f"It gives {ids!r} where it must give a list of ids, whole numbers")
+    def ids_of(answer):
+        ids = answer("cat", RANKS, VOCAB)
+        require(isinstance(ids, list) and all(isinstance(one, int) for one in ids),
+                f"It gives {ids!r} where it must give a list of ids, whole numbers")
+        return 0
+    encode_word.agrees(ids_of)
 
 
 @encode.test("value")
@@ -274,6 +285,27 @@ def longest_match(word, ranks, vocab):
         ids.append(vocab[piece])
         rest = rest[len(piece):]
     return ids
+
+
+@encode.mistake("where no known pair is left, the loop must end: `min` of nothing raises an error")
+def without_end(word, ranks, vocab):
+    return min([pair for pair in [] if pair in ranks], key=ranks.get)
+
+
+@encode.mistake("not every pair was learnt, and one that was not has no rank: look only at those in `ranks`")
+def every_pair_ranked(word, ranks, vocab):
+    symbols = to_symbols(word)
+    while len(symbols) > 1:
+        symbols = merge(symbols, min(pairwise(symbols), key=lambda pair: ranks[pair]))
+    return [vocab[symbol] for symbol in symbols]
+
+
+@encode.mistake("pairs that were never learnt are merged too: stop where no known pair is left")
+def all_merged(word, ranks, vocab):
+    symbols = to_symbols(word)
+    while len(symbols) > 1:
+        symbols = merge(symbols, min(pairwise(symbols), key=lambda pair: ranks.get(pair, len(ranks))))
+    return [vocab[symbol] for symbol in symbols]
 
 
 for diagnosis, answer in [
