@@ -130,6 +130,16 @@ class ControlNet(Encoder):
                              f"are multiples of {factor}")
 
 
+def zero_conv_gradients(weight: Tensor, x: Tensor, behind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of a 1x1 convolution y = W x + b: the gradients of W (C, C), b (C,) and x (B, C, h, w).
+
+    weight: (C, C), outputs by inputs; x: (B, C, h, w); behind: dL/dy, of y's shape. At W = 0 the last is zero,
+    the first two are not: the convolution learns at the first step, and what feeds it from the second on.
+    """
+    return (torch.einsum("bohw,bihw->oi", behind, x), behind.sum(dim=(0, 2, 3)),
+            torch.einsum("oi,bohw->bihw", weight, behind))
+
+
 def guess_scales(n: int) -> list[float]:
     """Guess mode's factors of the n residuals, from 0.1 at the first skip to 1 in the middle, equal in ratio.
 

@@ -17,7 +17,7 @@ from models import one_thread, randomise  # noqa: F401
 from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_control, source
 from sdlearn.checkpoint.control import load_controlnet, save_controlnet
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig, UNetConfig
-from sdlearn.controlnet import Control, ControlNet, check_version, controlled, guess_scales
+from sdlearn.controlnet import Control, ControlNet, check_version, controlled, guess_scales, zero_conv_gradients
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import nine_channels
 from sdlearn.samplers import SAMPLERS, ddim
@@ -263,6 +263,21 @@ def gradients(net, unet, x, context, hint):
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     (unet(x, 300, context, net(x, 300, context, hint)) - target).square().mean().backward()
     return {name: p.grad.abs().max().item() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_gradients_of_a_1x1_convolution_are_autograds(size):
+    generator = torch.Generator().manual_seed(0)
+    x, behind = (torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    conv = torch.nn.Conv2d(5, 5, 1, dtype=torch.float64)
+    with torch.no_grad():
+        conv.weight *= size
+    y = conv(x.requires_grad_())
+    expected = torch.autograd.grad(y, (conv.weight, conv.bias, x), behind)
+    found = zero_conv_gradients(conv.weight.detach()[:, :, 0, 0], x.detach(), behind)
+    for ours, theirs in zip(found, (expected[0][:, :, 0, 0], *expected[1:]), strict=True):
+        assert torch.allclose(ours, theirs)
+    assert (found[2].abs().max() == 0) == (size == 0)
 
 
 def test_zero_convolutions_learn_at_once_and_the_copy_a_step_later():
