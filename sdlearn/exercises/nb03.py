@@ -25,6 +25,14 @@ def with_shares(formula: Callable) -> Callable:
     return answer
 
 
+ONE_NUMBER = "`schedule.at` takes one timestep: for a tensor with one for each latent there is `schedule.alpha_sigma`"
+
+
+def at_one(formula: Callable) -> Callable:
+    """As `with_shares`, with the alpha and sigma of one number t only."""
+    return lambda schedule, a, b, t, *_: formula(a, b, *schedule.at(t))
+
+
 # --- 3.1 ----------------------------------------------------------------------------------------------
 
 add_noise = lesson.exercise(
@@ -94,6 +102,13 @@ def straight(schedule, x0, noise, t):
     return (1 - share) * x0 + share * noise
 
 
+add_noise.mistake(ONE_NUMBER)(at_one(lambda x0, noise, a, s: a * x0 + s * noise))
+add_noise.mistake("alpha and sigma are the roots already: multiply by them as they are")(
+    with_shares(lambda x0, noise, a, s: a**0.5 * x0 + (1 - a)**0.5 * noise))
+add_noise.mistake("the schedule computes in float64: bring alpha and sigma to the dtype of x0")(
+    with_shares(lambda x0, noise, a, s: (a * x0 + s * noise).double()))
+
+
 @add_noise.mistake("alpha and sigma multiply the width, not the batch: reshape them to (B, 1, 1, 1)")
 def along_the_width(schedule, x0, noise, t):
     alpha, sigma = schedule.alpha_sigma(torch.as_tensor(t))
@@ -138,6 +153,7 @@ def targets_at_timesteps_of_their_own(target):
     target.same(V, X0, NOISE, torch.tensor([10, 900]))
 
 
+target.mistake(ONE_NUMBER)(at_one(lambda x0, noise, a, s: a * noise - s * x0))
 target.mistake("this is eps: v also has a share of the picture in it")(with_shares(lambda x0, noise, a, s: noise))
 target.mistake("this is x0: v also has a share of the noise in it")(with_shares(lambda x0, noise, a, s: x0))
 target.mistake("this is x_t itself: v is its derivative by the angle, and cos becomes -sin")(
@@ -229,6 +245,8 @@ for diagnosis, eps, v in [
     ("alpha and sigma have changed places", right_eps, lambda v, x, a, s: s * x - a * v),
 ]:
     to_x0.mistake(diagnosis)(from_either(eps, v))
+to_x0.mistake(ONE_NUMBER)(lambda schedule, output, x, t, prediction: at_one(
+    right_eps if prediction == "epsilon" else right_v)(schedule, output, x, t))
 
 
 # --- 3.4 ----------------------------------------------------------------------------------------------
@@ -299,6 +317,10 @@ for diagnosis, times in [
      lambda N, n: torch.linspace(N - 1, 0, n).tolist()),
     ("the stride is N / n, rounded each time: take N // n once",
      lambda N, n: [round(N / n * i) + 1 for i in range(n)][::-1]),
+    ("the stride is N / n, cut off each time: take N // n once",
+     lambda N, n: [int(N / n * i) + 1 for i in range(n)][::-1]),
+    ("a `range` up to N goes on where n does not divide N: take n multiples of the stride",
+     lambda N, n: list(range(1, N, N // n))[::-1]),
     ("it counts from 1 where it must count from 0: the smallest is 1",
      lambda N, n: [N // n * i for i in range(1, n + 1)][::-1]),
 ]:

@@ -46,12 +46,24 @@ def kept(sampler: Callable) -> list[Tensor]:
 def steps_are_told(sampler: Subject):
     """Common to all samplers, step "shape": as many steps as pairs, with their index, their t and their x0."""
     grid = timesteps(EPS, STEPS)
+    sampler.agrees(lambda answer: 0 * len(walk(answer)))            # errors are told here, with what causes them
     require(len(found := walk(sampler)) == STEPS, f"It yields {len(found)} steps where the grid has {STEPS}")
     told = list(islice(sampler(denoise, START, grid, EPS), LIMIT))
+    require(not torch.equal(told[0][2], START), "The x of the first step is the one that it began with: `yield` after "
+            "the step is made, with the x that it leads to")
     for index, (step, (t, _)) in enumerate(zip(told, grid, strict=True)):
         require(step[0] == index, f"Step {index} says that its index is {step[0]}: it counts from 0")
         require(step[1] == t, f"Step {index} says that its t is {step[1]} where it started from {t}")
         require_shape(step[3], START.shape, "x0 of a step")
+
+
+def x0_is_told(sampler: Subject):
+    """Each Step holds the x0 that was predicted where the step began."""
+    x = START
+    for index, t, after, x0 in islice(sampler(denoise, START, timesteps(EPS, STEPS), EPS), LIMIT):
+        require(torch.allclose(x0, denoise(x, t), atol=1e-4), f"The x0 of step {index} is another one than "
+                "`denoise(x, t)` gave: yield what was predicted where the step began")
+        x = after.detach().clone()
 
 
 def calls(sampler: Callable) -> int:
@@ -129,6 +141,7 @@ def ddpm_at_the_end(ddpm):
 @ddpm.test("edge case")
 def ddpm_looks_once_a_step(ddpm):
     one_call_a_step(ddpm)
+    x0_is_told(ddpm)
 
 
 for diagnosis, parts in [
@@ -139,6 +152,9 @@ for diagnosis, parts in [
      {"std": lambda a, s, ap, sp: math.sqrt(1 - (a / ap) ** 2) if sp else 0.0}),
     ("the noise has all of sigma_prev: then nothing of x is left in x_prev",
      {"std": lambda a, s, ap, sp: sp}),
+    ("k is alpha / alpha_prev where it must be the square of that", {
+        "mean": lambda x, x0, a, s, ap, sp: (ap * (1 - a / ap) * x0 + math.sqrt(a / ap) * sp**2 * x) / s**2,
+        "std": lambda a, s, ap, sp: sp / s * math.sqrt(1 - a / ap)}),
     ("x0 and x have each other's weight in the mean",
      {"mean": lambda x, x0, a, s, ap, sp: (ap * (1 - (a / ap) ** 2) * x + a / ap * sp**2 * x0) / s**2}),
     ("the weight of x has k where it must have its root",
@@ -150,10 +166,28 @@ for diagnosis, parts in [
     ddpm.mistake(diagnosis)(stepping(lambda *values, parts=parts: posterior(*values, **parts)))
 
 
+@ddpm.mistake("the noise does not come from the generator that was given")
+@stepping
+def other_noise(x, x0, a, s, ap, sp, generator):
+    return posterior(x, x0, a, s, ap, sp)
+
+
 # --- 3.6 and 3.7 --------------------------------------------------------------------------------------
 
-def deterministic(exercise):
-    """Tests and mistakes of DDIM and Euler, which are one line in two notations."""
+def in_X(last: int | None, look: Callable = lambda denoise, x, X, t: denoise(x, t)) -> Callable:
+    """Euler's method in X = x / alpha, right wherever alpha is not 0; it ends at timestep `last`."""
+    def sampler(denoise, x, grid, schedule, **_):
+        for index, (t, t_prev) in enumerate(grid):
+            (a, s), (ap, sp) = schedule.at(t), schedule.at(last if t_prev is None else t_prev)
+            here, there, X = s / a, sp / ap, x / a
+            x0 = look(denoise, x, X, t)
+            x = ap * (X + (there - here) * (X - x0) / here)
+            yield Step(index, t, x, x0)
+    return sampler
+
+
+def deterministic(exercise, last: int | None):
+    """Tests and mistakes of DDIM and Euler, which are one line in two notations; `last` is where they end."""
     exercise.test("shape")(steps_are_told)
 
     @exercise.test("value")
@@ -164,6 +198,10 @@ def deterministic(exercise):
     def the_whole_way(sampler):
         sampler.agrees(walk, what="The way down,")
 
+    exercise.mistake("it divides by alpha, which is 0 where x is noise alone: multiply the formula out until only "
+                     "sigma is divided by")(in_X(last))
+    exercise.mistake("`denoise` is given X where it must be given x: it was trained on x = alpha X")(
+        in_X(last, lambda denoise, x, X, t: denoise(X, t)))
     for diagnosis, step in [
         ("x is scaled by alpha_prev, where the x0 that was predicted must be: alpha_prev x0 + sigma_prev eps",
          lambda x, x0, a, s, ap, sp, _: ap * x + sp * (x - a * x0) / s),
@@ -198,7 +236,7 @@ ddim = lesson.exercise(
            "Put x0 and eps together again with the shares of t_prev: alpha_prev x0 + sigma_prev eps.",
            "Stable Diffusion ends at the noise of timestep 0: in the last step, where t_prev is None, take "
            "`schedule.at(0)`."])
-deterministic(ddim)
+deterministic(ddim, last=0)
 
 
 @ddim.test("edge case")
@@ -214,6 +252,7 @@ def it_starts_without_signal(ddim):
 @ddim.test("edge case")
 def ddim_leaves_what_it_has_yielded(ddim):
     ddim.agrees(kept, what="What was yielded, looked at when all is over,")
+    x0_is_told(ddim)
 
 
 @ddim.mistake("it ends at x0 itself: DDIM of Stable Diffusion ends at the noise of timestep 0, `schedule.at(0)`")
@@ -232,7 +271,7 @@ euler = lesson.exercise(
     hints=["Euler: X_prev = X + (s_prev - s) eps. Since X = x0 + s eps, that is x0 + s_prev eps.",
            "Times alpha_prev: x_prev = alpha_prev x0 + sigma_prev eps, and nothing is divided by alpha.",
            "`schedule.at(None)` is (1, 0): the last step leads to x0 without a case of its own."])
-deterministic(euler)
+deterministic(euler, last=None)
 
 
 @euler.test("edge case")
@@ -248,6 +287,7 @@ def it_starts_with_alpha_0(euler):
 @euler.test("edge case")
 def euler_leaves_what_it_has_yielded(euler):
     euler.agrees(kept, what="What was yielded, looked at when all is over,")
+    x0_is_told(euler)
 
 
 @euler.mistake("it ends at the noise of timestep 0, as DDIM does: Euler goes down to s = 0, which is x0")
@@ -289,6 +329,7 @@ def heun_at_the_end(heun):
 @heun.test("edge case")
 def heun_leaves_what_it_has_yielded(heun):
     heun.agrees(kept, what="What was yielded, looked at when all is over,")
+    x0_is_told(heun)
 
 
 def twice(second: Callable) -> Callable:
@@ -305,7 +346,10 @@ def twice(second: Callable) -> Callable:
 
 
 for diagnosis, second in [
-    ("this is Euler's step alone: the slope at its end is missing", lambda d, x, end, *_: end),
+    ("this is Euler's step alone: the slope at its end is missing, or cancels out", lambda d, x, end, *_: end),
+    ("this moves x as if it were X: X = x / alpha first, and times alpha_prev at the end",
+     lambda d, x, end, eps, t, tp, a, s, ap, sp:
+     x + (sp / ap - s / a) * (eps + (end - ap * d(end, tp)) / sp) / 2),
     ("the second slope is taken at the old x: take it where Euler's step has led",
      lambda d, x, end, eps, t, tp, a, s, ap, sp:
      end + ap * (sp / ap - s / a) * ((x - ap * d(x, tp)) / sp - eps) / 2),
@@ -329,6 +373,12 @@ for diagnosis, second in [
      end + ap * (sp / ap - s / a) * ((end - a * d(end, tp)) / s - eps) / 2),
 ]:
     heun.mistake(diagnosis)(twice(second))
+
+
+@heun.mistake("after the last step, where t_prev is None, there is nothing to ask: Euler's step stands")
+def asked_at_the_end(denoise, x, grid, schedule):
+    yield from samplers.heun(denoise, x, grid[:-1], schedule)
+    denoise(x, grid[-1][1])
 
 
 # --- 3.9 ----------------------------------------------------------------------------------------------
@@ -369,6 +419,7 @@ def dpmpp_at_the_end(dpmpp_2m):
 @dpmpp_2m.test("edge case")
 def dpmpp_leaves_what_it_has_yielded(dpmpp_2m):
     dpmpp_2m.agrees(kept, what="What was yielded, looked at when all is over,")
+    x0_is_told(dpmpp_2m)
 
 
 def multistep(ahead: Callable, remember: bool = True) -> Callable:
@@ -384,6 +435,29 @@ def multistep(ahead: Callable, remember: bool = True) -> Callable:
             if remember or last is None:
                 last, h_last = x0, h
             yield Step(index, t, x, x0)
+    return sampler
+
+
+def otherwise(extrapolated: bool) -> Callable:
+    """A right one but for what it remembers, D in place of x0, or (False) for h, which it measures in t."""
+    def sampler(denoise, x, grid, schedule, **_):
+        last = h_last = None
+        for index, (t, t_prev) in enumerate(grid):
+            (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
+            x0 = denoise(x, t)
+            h = math.inf if not sp else math.log(ap / sp) - math.log(a / s) if extrapolated else t - t_prev
+            D = x0 if last is None or not sp else x0 + h / h_last * (x0 - last) / 2
+            x = sp / s * x + (ap - sp * a / s) * D
+            last, h_last = (D if extrapolated else x0), h
+            yield Step(index, t, x, x0)
+    return sampler
+
+
+def without_last_case(lam: Callable) -> Callable:
+    """One that asks for lambda where sigma is 0."""
+    def sampler(denoise, x, grid, schedule, **_):
+        yield from samplers.dpmpp_2m(denoise, x, grid[:-1], schedule)
+        lam(*schedule.at(grid[-1][1]))
     return sampler
 
 
@@ -403,5 +477,11 @@ for diagnosis, ahead in [
      lambda x0, last, h, h_last: last + h / h_last * (x0 - last) / 2),
 ]:
     dpmpp_2m.mistake(diagnosis)(multistep(ahead))
+for extrapolated, said in ((True, "x0_last is the x0 that was predicted, not the D that was made of it"),
+                           (False, "h is the way in lambda = log(alpha / sigma), not in t")):
+    dpmpp_2m.mistake(said)(otherwise(extrapolated))
+for of_nothing in (lambda a, s: math.log(a / s), lambda a, s: math.log(a) - math.log(s)):
+    dpmpp_2m.mistake("in the last step sigma_prev is 0 and lambda infinite: take D = x0 there, without h")(
+        without_last_case(of_nothing))
 dpmpp_2m.mistake("x0_last stays that of the first step: keep each step's for the next")(
     multistep(lambda x0, last, h, h_last: x0 + h / h_last * (x0 - last) / 2, remember=False))
