@@ -33,7 +33,7 @@ def encoded(batch: int = 1) -> Tensor:
 
 residuals = lesson.exercise(
     4, ControlNet.residuals, grade="on your own", minutes=20,
-    asks="Write `residuals(net, x, t, context, encoded, strength=1.0)`: the list of what a ControlNet adds to the "
+    asks="Write `residuals(net, x, t, context, encoded, *, strength=1.0)`: the list of what a ControlNet adds to the "
          "U-Net's skips and, as the last, to its middle.",
     beyond="The package's method also checks its inputs, and weights the residuals for guess mode.",
     hints=["`net.encode(x, temb, context, hint)` gives the features of all skips, then of the middle. The hint goes in "

@@ -67,10 +67,11 @@ def control_diagram(config: UNetConfig, side: int, *, title: str) -> Drawing:
     axes.text(120, TOP - 14, "hint joins behind conv_in", ha="center", fontsize=8, color=FAINT)
     widest = max(np.log2(row.shape[0]) for row in rows)
     for i, (onto, shape, parameters) in enumerate(rows):
-        y, wide = TOP + ROW * (i + 0.5), 200 * np.log2(shape[0]) / widest
+        y, wide = TOP + ROW * (i + 0.5), 40 + 180 * np.log2(shape[0]) / widest
         for x, colour in ((120, COLOURS[0]), (560, COLOURS[5])):
             axes.barh(y, wide, height=ROW * 0.72, left=x - wide / 2, color=colour, alpha=0.85)
-            axes.text(x, y, onto if x > 500 else spelled(shape), ha="center", va="center", fontsize=8, color="white")
+            axes.text(x, y, onto if x > 500 else spelled(shape), ha="center", va="center", fontsize=7.5,
+                      color="white")
         axes.annotate("", (560 - wide / 2 - 3, y), (120 + wide / 2 + 3, y),
                       arrowprops={"arrowstyle": "->", "color": COLOURS[1], "linewidth": 1.2})
         axes.text(330, y, f"{shape[0]} to {shape[0]}: {parameters:,}", ha="center", va="center", fontsize=8, color=INK,
