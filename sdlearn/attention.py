@@ -7,6 +7,7 @@ h, w  rows and columns of the feature map      T  channels of one text token
 Parameter names are those of diffusers' `Transformer2DModel`, so its weights load by name.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -288,6 +289,47 @@ def open_attention(*models: nn.Module, largest: int = SMALL_MAP) -> Iterator[Non
     finally:
         for layer, size in zip(layers, before, strict=True):
             layer.open_up_to = size
+
+
+def attention_scale(tokens: float, trained: float) -> float:
+    """What to multiply the scores of `tokens` keys by where training had `trained`: sqrt(log tokens / log trained).
+
+    Softmax over more keys is flatter: its entropy grows like log tokens, less half the scores' variance. With this
+    factor it stays the same share of log tokens, for scores that are normally distributed. ValueError below 2 tokens.
+    Jin et al. 2023, "Training-free diffusion model adaptation for variable-sized text-to-image synthesis".
+    """
+    if tokens < 2 or trained < 2:
+        raise ValueError(f"attention over {tokens} keys, in training {trained}: two at least are needed")
+    return math.sqrt(math.log(tokens) / math.log(trained))
+
+
+@contextmanager
+def scaled_attention(model: nn.Module, area: float, only: str = "attn1") -> Iterator[None]:
+    """Inside, self-attention's scores are multiplied by `attention_scale`, for pictures of another size.
+
+        with scaled_attention(unet, area=4):            # twice as wide and as high as in training
+            unet(x, t, context)
+
+    area: cells of the picture over cells of those of training, which holds at every level. only: the layers whose
+    name contains this. Raises ValueError where there are none, and for an area that is not above 0.
+    """
+    layers = [m for name, m in model.named_modules() if isinstance(m, CrossAttention) and only in name]
+    if not layers or area <= 0:
+        raise ValueError(f"nothing to scale: {len(layers)} attention layers of this {type(model).__name__} have "
+                         f"{only!r} in their name, and the area is {area}")
+
+    def scaled(to_q: nn.Module, given: tuple[Tensor], q: Tensor) -> Tensor:
+        tokens = q.shape[1]
+        if tokens < 2 or tokens / area < 2:             # one key takes all, whatever its score
+            return q
+        return q * attention_scale(tokens, tokens / area)
+
+    hooks = [layer.to_q.register_forward_hook(scaled) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def heat_maps(maps: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:

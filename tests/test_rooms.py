@@ -17,6 +17,7 @@ RANKS = {
     "config": 0, "tokenizer": 0, "attention": 0, "layers": 0, "schedule": 0,
     "pictures": 0,
     "clip": 1, "vae": 1, "unet": 1, "samplers": 1, "guidance": 1, "inpaint": 1,
+    "sizes": 1, "tiles": 1,
     "controlnet": 2, "finetune": 2, "prompt": 2, "costs": 2,
     "checkpoint": 3, "data": 3,
     "pipeline": 4, "training": 4, "evaluation": 4,

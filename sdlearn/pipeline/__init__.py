@@ -5,8 +5,9 @@ from ..checkpoint.shipped import shipped_models as shipped
 from .model import SamplingStep, StableDiffusion
 from .settings import NotFinite, Settings, SettingsError
 from .task import make_control
+from .two_pass import two_pass
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
 __all__ = ["SHIPPED", "LongPromptWarning", "NotFinite", "PromptWarning", "SamplingStep", "Settings",
            "SettingsError", "StableDiffusion", "UnknownWordWarning", "make_control", "shipped",
-           "unknown_words"]
+           "two_pass", "unknown_words"]

@@ -1,0 +1,62 @@
+"""Tiles: they cover a latent, their weights add up, what is local is not changed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import one_thread, tiny_config, tiny_parts  # noqa: F401
+
+from sdlearn.tiles import decode_tiled, ramp, tile_starts
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 19))
+def test_tiles_cover_and_share(length, tile, overlap):
+    if overlap >= tile:
+        with pytest.raises(ValueError, match="cannot share"):
+            tile_starts(length, tile, overlap)
+        return
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0 and starts[-1] == max(0, length - tile)
+    for one, two in zip(starts, starts[1:], strict=False):
+        assert 0 < two - one <= tile - overlap
+
+
+def test_neighbours_weights_add_up_to_one():
+    right, left = ramp(10, 4, first=True, last=False), ramp(10, 4, first=False, last=True)
+    assert torch.allclose(right[-4:] + left[:4], torch.ones(4))
+    assert right[:6].eq(1).all() and left[4:].eq(1).all() and right[-1] > 0
+    assert ramp(5, 0, first=False, last=False).eq(1).all()
+
+
+def local(latent):
+    """A decoder that knows no neighbours: each cell becomes a square of 2 x 2."""
+    return latent[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.mark.parametrize("rows, columns, tile, overlap", [(11, 7, 4, 2), (11, 7, 4, 0), (5, 16, 6, 5), (3, 4, 8, 2)])
+def test_what_is_local_is_not_changed(rows, columns, tile, overlap):
+    latent, sizes = torch.randn(2, 4, rows, columns), []
+
+    def decode(part):
+        sizes.append(part.shape)
+        return local(part)
+    found = decode_tiled(decode, latent, factor=2, tile=tile, overlap=overlap)
+    assert torch.allclose(found, local(latent), atol=1e-5)
+    assert max(max(shape[2:]) for shape in sizes) <= tile and {shape[:2] for shape in sizes} == {(2, 4)}
+
+
+def test_tiles_are_mixed_in_proportion():
+    """Two tiles that disagree by 1 meet in a straight line."""
+    values = iter((0.0, 1.0))
+    found = decode_tiled(lambda part: torch.full((1, 3, 8, 8), next(values)), torch.zeros(1, 4, 8, 12),
+                         factor=1, tile=8, overlap=4)
+    assert torch.allclose(found[0, 0, 3], torch.tensor([0.0] * 4 + [0.125, 0.375, 0.625, 0.875] + [1.0] * 4))
+
+
+def test_one_tile_is_the_whole_picture():
+    vae = tiny_parts(config=tiny_config()).vae
+    latent = torch.randn(1, 4, 6, 5)
+    with torch.no_grad():
+        found = decode_tiled(vae.to_pixels, latent, factor=2, tile=6, overlap=2)
+        assert torch.allclose(found, vae.to_pixels(latent), atol=1e-6)
+        assert not torch.allclose(decode_tiled(vae.to_pixels, latent, factor=2, tile=4, overlap=2), found, atol=1e-3)
