@@ -660,7 +660,7 @@ def test_progress_counts_what_is_done(capsys):
     lines = capsys.readouterr().out.splitlines()
     of = sum(one.lesson.number == 3 for one in COURSE)
     third = next(line for line in lines if line.startswith("03"))
-    assert re.fullmatch(rf"03 Noise and samplers  #+\.+  1 of {of}", third)
+    assert re.fullmatch(rf"03 Noise and samplers +#+\.+  1 of {of}", third)
     of = sum(one.lesson.number == 4 for one in COURSE)
     assert next(line for line in lines if line.startswith("04")).endswith(f" 0 of {of}")
 
