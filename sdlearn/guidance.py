@@ -22,10 +22,10 @@ def guided(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
 
 
 def repelled(uncond: Tensor, cond: Tensor, negative: Tensor, scale: float, away: float) -> Tensor:
-    """u + w (c - u) - v (n - u): towards c, and away from n, each from u and with a strength of its own.
+    """u + w (c - u) - a (n - u): towards c, and away from n, each from u and with a strength of its own.
 
     Liu et al. 2022, "Compositional visual generation", with a negative weight. Three runs of the network in
-    place of two. With v = w - 1 it is n + w (c - n), the usual negative prompt, and u cancels.
+    place of two. With a = w - 1 it is n + w (c - n), the usual negative prompt, and u cancels.
     """
     return uncond + scale * (cond - uncond) - away * (negative - uncond)
 

@@ -26,6 +26,7 @@ def guidance_arrows(u: Tensor, c: Tensor, n: Tensor | None = None, *, scales: Se
     """The plane of outputs u, c and, where given, n (any shape): the way on from u, and from n, through c.
 
     Lengths are multiples of |c - u|, which is also the first axis; u is the origin. Without n all lies on one line.
+    Beside each point stands its scale.
     Raises ValueError where c is u.
     """
     places = {"u": (0.0, 0.0), "c": (1.0, 0.0)}
@@ -43,7 +44,7 @@ def guidance_arrows(u: Tensor, c: Tensor, n: Tensor | None = None, *, scales: Se
         axes.plot(*np.stack([start, ends[-1]]).T, color=COLOURS[i], linewidth=1.4)
         axes.plot(*ends.T, "o", color=COLOURS[i], markersize=5, label=f"{name} + w (c - {name})")
         for scale, place in zip(scales, ends, strict=True):
-            axes.annotate(f"w = {scale:g}", place, (0, 6) if i == 0 else (-8, -10), textcoords="offset points",
+            axes.annotate(f"{scale:g}", place, (0, 6) if i == 0 else (-8, -10), textcoords="offset points",
                           fontsize=8, ha="center" if i == 0 else "right", color=COLOURS[i])
     for i, (name, place) in enumerate(places.items()):
         axes.plot(*place, "s", color=INK, markersize=6)
