@@ -5,7 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.config import PRESETS
-from sdlearn.costs import layer_flops, step_flops
+from sdlearn.costs import layer_flops, peak_bytes, step_flops
 from sdlearn.unet import UNet
 
 
@@ -24,3 +24,19 @@ def test_the_work_of_a_layer_is_that_of_arithmetic():
     assert sum(counts["conv_in"].values()) == 2 * 9 * 4 * 320 * 64**2
     assert sum(counts["mid_block.resnets.0.conv1"].values()) == 2 * 9 * 1280 * 1280 * 8**2
     assert sum(counts[""].values()) == step_flops(PRESETS["sd15"].unet, 64)
+
+
+def test_peak_bytes_are_those_of_what_is_alive_at_one_time():
+    for device in ("cpu", "meta"):
+        x = torch.empty(256, device=device)                     # 1024 bytes, there before
+        assert peak_bytes(lambda x=x: ((x + 1) + 1) + 1) == 2048     # the result, and what it is made from
+        assert peak_bytes(lambda x=x: [x + 1 for _ in range(5)]) == 5 * 1024
+        assert peak_bytes(lambda x=x: [(x + 1).sum() for _ in range(5)]) == 1024 + 5 * 4
+        assert peak_bytes(lambda x=x: x.view(2, 128).t().add_(1)) == 0    # views, and in place
+
+
+def test_what_is_made_in_place_or_kept_elsewhere_is_counted_once():
+    def run():
+        y = torch.zeros(100)
+        return y.add_(1), y.view(10, 10), y.expand(5, 100)
+    assert peak_bytes(run) == 400
