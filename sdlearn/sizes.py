@@ -6,7 +6,7 @@ A size is (width, height) in pixels, as in Pillow; rows and columns are (height,
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from .config import ModelConfig
 from .schedule import NoiseSchedule
@@ -81,9 +81,5 @@ def shifted_time(schedule: NoiseSchedule, t: float, times: float) -> float:
     if times <= 0:
         raise ValueError(f"a picture cannot be {times} times as wide: give a number above 0")
     alpha, sigma = schedule.at(t)
-    table = schedule.ratios                                                          # (N,), increasing
-    wanted = torch.tensor(times * sigma / alpha if alpha else math.inf, dtype=table.dtype)
-    wanted = wanted.clamp(table[0], table[-1])
-    above = int(torch.searchsorted(table, wanted).clamp(1, schedule.steps - 1))
-    low, high = table[above - 1], table[above]
-    return above - 1 + float((wanted - low) / (high - low))
+    wanted = times * sigma / alpha if alpha else math.inf
+    return float(np.interp(wanted, schedule.ratios, range(schedule.steps)))     # ratios: sigma / alpha, increasing
