@@ -21,6 +21,7 @@ from sdlearn.data import (
     atlas,
     contact_sheet,
     scene,
+    scene_of,
     scenes,
     vocabulary,
     world,
@@ -173,6 +174,16 @@ def test_an_atlas_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch
 def test_untaught_objects_can_be_drawn_and_are_in_no_caption(name, many):
     assert max(atlas.sprite(name, None, 60).shape[:2]) == 60
     assert not any(name in one.caption for one in many)
+
+
+def test_untaught_objects_are_in_scenes_that_ask_for_them():
+    alone = scene_of(["alien"], background="blue", seed=3)
+    [placed] = alone.objects
+    assert placed.name == "alien" and placed.kind == "face" and alone.masks[0].sum() > 100
+    pair = scene_of(["cat", "octopus"], relation="left", seed=1)
+    assert pair.objects[0].centre[0] < pair.objects[1].centre[0]
+    with pytest.raises(ValueError, match="'alien' cannot be red"):
+        scene_of(["alien"], colours=["red"])
 
 
 def test_a_contact_sheet_has_room_for_all():

@@ -23,6 +23,7 @@ from .world import (
     RELATIONS,
     SIZE_STEP,
     SIZES,
+    UNTAUGHT,
     World,
     is_held_out,
 )
@@ -30,6 +31,7 @@ from .world import (
 SIDE = 128              # native width and height of a picture, in pixels
 MARGIN = 2              # pixels that stay free along the edge
 SPLITS = ("train", "test", "held_out")
+KINDS = {**OBJECTS, **UNTAUGHT}         # all that can be drawn; those of `UNTAUGHT` only when asked for by name
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = Non
              background: str | None = None, seed: int = 0) -> Scene:
     """A scene of just these objects, whatever training shows; what is left out is drawn from the seed.
 
-    names: one to three, the same one again for a count. colours: one for each; all natural by default. relation: of
-    the first of two objects to the second. The caption is empty. Raises ValueError for what no scene can hold.
+    names: one to three, the same one again for a count; of `UNTAUGHT`, which no model has seen, as well. colours: one
+    for each; all natural by default. relation: of the first of two objects to the second. The caption is empty.
+    Raises ValueError for what no scene can hold.
     """
     colours = [None] * len(names) if colours is None else list(colours)
     _check_wanted(names, colours, relation, background)
@@ -156,9 +159,9 @@ def _check_wanted(names, colours, relation, background):
         raise ValueError(f"a scene holds one to three objects with a colour (or None) for each, not {len(names)} "
                          f"objects and {len(colours)} colours")
     for name, colour in zip(names, colours, strict=True):
-        if name not in OBJECTS:
-            raise ValueError(f"there is no object '{name}'; choose one of {', '.join(OBJECTS)}")
-        if colour is not None and not (OBJECTS[name].tintable and colour in COLOURS):
+        if name not in KINDS:
+            raise ValueError(f"there is no object '{name}'; choose one of {', '.join(KINDS)}")
+        if colour is not None and not (KINDS[name].tintable and colour in COLOURS):
             raise ValueError(f"'{name}' cannot be {colour}; the colours are {', '.join(COLOURS)}, and only some "
                              "objects take them: see tintable in OBJECTS")
     if relation is not None and (relation not in RELATIONS or len(names) != 2):
@@ -195,7 +198,7 @@ def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, 
     background = background or rng.choice(tuple(BACKGROUNDS))
     shade = rng.randint(-8, 8)
     rgb = tuple(min(255, max(0, value + shade)) for value in BACKGROUNDS[background])
-    objects = tuple(Placed(name, OBJECTS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
+    objects = tuple(Placed(name, KINDS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
                     in zip(names, colours, sizes, boxes, depths, strict=True))
     count = number if number > 1 and len(set(names)) == 1 else 1
     return Scene(seed, split, "", objects, background, rgb, relation, count)
