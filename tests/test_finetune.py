@@ -17,9 +17,12 @@ from sdlearn.finetune import (
     add_embedding,
     diffusion_loss,
     diffusion_losses,
+    dreambooth_loss,
     embedding_like,
+    exchanged,
     grow,
     new_lora,
+    prior_preserved,
     read_embedding,
     train,
     train_controlnet,
@@ -276,6 +279,19 @@ def test_vectors_are_rows(model):
         Embedding("<toy>", torch.zeros(16))
 
 
+def test_vectors_of_some_tokens_are_exchanged():
+    table, rows = torch.randn(9, 4), torch.randn(2, 4, requires_grad=True)
+    tokens = torch.tensor([[3, 7, 7, 0], [1, 5, 2, 8]])
+    out = exchanged(table[tokens], tokens, torch.tensor([7, 5]), rows)
+    wanted = table[tokens].clone()
+    wanted[0, 1], wanted[0, 2], wanted[1, 1] = rows.detach()[0], rows.detach()[0], rows.detach()[1]
+    assert torch.equal(out, wanted)
+    out.sum().backward()
+    assert torch.equal(rows.grad, torch.tensor([[2.0], [1.0]]).expand(2, 4))     # each as often as it stands there
+    without = exchanged(table[tokens], tokens, torch.tensor([4]), torch.full((1, 4), torch.nan))
+    assert torch.equal(without, table[tokens])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_textual_inversion_moves_the_word_s_rows_and_nothing_else(model, count):
     ids = add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat", count))
@@ -368,6 +384,31 @@ def test_the_two_losses_are_weighed(model):
                                      class_pixels=pictures(2, 1), class_prompt="a cat")).loss
     assert first(3.0) - first(1.0) == pytest.approx(2 * (first(2.0) - first(1.0)), rel=1e-4)
     assert first(2.0) > first(1.0)
+
+
+def test_the_prior_s_half_is_weighed():
+    losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    assert [prior_preserved(losses, weight).item() for weight in (0.0, 1.0, 0.5)] == [2.0, 17.0, 9.5]
+
+
+def test_one_run_holds_both_kinds_each_under_its_prompt(model):
+    """The network is run once, on rows of which each has its own kind's prompt."""
+    thing, kind = (torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    contexts, seen = torch.stack([torch.zeros(5, 16), torch.ones(5, 16)]), []
+
+    def network(x, t, context):
+        seen.append(context[:, 0, 0].tolist())
+        return torch.zeros_like(x)
+
+    def lost(latents, contexts, weight=1.0):
+        return dreambooth_loss(network, model.schedule, latents, contexts, torch.Generator().manual_seed(0), weight)
+
+    both = [lost([thing, kind], contexts, weight) for weight in (0.0, 1.0, 2.0)]
+    assert seen == [[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]] * 3
+    assert both[2] - both[1] == pytest.approx(float(both[1] - both[0]), rel=1e-5) and both[1] > both[0]
+    alone = diffusion_loss(network, model.schedule, thing, contexts[:1].expand(3, -1, -1),
+                           torch.Generator().manual_seed(0))
+    assert lost([thing], contexts[:1]) == alone
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdlearn.attention import TokenConv
 from sdlearn.checkpoint import CheckpointError, configs
 from sdlearn.checkpoint.lora import load_lora, save_lora
-from sdlearn.finetune import LoRA, LowRank, Merged, attached, new_lora, train_lora
+from sdlearn.finetune import LoRA, LoRALinear, LowRank, Merged, attached, merged_weight, new_lora, train_lora
 from sdlearn.finetune.lora import layers_of
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
@@ -184,6 +184,37 @@ def test_several_are_taken_out_in_any_order_to_the_bit(unet, text):
         assert same(unet, left[0]) and same(text, left[1])
         merged.remove(loras[order[2]])
         assert same(unet, before[0]) and same(text, before[1]) and merged.strengths == {}
+
+
+def test_a_weight_with_loras_is_a_sum_and_not_a_product_of_sums():
+    weight, (first, second) = torch.randn(6, 4), [LowRank(torch.randn(2, 4), torch.randn(6, 2), 1.0) for _ in "ab"]
+    both = merged_weight(weight, [(first, 0.5), (second, -2.0)])
+    wanted = weight + 0.5 * 0.5 * first.up @ first.down - 2.0 * 0.5 * second.up @ second.down
+    assert torch.allclose(both, wanted, atol=1e-6) and merged_weight(weight, []) is weight
+    crossed = LowRank(first.down + second.down, first.up + second.up, 1.0)
+    assert not torch.allclose(merged_weight(weight, [(crossed, 1.0)]),
+                              merged_weight(weight, [(first, 1.0), (second, 1.0)]), atol=0.1)
+    half = merged_weight(weight.half(), [(first, 1.0)])
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_a_lora_linear_starts_as_its_layer_and_ends_as_a_plain_one(alpha):
+    torch.manual_seed(0)
+    base, x = torch.nn.Linear(5, 7), torch.randn(3, 2, 5)
+    before = bits(base)
+    layer = LoRALinear(base, 2, alpha)
+    assert torch.equal(layer(x), base(x)) and layer.down.abs().max() > 0
+    learns = {name for name, one in layer.named_parameters() if one.requires_grad}
+    assert learns == {"down", "up"} and layer.down.shape == (2, 5) and layer.up.shape == (7, 2)
+    layer(x).square().sum().backward()
+    assert layer.up.grad.abs().max() > 0 and layer.down.grad.abs().max() == 0        # up is zero: down waits a step
+    with torch.no_grad():
+        layer.up.normal_()
+    wanted = base(x) + LowRank(layer.down, layer.up, alpha).scale * x @ layer.down.T @ layer.up.T
+    assert torch.allclose(layer(x), wanted, atol=1e-5) and same(base, before)
+    merged = layer.merged()
+    assert type(merged) is torch.nn.Linear and torch.allclose(merged(x), wanted, atol=1e-5) and same(base, before)
 
 
 def test_two_loras_add_up(unet, text):

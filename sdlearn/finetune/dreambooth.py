@@ -7,12 +7,13 @@ forgets what other cats look like; so it is shown pictures of its own of the cla
 cat", and keeps to them: prior preservation. Ruiz et al. 2022, "DreamBooth", equation 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..schedule import NoiseSchedule
 from .loop import (
     LatentDiffusion,
     TrainStep,
@@ -25,6 +26,28 @@ from .loop import (
     encode_prompts,
     train,
 )
+
+
+def prior_preserved(losses: Tensor, weight: float) -> Tensor:
+    """The loss of a batch, a scalar, from those of its pictures (2B,): first the thing's, then as many of its class.
+
+    mean over the thing's + weight * mean over the class's
+    """
+    thing, kind = losses.chunk(2)
+    return thing.mean() + weight * kind.mean()
+
+
+def dreambooth_loss(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: NoiseSchedule,
+                    latents: Sequence[Tensor], contexts: Tensor, generator: torch.Generator,
+                    prior_weight: float = 1.0) -> Tensor:
+    """The loss, a scalar, of one run of the network on pictures of the thing, and of its class where they are given.
+
+    latents: those of the thing (B, C, h, w), alone or followed by as many of the class. contexts (1 or 2, M, T): the
+    prompt of each, in that order. `prior_weight` weighs the class's part, see `prior_preserved`.
+    """
+    each = contexts.repeat_interleave(len(latents[0]), dim=0)                       # (B or 2B, M, T)
+    losses = diffusion_losses(network, schedule, torch.cat(list(latents)), each, generator)
+    return prior_preserved(losses, prior_weight) if len(latents) == 2 else losses.mean()
 
 
 def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, steps: int, learning_rate: float = 5e-6,
@@ -59,11 +82,8 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
 
     def loss(generator: torch.Generator) -> Tensor:
         context = encode_prompts(model, prompts) if train_text else frozen()        # a row for each kind
-        x0 = torch.cat([part[draw_rows(len(part), batch_size, generator)] for part in latents()])
-        context = context.repeat_interleave(batch_size, dim=0)
-        losses = diffusion_losses(model.unet, model.schedule, x0, context, generator)
-        first = losses[:batch_size].mean()
-        return first + prior_weight * losses[batch_size:].mean() if prior else first
+        x0 = [part[draw_rows(len(part), batch_size, generator)] for part in latents()]
+        return dreambooth_loss(model.unet, model.schedule, x0, context, generator, prior_weight)
 
     parameters = [*model.unet.parameters(), *(model.text.parameters() if train_text else ())]
     return train(parameters, loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text),

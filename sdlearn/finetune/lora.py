@@ -10,6 +10,7 @@ ways: `attached` computes it beside the layers, which is how it is trained, and 
 into their weights, which costs nothing at sampling and can be undone to the bit.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,16 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
+def lora_delta(down: Tensor, up: Tensor, alpha: float | None = None) -> Tensor:
+    """alpha / r * up @ down, (o, i) from (r, i) and (o, r), or (o, i, k, k) from (r, i, k, k) and (o, r, 1, 1).
+
+    alpha None is r: a scale of 1.
+    """
+    scale = 1.0 if alpha is None else alpha / len(down)
+    product = up.flatten(1) @ down.flatten(1)                                       # (o, i*k*k)
+    return scale * product.unflatten(1, down.shape[1:])
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """The change of one layer. alpha None is the rank: a scale of 1."""
@@ -54,9 +65,8 @@ class LowRank:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def delta(self) -> Tensor:
-        """alpha / r * up @ down, (o, i) or (o, i, k, k)."""
-        product = self.up.flatten(1) @ self.down.flatten(1)                         # (o, i*k*k)
-        return self.scale * product.unflatten(1, self.down.shape[1:])
+        """What it adds to the weight, (o, i) or (o, i, k, k)."""
+        return lora_delta(self.down, self.up, self.alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +79,33 @@ class LoRA:
     def tensors(self) -> list[Tensor]:
         """Every down and up: what learns."""
         return [tensor for layer in (*self.unet.values(), *self.text.values()) for tensor in (layer.down, layer.up)]
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with its LoRA as one module: the frozen layer, and beside it what learns.
+
+    base(x) + alpha / r * up @ down @ x         down (r, i) random, up (o, r) zeros
+
+    `attached` does the same without changing a model's modules; this is the form that libraries put in their place.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.alpha = alpha
+        self.down = nn.Parameter(torch.randn(rank, base.in_features).to(base.weight) * base.in_features**-0.5)
+        self.up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 if self.alpha is None else self.alpha / len(self.down)
+        return self.base(x) + scale * F.linear(F.linear(x, self.down), self.up)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain linear layer that computes the same."""
+        layer = copy.deepcopy(self.base)
+        layer.weight += lora_delta(self.down, self.up, self.alpha)
+        return layer
 
 
 def new_lora(unet: nn.Module, text: nn.Module | None = None, *, rank: int = 4, alpha: float | None = None,

@@ -1,9 +1,26 @@
 """LoRAs in the weights of a model, and out of them again without a trace."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from .lora import LoRA, LowRank, check_fit, layers_of
+from .lora import LoRA, LowRank, check_fit, layers_of, lora_delta
+
+
+def merged_weight(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
+    """A layer's weight with LoRAs in it:  weight + the sum of strength * alpha / r * up @ down.
+
+    changes: pairs of a LoRA's part for this layer and its strength. The sum is made in float32 at least; without any
+    change it is `weight` itself.
+    """
+    if not changes:
+        return weight
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for change, strength in changes:
+        delta = lora_delta(change.down.to(total), change.up.to(total), change.alpha)
+        total = total + strength * delta.reshape(weight.shape)
+    return total
 
 
 class Merged:
@@ -57,11 +74,7 @@ class Merged:
             base = self._bases.setdefault(layer, weight.detach().clone())
             changes = [(getattr(one, part)[name], strength) for one, strength in strengths.items()
                        if name in getattr(one, part)]
-            total = base.to(weight.device, torch.promote_types(base.dtype, torch.float32)) if changes else base
-            for change, strength in changes:
-                product = LowRank(change.down.to(total), change.up.to(total), change.alpha).delta()
-                total = total + strength * product.reshape(weight.shape)
-            weight.copy_(total)
+            weight.copy_(merged_weight(base.to(weight.device), changes))
             self._seen[layer] = (weight, weight._version)
             if not changes:
                 del self._bases[layer], self._seen[layer]

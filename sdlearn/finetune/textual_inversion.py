@@ -145,15 +145,23 @@ def _written_after_each(run: Iterator[TrainStep], text: TextTower, ids: list[int
             yield step
 
 
+def exchanged(vectors: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """Vectors (B, M, D) of tokens (B, M), with rows (n, D) for the tokens `ids` (n,), and as they are for all others.
+
+    Differentiable in `rows`, which is all that learns in textual inversion.
+    """
+    same = tokens[..., None] == ids                                                 # (B, M, n)
+    row = same.int().argmax(dim=-1)                                                 # (B, M), 0 where none is
+    return torch.where(same.any(dim=-1, keepdim=True), rows[row].to(vectors.dtype), vectors)
+
+
 @contextmanager
 def rows_in_place(embedding: nn.Embedding, ids: list[int], rows: Tensor):
     """Inside, `embedding` gives rows (n, D) for the n ids, differentiably, and its own for all others."""
-    place = torch.full((embedding.num_embeddings,), -1, device=embedding.weight.device)
-    place[ids] = torch.arange(len(ids), device=place.device)
+    places = torch.tensor(ids, device=embedding.weight.device)
 
     def exchange(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        row = place[inputs[0]]                                                      # (B, M), -1 elsewhere
-        return torch.where(row[..., None] >= 0, rows[row.clamp(min=0)].to(output.dtype), output)
+        return exchanged(output, inputs[0], places, rows)
 
     handle = embedding.register_forward_hook(exchange)
     try:
