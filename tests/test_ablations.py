@@ -28,6 +28,7 @@ from sdlearn.training.ablations import (
     Reading,
     Variant,
     carry_out,
+    concept,
     dropout,
     factor,
     load_ablation,
@@ -52,6 +53,7 @@ SMALL = {
     "zero-conv": Plan(steps=3, batch=4, scenes=6, unseen=4, prompts=2, guidance=3.0, sampling_steps=2),
     "steps": Plan(steps=5, prompts=3, guidance=2.0),
     "sizes": Plan(steps=2, batch=2, scenes=6, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
+    "concept": Plan(steps=3, batch=2, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
 }
 
 
@@ -91,12 +93,12 @@ def played(variants):
 # --- what all have in common ------------------------------------------------------------------------
 
 def test_the_table_has_what_was_promised():
-    assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes"]
+    assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes", "concept"]
     assert 50 <= sum(usual_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 75
     assert sum(usual_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 12.5
     assert {name: one.network for name, one in ABLATIONS.items()} == {
         "dropout": "small", "factor": "small", "pixels": "small", "zero-conv": "full", "steps": "full",
-        "sizes": "small"}
+        "sizes": "small", "concept": "full"}
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -331,6 +333,29 @@ def test_sizes_are_whole_cells_and_two_are_new_to_all(base):
     assert list(reading.figures) == [f"right, {side}" for side in asked]
     assert {one.shape for one in reading.pictures} == {(128, 128, 3)}, "brought to one size for judge and sheet"
     assert sizes.latents_at(base, 2, "train", 96).shape == (2, 4, 12, 12)
+
+
+def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
+    plan = SMALL["concept"]
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in (base.unet, base.text)]
+    pixels = to_tensor([one.image for one in concept.pictures_of("alien", 2, 0)])
+    known = concept.asked_of(base, plan.unseen)
+    assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
+    learns = {}
+    for name, way in concept.WAYS.items():
+        made = way(base, plan, pixels)
+        first = concept.losses(base, made, plan)
+        list(made.run)
+        with made.beside(made.model.unet):
+            last = concept.losses(base, made, plan)
+        moved = {what for what in first if last[what] != first[what]}
+        assert moved >= {"pictures that taught", "unseen pictures"}, name
+        assert ("other scenes" in moved) == (name != "textual inversion")       # a word changes nothing without it
+        learns[name] = made.learns
+    assert learns["textual inversion"] < learns["LoRA"] < learns["DreamBooth"] == learns["DreamBooth, prior kept"]
+    for part, had in zip((base.unet, base.text), before, strict=True):
+        assert all(torch.equal(value, had[name]) for name, value in part.state_dict().items())
+    assert "<alien>" not in base.tokenizer.added
 
 
 # --- running ----------------------------------------------------------------------------------------

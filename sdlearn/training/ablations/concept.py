@@ -1,0 +1,190 @@
+"""Ablation: one new thing, learnt in four ways, for longer than a lesson lasts; what is gained, and what is lost.
+
+B  pictures
+
+Gal et al. 2022 (textual inversion), Ruiz et al. 2022 (DreamBooth, with its prior and without), Hu et al. 2021 (LoRA).
+The thing is one that no part of the model has seen; the class it is said to be of is one that all of them know.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data import Scene, scene, scene_of
+from ...finetune import (
+    TrainStep,
+    add_embedding,
+    attached,
+    embedding_like,
+    new_lora,
+    train_dreambooth,
+    train_embedding,
+    train_lora,
+)
+from ...pictures import to_tensor
+from ..unet import encoded, noised
+from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
+from .drawing import draw
+
+THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
+GROUND, OTHER_GROUND = "blue", "green"      # of the pictures that teach; and one that it has never been seen on
+TAUGHT = 6                                  # pictures that teach
+TIMESTEPS = (100, 300, 500, 700, 900)       # at which losses are measured
+RATES = {"word": 1e-2, "lora": 2e-3, "unet": 1e-4}
+RANK = 4
+# Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+SENTENCES = tuple(f"{opening}a {{}} on a {GROUND} background" for opening in
+                  ("", "a picture of ", "a drawing of ", "an image of "))
+
+
+def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
+    """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
+    found, seed = [], first
+    while len(found) < count:
+        one = scene_of([name], background=ground, seed=seed)
+        if one.objects[0].size != "small":
+            found.append(replace(one, caption=f"a {name} on a {ground} background"))
+        seed += 1
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """A way to learn: a model of its own, the words for the thing in prompts, its training, the numbers that learn."""
+
+    model: Base
+    words: str
+    run: Iterator[TrainStep]
+    learns: int
+    beside: Callable = lambda unet: torch.no_grad()     # a context in which the U-Net is the one that has learnt
+
+
+def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
+    own = own_copy(base)
+    start = CLASS.split()[-1]
+    count = len(own.tokenizer.encode(start))            # one; more only for a vocabulary that has no such word
+    vectors = embedding_like(own.tokenizer, own.text, WORD, start, count)
+    add_embedding(own.tokenizer, own.text, vectors)
+    run = train_embedding(own, WORD, pixels, steps=plan.steps, learning_rate=RATES["word"], templates=SENTENCES,
+                          batch_size=plan.batch, seed=plan.seed)
+    return Way(own, WORD, run, vectors.vectors.numel())
+
+
+def by_lora(base: Base, plan: Plan, pixels: Tensor) -> Way:
+    own, words = own_copy(base), f"{RARE} {CLASS}"
+    lora = new_lora(own.unet, rank=RANK, targets=TARGETS, seed=plan.seed)
+    run = train_lora(own, lora, pixels, f"a {words} on a {GROUND} background", steps=plan.steps,
+                     learning_rate=RATES["lora"], batch_size=plan.batch, seed=plan.seed)
+    return Way(own, words, run, sum(one.numel() for one in lora.tensors()), lambda unet: attached(unet, lora.unet))
+
+
+def by_unet(base: Base, plan: Plan, pixels: Tensor, *, prior: bool) -> Way:
+    own, words = own_copy(base), f"{RARE} {CLASS}"
+    kept = {}
+    if prior:
+        drawn = draw(base, base.unet, [f"a {CLASS}"] * 2 * TAUGHT, guidance=plan.guidance, steps=plan.sampling_steps)
+        kept = {"class_pixels": to_tensor(drawn), "class_prompt": f"a {CLASS}"}
+    run = train_dreambooth(own, pixels, f"a {words} on a {GROUND} background", steps=plan.steps,
+                           learning_rate=RATES["unet"], batch_size=plan.batch, seed=plan.seed, **kept)
+    return Way(own, words, run, sum(one.numel() for one in own.unet.parameters()))
+
+
+WAYS = {"textual inversion": by_word, "LoRA": by_lora, "DreamBooth": partial(by_unet, prior=False),
+        "DreamBooth, prior kept": partial(by_unet, prior=True)}
+
+
+def own_copy(base: Base) -> Base:
+    """The base with a U-Net, a text tower and a tokenizer that may change."""
+    parts = base.parts
+    return Base(replace(parts, unet=copy.deepcopy(parts.unet), text=copy.deepcopy(parts.text),
+                        tokenizer=copy.deepcopy(parts.tokenizer)), base.measures)
+
+
+def variants(base: Base, plan: Plan) -> list[Variant]:
+    return [Variant(name, {"method": name}, plan.steps, partial(readings, base, plan, name)) for name in WAYS]
+
+
+def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
+    at = early_marks(plan.steps)
+    pixels = to_tensor([one.image for one in pictures_of(THING, TAUGHT, 0)])
+    way = WAYS[name](base, plan, pixels)
+    with way.beside(way.model.unet):
+        yield Reading(0, {"numbers that learn": way.learns, **losses(base, way, plan), **seen(way, plan)[0]})
+    for done in way.run:
+        step = done.index + 1
+        if step not in at:
+            yield Reading(step)
+        elif step < plan.steps:
+            yield Reading(step, {"training loss": done.loss, **losses(base, way, plan), **seen(way, plan)[0]})
+    with way.beside(way.model.unet):
+        figures, pictures = seen(way, plan)
+        yield Reading(plan.steps, {"training loss": done.loss, **losses(base, way, plan), **figures}, list(pictures),
+                      [f"{name}: {text}" for text in prompts(way.words, plan)])
+
+
+@lru_cache(maxsize=2)
+def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
+    """What losses are measured on: scenes and their latents (B, C, h, w), the same for all that learn from `base`."""
+    sets = {"pictures that taught": pictures_of(THING, TAUGHT, 0), "unseen pictures": pictures_of(THING, count, 100),
+            "class": pictures_of(CLASS, count, 200),
+            "other scenes": [scene(seed, "test", base.world) for seed in range(2 * count)]}
+    return {name: (drawn, encoded(drawn, base.vae, base.text, base.tokenizer)[0]) for name, drawn in sets.items()}
+
+
+@torch.no_grad()
+def losses(base: Base, way: Way, plan: Plan) -> dict[str, float]:
+    """Mean losses over five timesteps, always with the same noise: on the pictures that taught, on others of the
+    thing, on pictures of the class, and on scenes of all that the base knows."""
+    model, found = way.model, {}
+    for name, (drawn, latents) in asked_of(base, plan.unseen).items():
+        texts = [one.caption.replace(f"a {THING} ", f"a {way.words} ") for one in drawn]
+        contexts = model.text(model.tokenizer(texts).to(model.device)).hidden              # (B, M, T)
+        each = [F.mse_loss(model.unet(noisy, t, contexts), target) for noisy, t, target in
+                (noised(latents, step, model.schedule) for step in TIMESTEPS)]
+        found[name] = float(torch.stack(each).mean())
+    return found
+
+
+def prompts(words: str, plan: Plan) -> list[str]:
+    """What is drawn: the thing, the thing elsewhere, the class, and a thing of another kind."""
+    ask = [f"a {words} on a {GROUND} background", f"a {words} on a {OTHER_GROUND} background",
+           f"a {CLASS} on a {GROUND} background", "a yellow star on a purple background"]
+    return [text for text in ask for _ in range(plan.prompts)]
+
+
+@torch.no_grad()
+def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
+    """How much pictures show the thing, in the vision tower's eyes, asked for by its own words and by its class alone;
+    and the pictures."""
+    model = way.model
+    texts = prompts(way.words, plan)
+    images = draw(model, model.unet, texts, guidance=plan.guidance, steps=plan.sampling_steps)
+    if (clip := model.parts.clip) is None:
+        return {}, images
+    real = embeds(clip, [one.image for one in pictures_of(THING, plan.unseen, 100)])
+    kinds = embeds(clip, images).split(plan.prompts)
+    names = ("fidelity", "fidelity elsewhere", "fidelity of the class")
+    return {name: float((one @ real.T).mean()) for name, one in zip(names, kinds, strict=False)}, images
+
+
+def embeds(clip, images: Sequence[np.ndarray]) -> Tensor:
+    """Unit vectors (B, S)."""
+    return clip.encode_image(to_tensor(list(images)).to(clip.logit_scale.device)).float()
+
+
+CONCEPT = Ablation(
+    "concept", "what does a model gain and lose that learns one new thing, in four ways, for longer and longer?",
+    "what learns: a word, a LoRA, or the whole U-Net, with pictures of the class among the thing's and without",
+    Plan(steps=300, batch=4, unseen=8, prompts=4, guidance=3.0, sampling_steps=10), 9, variants, "full",
+    (f"the thing: {THING}, which no model has seen, taught by {TAUGHT} pictures on a {GROUND} background as "
+     f"'{WORD}' or 'a {RARE} {CLASS}'",
+     "pictures that taught, unseen pictures, class, other scenes: losses, the mean of timesteps 100, 300, 500, 700, 900",
+     "fidelity: mean cosine, in the vision tower, of pictures drawn and unseen real ones; elsewhere: on a "
+     f"{OTHER_GROUND} background; of the class: asked for as '{CLASS}' alone, where it should stay low"), columns=8)
