@@ -185,6 +185,6 @@ CONCEPT = Ablation(
     Plan(steps=300, batch=4, unseen=8, prompts=4, guidance=3.0, sampling_steps=10), 9, variants, "full",
     (f"the thing: {THING}, which no model has seen, taught by {TAUGHT} pictures on a {GROUND} background as "
      f"'{WORD}' or 'a {RARE} {CLASS}'",
-     "pictures that taught, unseen pictures, class, other scenes: losses, the mean of timesteps 100, 300, 500, 700, 900",
+     "pictures that taught, unseen pictures, class, other scenes: losses, the mean of five timesteps",
      "fidelity: mean cosine, in the vision tower, of pictures drawn and unseen real ones; elsewhere: on a "
      f"{OTHER_GROUND} background; of the class: asked for as '{CLASS}' alone, where it should stay low"), columns=8)
