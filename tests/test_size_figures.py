@@ -1,0 +1,73 @@
+"""Figures and widget of notebook 10: pictures keep their proportions, the widget draws what is set."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from models import one_thread, tiny_config, tiny_parts  # noqa: F401
+
+from sdlearn.explore.figures import WIDTH
+from sdlearn.explore.size_figures import KEPT, SizeExplorer, true_sizes
+from sdlearn.pipeline import StableDiffusion, two_pass
+
+IMAGES = [np.full((height, width, 3), 90, np.uint8) for width, height in ((64, 64), (256, 128), (128, 256), (400, 100))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion(tiny_parts(config=tiny_config()))
+
+
+def boxes(drawing):
+    """x, y, width and height of each picture in pixels, from the upper left."""
+    found = [axes.get_position() for axes in drawing.axes]
+    return [(round(one.x0 * drawing.width), round((1 - one.y1) * drawing.height), round(one.width * drawing.width),
+             round(one.height * drawing.height)) for one in found]
+
+
+def test_pictures_keep_one_scale_and_do_not_overlap():
+    drawing = true_sizes(IMAGES, ["one", "two", "three", "four"], title="Sizes", zoom=1.5)
+    found = boxes(drawing)
+    assert [box[2:] for box in found] == [(96, 96), (384, 192), (192, 384), (600, 150)]
+    assert found[0][1] == found[1][1] == found[2][1] and found[3][1] > found[2][1] + 384    # a new row beneath
+    assert all(a[0] + a[2] < b[0] for a, b in zip(found[:2], found[1:3], strict=True))
+    assert drawing.width <= WIDTH and found[3][0] == found[0][0]
+    assert {"one", "two", "three", "four", "Sizes"} <= {text.get_text() for text in drawing.findobj(Text)}
+    assert drawing.png().startswith(b"\x89PNG")
+
+
+def test_rows_break_where_they_are_told_to():
+    found = boxes(true_sizes(IMAGES[:3], title="Rows", breaks=[1]))
+    assert found[1][1] > found[0][1] and found[2][1] == found[1][1]
+
+
+@pytest.mark.parametrize("given, words", [(([],), "0 pictures"), ((IMAGES, ["one"]), "1 captions"),
+                                          ((IMAGES, (), 3.0), "smaller zoom")])
+def test_what_cannot_be_shown_is_told(given, words):
+    images, captions, zoom = (*given, (), 1.0)[:3] if len(given) < 3 else given
+    with pytest.raises(ValueError, match=words):
+        true_sizes(images, captions, title="none", zoom=zoom)
+
+
+def test_the_explorer_draws_what_is_set(model):
+    explorer = SizeExplorer(model, "a red apple", steps=2)
+    own = model.config.image_size
+    assert explorer.rows[0][1][0].size == (2 * own, own)
+    explorer.width.value, explorer.height.value, explorer.seed.value = own, 2 * own, 5
+    explorer.passes.value, explorer.strength.value = True, 0.5
+    explorer.draw()
+    said, images = explorer.rows[0]
+    expected = two_pass(model, "a red apple", (own, 2 * own), strength=0.5, steps=2, guidance=4.0, batch=2, seed=5)
+    assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
+    assert said == f"a red apple, {own} x {2 * own}, two passes of strength 0.5"
+    assert len(explorer.shown.children) == 4 and not explorer.button.disabled
+    assert "image/png" in explorer._repr_mimebundle_()[0] and explorer.still().width <= WIDTH
+
+
+def test_the_explorer_keeps_the_last_rows_and_tells_what_cannot_be(model, monkeypatch):
+    explorer = SizeExplorer(model, "a cat", steps=1)
+    for _ in range(KEPT + 1):
+        explorer.button.click()
+    assert len(explorer.rows) == KEPT
+    monkeypatch.setattr(model, "text2img", lambda *given, **named: (_ for _ in ()).throw(ValueError("too <much>")))
+    explorer.button.click()
+    assert explorer.message.value == "too &lt;much&gt;" and not explorer.button.disabled
