@@ -546,6 +546,7 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
         told = figures["on top"][stage]
         assert told["error of the stored difference"] < 0.02 and told["error of its effect on the output"] < 0.05
         assert told["training"]["step"] == 3 == figures["training"][stage]["step"]
+        assert told["training"]["precisions"] == ["fp32"]
         place = out / ("inpaint" if stage == "inpaint" else f"control-{stage}")
         assert told["bytes"] == (place / DIFFERENCE_FILE).stat().st_size and (place / "samples.png").exists()
         assert f"({place.name}/samples.png)" in text

@@ -16,37 +16,54 @@ def add_arguments(parser: argparse.ArgumentParser):
     from ..bench import SAMPLERS, Race
 
     default = Race()
+    add_race_arguments(parser, default)
+    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="to compute in (%(default)s)")
+    parser.add_argument("--steps", type=positive(int), default=default.steps, help="(%(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help="(%(default)s)")
+    parser.add_argument("--against", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="both sides compiled as well; takes minutes")
+
+
+def add_race_arguments(parser: argparse.ArgumentParser, default):
+    """What `ladder` asks, too. default: a `bench.Race`."""
     parser.add_argument("--preset", choices=sorted(PRESETS), default=default.preset,
                         help="shipped weights where there are some, else random ones (%(default)s)")
     parser.add_argument("--device", default=default.device, help="cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="to compute in (%(default)s)")
     parser.add_argument("--batch", type=positive(int), default=default.batch, help="pictures at once (%(default)s)")
-    parser.add_argument("--steps", type=positive(int), default=default.steps, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=default.guidance, help="(%(default)s)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default=default.sampler, help="(%(default)s)")
     parser.add_argument("--size", type=positive(int), help="pixels of a side (the preset's own)")
-    parser.add_argument("--against", choices=("diffusers", "none"), default="diffusers", help="(%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="both sides compiled as well; takes minutes")
     parser.add_argument("--rounds", type=positive(int), default=default.rounds, help="turns that count (%(default)s)")
     parser.add_argument("--threads", type=positive(int), help="of the CPU (PyTorch's own choice)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .json file for all that was measured")
 
 
-def run(args: argparse.Namespace):
-    from ..bench import CONTENDERS, PicturesDiffer, Race
-    from ..bench import run as race_of
+def checked_race(args: argparse.Namespace):
+    """The race that is asked for. Raises SettingsError for a device, CheckpointError for a file that cannot be."""
+    from ..bench import Race
     from ..pipeline.settings import device_named
 
     if args.out:
         check_json(args.out)
     device_named(args.device)
-    race = Race(**{name: getattr(args, name) for name in Race.__dataclass_fields__})
-    names = tuple(name for name in CONTENDERS if (args.compile or not name.endswith("compiled"))
-                  and (args.against != "none" or name.startswith("sdlearn")))
-    result = race_of(race, names, watch=tqdm)
+    return Race(**{name: getattr(args, name) for name in Race.__dataclass_fields__ if hasattr(args, name)})
+
+
+def keep(args: argparse.Namespace, result: dict):
+    """Write what was measured where it was asked for."""
     if args.out:
         with written_beside(args.out) as beside:
             write_json(beside, result)
+
+
+def run(args: argparse.Namespace):
+    from ..bench import CONTENDERS, PicturesDiffer
+    from ..bench import run as race_of
+
+    race = checked_race(args)
+    names = tuple(name for name in CONTENDERS if (args.compile or not name.endswith("compiled"))
+                  and (args.against != "none" or name.startswith("sdlearn")))
+    result = race_of(race, names, watch=tqdm)
+    keep(args, result)
     print(table(result))
     if not result["alike"]:
         raise PicturesDiffer("the pictures differ by more than rounding, so there is no ratio")

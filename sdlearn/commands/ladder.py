@@ -5,44 +5,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint import write_json, written_beside
-from ..config import PRESETS
 from ..training.command import positive
-from .files import check_json
+from .bench import add_race_arguments, checked_race, keep
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     from ..bench import Race
 
-    default = Race()
-    parser.add_argument("--preset", choices=sorted(PRESETS), default=default.preset,
-                        help="shipped weights where there are some, else random ones (%(default)s)")
+    add_race_arguments(parser, Race())
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder of that preset, for its weights")
-    parser.add_argument("--device", default=default.device, help="cpu or cuda (%(default)s)")
-    parser.add_argument("--batch", type=positive(int), default=default.batch, help="pictures at once (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=default.guidance, help="(%(default)s)")
-    parser.add_argument("--size", type=positive(int), help="pixels of a side (the preset's own)")
     parser.add_argument("--steps", type=positive(int), default=50, help="of DDIM, on the first rungs (%(default)s)")
     parser.add_argument("--fewer", type=positive(int), default=20, help="of DPM++ 2M, on the last (%(default)s)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what compiles")
-    parser.add_argument("--rounds", type=positive(int), default=default.rounds, help="turns that count (%(default)s)")
-    parser.add_argument("--threads", type=positive(int), help="of the CPU (PyTorch's own choice)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="a .json file for all that was measured")
 
 
 def run(args: argparse.Namespace):
-    from ..bench import PicturesDiffer, Race, climb, rungs_for
-    from ..pipeline.settings import device_named
+    from ..bench import PicturesDiffer, climb, rungs_for
 
-    if args.out:
-        check_json(args.out)
-    device_named(args.device)
-    race = Race(preset=args.preset, device=args.device, batch=args.batch, guidance=args.guidance, size=args.size,
-                rounds=args.rounds, threads=args.threads)
-    result = climb(race, rungs_for(args.device, args.steps, args.fewer, args.compile), watch=tqdm, folder=args.model)
-    if args.out:
-        with written_beside(args.out) as beside:
-            write_json(beside, result)
+    result = climb(checked_race(args), rungs_for(args.device, args.steps, args.fewer, args.compile), watch=tqdm,
+                   folder=args.model)
+    keep(args, result)
     print(table(result))
     if off := [told["rung"] for told in result["ladder"] if told["exact"] and not told["the same picture"]]:
         raise PicturesDiffer(f"these rungs should paint the picture of the one before, but do not: {', '.join(off)}")

@@ -27,6 +27,7 @@ from .control import ControlRecipe, hint_widths
 from .inpaint import InpaintRecipe, widened
 from .loop import load_state
 
+KEPT = ("step", "samples", "seconds", "precisions")     # of a stage's progress, for the card
 # Bytes of each, 12 MB in all with names and configs: with base, autoencoder, towers and judge below 64 MB.
 BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_600_000}
 
@@ -42,7 +43,8 @@ def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32)
     for stage, state in states.items():
         recipe = stages.STAGES[stage].make(config, run, first=0, **({"first_masks": 0} if stage == "inpaint" else {}))
         figures[stage] = ship_one(recipe, state["average"], folder, count)
-        figures[stage]["training"] = {key: state["progress"].get(key, 0) for key in ("step", "samples", "seconds")}
+        done = state["progress"]
+        figures[stage]["training"] = {key: done[key] for key in KEPT if key in done}
     for name in remove_strangers(folder):
         print(f"removed: {folder / name}, which belongs to another base than the one that is shipped now, and which "
               f"{run} has not trained; train it on this base and ship again")

@@ -17,7 +17,7 @@ from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
 from ..data.world import SIZES
 from ..pictures import psnr, ssim, to_images, to_tensor
 from ..unet import UNet
-from .adapters import card_section, ship_adapters
+from .adapters import KEPT, card_section, ship_adapters
 from .clip import retrieval, shortest
 from .loop import load_state
 from .stages import averaged, train_tokenizer, trained_vae
@@ -101,8 +101,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
             chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
         **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
         "autoencoder by size": autoencoder_by_size(vae),
-        "training": {stage: {key: states[stage][key] for key in ("step", "samples", "seconds", "precisions")
-                             if key in states[stage]} for stage in states},
+        "training": {stage: {key: states[stage][key] for key in KEPT if key in states[stage]} for stage in states},
         "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
     }
     return parts, figures, images
