@@ -176,6 +176,24 @@ def test_untaught_objects_can_be_drawn_and_are_in_no_caption(name, many):
     assert not any(name in one.caption for one in many)
 
 
+def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
+    hard, core = world.WORLDS["hard"], CORE
+    assert hard.objects == core.objects
+
+    def share(of):
+        drawn = [scene(seed, world=of) for seed in range(1500)]
+        assert not any(one.held_out for one in drawn)
+        two = [one for one in drawn if len(one.objects) == 2 and one.count == 1 and all(o.colour for o in one.objects)]
+        return len(two) / len(drawn), sum(one.count > 1 for one in drawn) / len(drawn)
+
+    (tints, counts), (few_tints, few_counts) = share(hard), share(core)
+    assert tints > 0.15 and tints > 5 * few_tints and counts > 1.4 * few_counts
+
+
+def test_a_world_is_called_by_its_name():
+    assert world.name_of(CORE) == "core" and world.name_of(world.World(single=1.0)) == "another"
+
+
 def test_untaught_objects_are_in_scenes_that_ask_for_them():
     alone = scene_of(["alien"], background="blue", seed=3)
     [placed] = alone.objects

@@ -84,6 +84,19 @@ def test_a_run_goes_on_where_it_was(config, tmp_path, monkeypatch):
     assert 0 < far < 0.1, "the weights are one step away from the stored ones"
 
 
+def test_an_optimiser_that_starts_anew_is_warmed_up(config, tmp_path):
+    """Shipped weights come without one: its first steps would be as large as any, in a direction that is noise."""
+    recipe = VAERecipe(config, batch_size=1)
+    recipe.warmup, recipe.learning_rate = 1000, 1.0
+    weights = {key: value.clone() for key, value in recipe.model.state_dict().items()}
+    save_state(tmp_path / "vae-state.pt", {"model": weights, "average": weights, "progress": {"step": 5000}})
+    progress, _ = next(fit(recipe, tmp_path, minutes=1))
+    assert progress.step == 5001 and progress.worlds == ["full"]
+    # AdamW's first step is the learning rate in each parameter, and weight decay
+    far = max((recipe.model.state_dict()[key] - value).abs().max() for key, value in weights.items())
+    assert 0 < far < 2e-3
+
+
 def test_a_kill_loses_less_than_a_minute(tmp_path):
     """Killed for good while it trains, at any moment: what is on disk is whole and can be gone on with."""
     code = ("from dataclasses import replace; from pathlib import Path; from sdlearn.config import PRESETS, VAEConfig\n"

@@ -176,13 +176,16 @@ def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
     form = rng.choices(forms, [getattr(world, form) for form in forms])[0]
     number = {"single": 1, "count": rng.choice(tuple(COUNTS)), "pair": 2, "triple": 3}[form]
     relation = rng.choice(RELATIONS) if form == "pair" else None
+    objects = world.objects
+    if world.colourful and rng.random() < world.colourful:
+        objects = [name for name in objects if OBJECTS[name].tintable]
     if form == "count":
-        names = [rng.choice(world.objects)] * number
-        colours = [_colour(rng, names[0])] * number
+        names = [rng.choice(objects)] * number
+        colours = [_colour(rng, names[0], world.tinted)] * number
         sizes = [rng.choice(("small", "medium"))] * number
     else:
-        names = rng.sample(world.objects, number)
-        colours = [_colour(rng, name) for name in names]
+        names = rng.sample(objects, number)
+        colours = [_colour(rng, name, world.tinted) for name in names]
         sizes = [_size(rng, number) for _ in names]
         if number == 2 and sizes == ["large", "large"]:
             sizes[rng.randrange(2)] = "medium"
@@ -204,8 +207,8 @@ def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, 
     return Scene(seed, split, "", objects, background, rgb, relation, count)
 
 
-def _colour(rng: random.Random, name: str) -> str | None:
-    if OBJECTS[name].tintable and rng.random() < 0.6:
+def _colour(rng: random.Random, name: str, tinted: float) -> str | None:
+    if OBJECTS[name].tintable and rng.random() < tinted:
         return rng.choice(tuple(COLOURS))
     return None
 

@@ -156,13 +156,22 @@ class World:
     count: float = 0.15         # two or three of the same
     pair: float = 0.40          # two objects, in one of the four relations
     triple: float = 0.10        # three objects
+    tinted: float = 0.6         # share of the objects that take a tint which have one
+    colourful: float = 0.0      # share of scenes in which every object takes a tint
 
 
 FULL = World()
 CORE = World(objects=CORE_OBJECTS, single=0.5, count=0.1, pair=0.4, triple=0.0)
+# What is hard to learn, often: counts, places, and two tints at once, which only one in fifty scenes of `CORE` has.
+HARD = World(objects=CORE_OBJECTS, single=0.2, count=0.2, pair=0.6, triple=0.0, tinted=0.85, colourful=0.5)
 # One thing at a time, of four that look nothing alike: what a small U-Net learns within a lesson.
 CLASSROOM = World(objects=("apple", "star", "tree", "sun"), single=1.0, count=0.0, pair=0.0, triple=0.0)
-WORLDS = {"classroom": CLASSROOM, "core": CORE, "full": FULL}
+WORLDS = {"classroom": CLASSROOM, "core": CORE, "hard": HARD, "full": FULL}
+
+
+def name_of(world: World) -> str:
+    """What a world is called in `WORLDS`; of one that is not there, "another"."""
+    return next((name for name, known in WORLDS.items() if known == world), "another")
 
 
 def is_held_out(count: int, names: tuple[str, ...], colours: tuple[str | None, ...]) -> bool:

@@ -27,7 +27,7 @@ from .control import ControlRecipe, hint_widths
 from .inpaint import InpaintRecipe, widened
 from .loop import load_state
 
-KEPT = ("step", "samples", "seconds", "precisions")     # of a stage's progress, for the card
+KEPT = ("step", "samples", "seconds", "precisions", "worlds")     # of a stage's progress, for the card
 # Bytes of each, 12 MB in all with names and configs: with base, autoencoder, towers and judge below 64 MB.
 BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_600_000}
 

@@ -145,7 +145,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
              (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and vision towers", parts.clip))}
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items() if isinstance(value, float)]
     stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} "
-              f"| {', '.join(told.get('precisions', ['fp32']))} |"
+              f"| {', '.join(told.get('worlds', []))} | {', '.join(told.get('precisions', ['fp32']))} |"
               for stage, told in figures["training"].items()]
     return "\n".join((
         f"# `{config.name}`: the Stable Diffusion of this course", "",
@@ -164,7 +164,9 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "## Training", "",
         f"`python -m sdlearn train`, lately on {figures['machine']}, torch {figures['torch']}; other work ran on the "
         "same", "cores most of the time, so minutes are an upper bound.", "",
-        "| stage | steps | pictures or crops | minutes | computed in |", "|---|---|---|---|---|", *stages, "",
+        "| stage | steps | pictures or crops | minutes | scenes | computed in |", "|---|---|---|---|---|---|",
+        *stages, "", "Scenes: `full` has all objects, `core` the 32, `hard` these too, with two tints, counts and "
+        "places more often.", "",
         "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train ship`.", "",
         "| what | value |", "|---|---|", *rows, "",
         "`loss right@999` is the U-Net's loss at timestep 999 with the right captions, `wrong` with the captions of "

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from ..attention import open_attention
+from ..data.world import name_of
 
 
 class Recipe(Protocol):
@@ -49,6 +50,7 @@ class Progress:
     seconds: float = 0.0
     loss: float = float("nan")              # running mean
     precisions: list[str] = field(default_factory=list)     # that it has been trained in: "fp32", "bf16" ...
+    worlds: list[str] = field(default_factory=list)         # whose scenes it has been trained on: "core", "hard" ...
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -197,6 +199,10 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         progress = Progress(**state["progress"])
     if (name := "fp32" if precision == "no" else precision) not in progress.precisions:
         progress.precisions.append(name)
+    if (world := getattr(recipe, "world", None)) and (name := name_of(world)) not in progress.worlds:
+        progress.worlds.append(name)
+    warmed = state is not None and "optimiser" in state
+    first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else device.type == "cuda":
         raw.compile()
@@ -212,7 +218,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     attention = partial(open_attention, *networks) if device.type == "cpu" else nullcontext
     start = saved = reported = clock = time.perf_counter()
     while (share := agreed(1.0 - (clock - start) / (60 * minutes), accelerator)) > 0:      # of the budget that is left
-        rate = min(1.0, (progress.step + 1) / recipe.warmup)
+        rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
         if recipe.decay_share:
             rate *= min(1.0, share / recipe.decay_share)
         for group in optimiser.param_groups:
@@ -230,8 +236,8 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
                                      "up to a minute before is kept: go on with a lower learning rate")
         progress.step += 1
         progress.samples += len(batch[0]) * accelerator.num_processes
-        first = progress.loss != progress.loss                  # NaN: nothing yet, or shipped weights to start from
-        progress.loss = value if first else progress.loss + (value - progress.loss) * 0.01
+        unknown = progress.loss != progress.loss                # NaN: nothing yet, or shipped weights to start from
+        progress.loss = value if unknown else progress.loss + (value - progress.loss) * 0.01
         average.update(raw, progress.step)
         now = time.perf_counter()
         progress.seconds += now - clock
