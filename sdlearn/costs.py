@@ -1,8 +1,9 @@
 """What a pass of a U-Net costs, counted on PyTorch's device `meta`, which knows shapes alone: nothing is computed, and
-the full-size models take no memory."""
+the full-size models take no memory; and what costs come to: seconds on a chip, chips for a service."""
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import torch
@@ -44,6 +45,41 @@ def layer_flops(config: UNetConfig, side: int, tokens: int = TOKENS) -> dict[str
 def step_flops(config: UNetConfig, side: int, tokens: int = TOKENS) -> int:
     """Floating-point operations of one pass of a U-Net for one latent of side x side cells."""
     return sum(layer_flops(config, side, tokens)[""].values())
+
+
+def conv_cost(rows: int, columns: int, inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, batch: int = 1,
+              bytes_each: int = 2) -> tuple[int, int]:
+    """(FLOPs, bytes moved) of a convolution over maps of rows x columns, padded by kernel // 2, with a bias.
+
+    A multiplication and its addition are two FLOPs; adding the bias is not counted. Bytes: input, output, weight and
+    bias through memory once each. bytes_each: of a number, 2 in half precision.
+    """
+    cells = -(-rows // stride) * -(-columns // stride)                  # of the output: an odd number is rounded up
+    numbers = batch * (rows * columns * inputs + cells * outputs) + outputs * (inputs * kernel**2 + 1)
+    return 2 * batch * cells * outputs * inputs * kernel**2, bytes_each * numbers
+
+
+def roofline_seconds(works: Iterable[tuple[float, float]], flops_a_second: float, bytes_a_second: float) -> float:
+    """The least time of operations, (FLOPs, bytes) each, that run one after the other on a chip with these peaks.
+
+    Each multiplies while it moves, so it takes the longer of the two. Williams et al. 2009, "Roofline".
+    """
+    return sum(max(flops / flops_a_second, moved / bytes_a_second) for flops, moved in works)
+
+
+def fleet(rate: float, seconds: Mapping[int, float], within: float, *, busy: float = 0.7) -> tuple[int, int]:
+    """(batch, chips) of the cheapest service for `rate` pictures a second that answers within `within` seconds.
+
+    seconds: by batch size, of one chip for such a batch. The first picture of a batch waits for the others,
+    (batch - 1) / rate, and for the batch; queues before the chips come on top. busy: the share of time that chips work
+    on average, since demand comes in bursts. Of batches that need as few chips, the smallest. Raises ValueError where
+    no batch is ready in time.
+    """
+    ready = [batch for batch, each in seconds.items() if (batch - 1) / rate + each <= within]
+    if not ready:
+        raise ValueError(f"no batch is ready within {within:g} s: allow more time, or make pictures in fewer passes")
+    chips = {batch: math.ceil(rate * seconds[batch] / batch / busy) for batch in ready}
+    return min((count, batch) for batch, count in chips.items())[::-1]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -8,7 +8,7 @@ Without a prompt means the text "". A negative prompt takes its place: away from
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
 def scale_at(t: float, scale: float, interval: tuple[float, float] | None = None) -> float:
     """w at timestep t: `scale` within interval (low, high), ends included, or everywhere without one; elsewhere 1."""
     return scale if interval is None or interval[0] <= t <= interval[1] else 1.0
+
+
+def guided_passes(times: Iterable[float], scale: float, interval: tuple[float, float] | None = None) -> int:
+    """How often the network runs for one picture: twice at each timestep that is guided, once at w = 1 and at w = 0.
+
+    times: the timesteps at which it is asked. What `predict_x0` does, counted. Two halves in one batch are two.
+    """
+    return sum(1 if scale_at(t, scale, interval) in (0, 1) else 2 for t in times)
 
 
 def both_halves(unet: Callable[[Tensor, float, Tensor], Tensor], x: Tensor, t: float,

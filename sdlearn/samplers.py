@@ -77,6 +77,20 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, et
         yield Step(index, t, x, x0)
 
 
+def ddim_coefficients(schedule: NoiseSchedule, grid: Grid) -> list[tuple[float, float]]:
+    """DDIM's steps as numbers, made before a run: (a, b) for each pair of the grid, x_prev = a x + b x0.
+
+    That of `ddim` at eta 0: with eps = (x - alpha x0) / sigma put in, nothing is left but two factors, which depend
+    on the schedule and the grid alone. Ends at the noise of timestep 0, as Stable Diffusion does.
+    """
+    factors = []
+    for t, t_prev in grid:
+        alpha, sigma = schedule.at(t)
+        alpha_prev, sigma_prev = schedule.at(0 if t_prev is None else t_prev)
+        factors.append((sigma_prev / sigma, alpha_prev - sigma_prev * alpha / sigma))
+    return factors
+
+
 def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
           generator: Generators = None) -> Iterator[Step]:
     """Euler's method for dX/ds = eps: X + (s_prev - s) eps. Karras et al. 2022, algorithm 1 without churn.

@@ -1,11 +1,12 @@
 """The FLOPs of a U-Net, counted without computing, are those of a real pass."""
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.config import PRESETS
-from sdlearn.costs import layer_flops, peak_bytes, step_flops
+from sdlearn.costs import conv_cost, fleet, layer_flops, peak_bytes, roofline_seconds, step_flops
 from sdlearn.unet import UNet
 
 
@@ -40,3 +41,29 @@ def test_what_is_made_in_place_or_kept_elsewhere_is_counted_once():
         y = torch.zeros(100)
         return y.add_(1), y.view(10, 10), y.expand(5, 100)
     assert peak_bytes(run) == 400
+
+
+@pytest.mark.parametrize("rows, columns, stride, kernel", [(4, 6, 1, 3), (5, 7, 2, 3), (3, 8, 1, 1)])
+def test_a_convolution_costs_what_pytorch_counts(rows, columns, stride, kernel):
+    layer = torch.nn.Conv2d(2, 5, kernel, stride, padding=kernel // 2)
+    x = torch.zeros(3, 2, rows, columns)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        y = layer(x)
+    flops, moved = conv_cost(rows, columns, 2, 5, kernel, stride=stride, batch=3, bytes_each=4)
+    assert flops == counter.get_total_flops()
+    assert moved == 4 * (x.numel() + y.numel() + sum(one.numel() for one in layer.parameters()))
+
+
+def test_operations_in_a_row_take_the_slower_of_two_each():
+    assert roofline_seconds([(100, 5), (10, 5)], 10, 1) == 15
+    assert roofline_seconds([], 10, 1) == 0
+
+
+def test_a_fleet_is_the_cheapest_that_is_in_time():
+    seconds = {1: 1.0, 2: 1.6, 4: 2.8}
+    assert fleet(10, seconds, 5, busy=0.7) == (4, 10)                   # 10 * 2.8 / 4 / 0.7
+    assert fleet(10, seconds, 2, busy=0.7) == (2, 12)
+    assert fleet(10, seconds, 1, busy=0.7) == (1, 15)
+    assert fleet(0.5, seconds, 5, busy=0.7) == (1, 1), "a slow stream does not fill batches, and needs no more chips"
+    with pytest.raises(ValueError, match="within 0.9 s"):
+        fleet(10, seconds, 0.9)

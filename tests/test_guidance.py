@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlearn.config import PRESETS, NoiseConfig
-from sdlearn.guidance import both_halves, check_guidance, guided, predict_x0, repelled, rescaled, scale_at
+from sdlearn.guidance import (
+    both_halves,
+    check_guidance,
+    guided,
+    guided_passes,
+    predict_x0,
+    repelled,
+    rescaled,
+    scale_at,
+)
 from sdlearn.samplers import ddim
 from sdlearn.schedule import NoiseSchedule, timesteps
 from sdlearn.unet import UNet
@@ -231,3 +240,13 @@ def test_bad_numbers_are_told_in_a_sentence_before_anything_runs(options, words)
 def test_a_missing_or_misshapen_uncond_is_told(uncond, words):
     with pytest.raises(ValueError, match=words):
         predict_x0(Network(), SCHEDULE, CONTEXT, uncond, scale=7.5)
+
+
+@pytest.mark.parametrize("scale, interval", [(5.0, None), (5.0, (200, 700)), (1.0, None), (0.0, None),
+                                             (0.0, (300, 400)), (-2.0, (0, 999))])
+def test_passes_are_those_that_the_network_runs(scale, interval):
+    network, grid = Network(), timesteps(SCHEDULE, 11)
+    denoise = predict_x0(network, SCHEDULE, CONTEXT, UNCOND, scale=scale, interval=interval)
+    for t, _ in grid:
+        denoise(X, t)
+    assert guided_passes([t for t, _ in grid], scale, interval) == sum(len(x) // len(X) for x, _, _ in network.calls)

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from sdlearn import samplers
 from sdlearn.config import PRESETS, NoiseConfig
 from sdlearn.guidance import predict_x0
-from sdlearn.samplers import SAMPLERS, SPACING, dpmpp_2m, euler, get_sampler, grid_for, heun, pndm, unipc
+from sdlearn.samplers import (
+    SAMPLERS,
+    SPACING,
+    ddim_coefficients,
+    dpmpp_2m,
+    euler,
+    get_sampler,
+    grid_for,
+    heun,
+    pndm,
+    unipc,
+)
 from sdlearn.schedule import ALMOST_ZERO, SPACINGS, NoiseSchedule, timesteps
 from sdlearn.unet import UNet
 
@@ -510,3 +521,15 @@ def test_a_grid_may_start_anywhere():
     for sampler in (euler, heun, dpmpp_2m, pndm, unipc):
         *_, last = sampler(gaussian_denoiser(schedule), x, tail[:-1], schedule)
         assert (last.x - flow(schedule, x, tail[0][0], 0)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(prediction="v_prediction", zero_terminal_snr=True)])
+def test_ddim_is_two_factors_a_step(config):
+    schedule = NoiseSchedule(config)
+    grid, x = timesteps(schedule, 7), noise(torch.float64)
+    factors = ddim_coefficients(schedule, grid)
+    assert all(type(value) is float for pair in factors for value in pair) and len(factors) == 7
+    steps = list(SAMPLERS["ddim"](network, x, grid, schedule))
+    for (t, _), (a, b), step in zip(grid, factors, steps, strict=True):
+        x = a * x + b * network(x, t)
+        torch.testing.assert_close(x, step.x)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..attention import open_attention
 from ..config import PRESETS
 from ..costs import step_flops
-from ..guidance import guided, predict_x0, scale_at
+from ..guidance import guided, guided_passes, predict_x0
 from ..pictures import to_images
 from ..pipeline import StableDiffusion
 from ..pipeline.compiled import CompiledUNet
@@ -202,8 +202,7 @@ def costs(race: Race, ready: Ready, seconds: list[float]) -> dict:
 
 def passes(rung: Rung, model: StableDiffusion, guidance: float) -> int:
     """Passes of the U-Net for one picture."""
-    return sum(1 if scale_at(t, guidance, rung.interval) in (0, 1) else 2
-               for t, _ in grid_for(rung.sampler, model.schedule, rung.steps))
+    return guided_passes((t for t, _ in grid_for(rung.sampler, model.schedule, rung.steps)), guidance, rung.interval)
 
 
 def compared(both: list[Ready], seconds: list[list[float]]) -> dict:

@@ -18,7 +18,7 @@ from torch import nn
 from ..attention import CrossAttention, attention_cost
 from ..clip import TextTower
 from ..config import ModelConfig, UNetConfig
-from ..costs import TOKENS, empty_unet
+from ..costs import TOKENS, empty_unet, roofline_seconds
 from ..vae import VAE
 from .machine import Peak
 
@@ -95,7 +95,7 @@ def by_kind(found: list[tuple[str, Work]]) -> dict[str, Work]:
 
 def least_seconds(found: list[tuple[str, Work]], peak: Peak) -> float:
     """The roofline of a pass: every layer at the chip's peak or at the memory's, whichever is slower."""
-    return sum(max(one.flops / peak.flops, one.bytes / peak.bandwidth) for _, one in found)
+    return roofline_seconds([(one.flops, one.bytes) for _, one in found], peak.flops, peak.bandwidth)
 
 
 def memory_ledger(config: ModelConfig, size: int, batch: int = 1, bytes_each: int = 2) -> dict[str, int]:
