@@ -2,6 +2,8 @@
 
 from .architecture import architecture_diagram
 from .figures import Drawing, portrait, show_images, step_strip
+from .pad import DrawingPad, Stroke
 from .widgets import PromptExplorer, StepSlider
 
-__all__ = ["Drawing", "PromptExplorer", "StepSlider", "architecture_diagram", "portrait", "show_images", "step_strip"]
+__all__ = ["Drawing", "DrawingPad", "PromptExplorer", "StepSlider", "Stroke", "architecture_diagram", "portrait",
+           "show_images", "step_strip"]
