@@ -9,10 +9,11 @@ from sdlearn.config import PRESETS, ControlNetConfig
 from sdlearn.controlnet import ControlNet
 from sdlearn.explore.control_figures import (
     KEPT,
-    STROKES,
+    SHAPES,
+    Shape,
     SketchExplorer,
-    Stroke,
     as_picture,
+    borders,
     control_diagram,
     edge_map_of,
     landings,
@@ -20,7 +21,7 @@ from sdlearn.explore.control_figures import (
 from sdlearn.explore.figures import WIDTH
 from sdlearn.pipeline import StableDiffusion
 
-CIRCLE = Stroke("ellipse", 32, 32, 30, 30)
+CIRCLE = Shape("ellipse", 32, 32, 30, 30)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +65,32 @@ def test_the_diagram_names_every_residual(preset, side):
     assert drawing.width <= WIDTH and drawing.png().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("kind", STROKES)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_a_stroke_has_two_borders(kind):
-    drawn = edge_map_of([Stroke(kind, 32, 32, 40, 40)], 64)
+    drawn = edge_map_of([Shape(kind, 32, 32, 40, 40)], 64)
     assert drawn.shape == (64, 64) and set(np.unique(drawn)) == {0, 255}
     rows = (drawn > 0).sum(axis=1)
     assert rows[32] >= 2 and not drawn[:8].any() and not drawn[:, :8].any()         # nothing far away from it
 
 
+def test_a_line_drawn_by_hand_has_two_borders_as_well():
+    drawn = np.zeros((96, 96), np.uint8)
+    drawn[40:44, 20:80] = 255
+    found = borders(drawn)
+    assert found.shape == drawn.shape and set(np.unique(found)) == {0, 255}
+    assert not borders(np.zeros_like(drawn)).any()
+    column = np.nonzero(found[:, 50])[0]
+    assert len(column) == 2 and np.ptp(column) == 4, "one border above the line, one below it"
+
+
 def test_no_stroke_is_no_edge_and_an_unknown_one_is_told():
     assert not edge_map_of([], 32).any()
-    with pytest.raises(ValueError, match="no stroke 'star'"):
-        edge_map_of([Stroke("star", 1, 1, 1, 1)])
+    with pytest.raises(ValueError, match="no shape 'star'"):
+        edge_map_of([Shape("star", 1, 1, 1, 1)])
 
 
 def test_the_lines_cross():
-    falling, rising = (edge_map_of([Stroke(f"line, {way}", 32, 32, 40, 40)], 64) > 0 for way in ("falling", "rising"))
+    falling, rising = (edge_map_of([Shape(f"line, {way}", 32, 32, 40, 40)], 64) > 0 for way in ("falling", "rising"))
     assert falling[14:20, 12:20].any() and not falling[14:20, 44:52].any()
     assert rising[14:20, 44:52].any() and not rising[14:20, 12:20].any()
 

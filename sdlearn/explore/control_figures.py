@@ -81,9 +81,9 @@ def control_diagram(config: UNetConfig, side: int, *, title: str) -> Drawing:
     return drawing
 
 
-# --- strokes to an edge map ---------------------------------------------------------------------------
+# --- shapes to an edge map ----------------------------------------------------------------------------
 
-class Stroke(NamedTuple):
+class Shape(NamedTuple):
     """A shape drawn with a pen: its kind, its middle, width and height, all in pixels."""
 
     kind: str
@@ -93,17 +93,17 @@ class Stroke(NamedTuple):
     height: int
 
 
-def _corners(stroke: Stroke) -> tuple[float, float, float, float]:
+def _corners(stroke: Shape) -> tuple[float, float, float, float]:
     return (stroke.x - stroke.width / 2, stroke.y - stroke.height / 2,
             stroke.x + stroke.width / 2, stroke.y + stroke.height / 2)
 
 
-def _triangle(draw: ImageDraw.ImageDraw, stroke: Stroke, **pen):
+def _triangle(draw: ImageDraw.ImageDraw, stroke: Shape, **pen):
     left, top, right, bottom = _corners(stroke)
     draw.line([(left, bottom), (stroke.x, top), (right, bottom), (left, bottom)], joint="curve", **pen)
 
 
-STROKES = {
+SHAPES = {
     "ellipse": lambda draw, stroke, fill, width: draw.ellipse(_corners(stroke), outline=fill, width=width),
     "box": lambda draw, stroke, fill, width: draw.rectangle(_corners(stroke), outline=fill, width=width),
     "triangle": _triangle,
@@ -113,18 +113,23 @@ STROKES = {
 }
 
 
-def edge_map_of(strokes: Sequence[Stroke], side: int = SIDE) -> np.ndarray:
+def edge_map_of(strokes: Sequence[Shape], side: int = SIDE) -> np.ndarray:
     """Pen strokes as an edge map, uint8 (side, side) of 0 and 255: both borders of each, by the scenes' own rule.
 
-    Raises ValueError for a kind that is not in `STROKES`.
+    Raises ValueError for a kind that is not in `SHAPES`.
     """
     paper = Pictures.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(paper)
     for stroke in strokes:
-        if stroke.kind not in STROKES:
-            raise ValueError(f"there is no stroke '{stroke.kind}'; choose one of {', '.join(STROKES)}")
-        STROKES[stroke.kind](draw, stroke, fill="black", width=PEN)
+        if stroke.kind not in SHAPES:
+            raise ValueError(f"there is no shape '{stroke.kind}'; choose one of {', '.join(SHAPES)}")
+        SHAPES[stroke.kind](draw, stroke, fill="black", width=PEN)
     return edges([paper])[0].numpy().astype(np.uint8) * 255
+
+
+def borders(drawn: np.ndarray) -> np.ndarray:
+    """Free-hand lines, bytes (H, W) of 0 and 255, as an edge map of the same form: both borders of each line."""
+    return edges([Pictures.fromarray(255 - drawn).convert("RGB")])[0].numpy().astype(np.uint8) * 255
 
 
 def as_picture(maps: np.ndarray) -> np.ndarray:
@@ -135,16 +140,17 @@ def as_picture(maps: np.ndarray) -> np.ndarray:
 class SketchExplorer(WithStill):
     """Strokes from sliders make an edge map; the ControlNet's picture of it, with a prompt, a strength and an end.
 
-    It is no free hand: a plain widget sees no mouse, so shapes are placed with sliders. What is being placed is shown
-    in the map at once; "Add" keeps it. The picture of the first strokes is drawn at once. Nothing is raised.
+    For straight lines and true circles, and for whom the mouse does not serve; `pad.DrawingPad` is for the free hand.
+    What is being placed is shown in the map at once; "Add" keeps it. The picture of the first strokes is drawn at
+    once. Nothing is raised.
     """
 
-    def __init__(self, model: StableDiffusion, net: ControlNet, prompt: str, strokes: Sequence[Stroke], *,
+    def __init__(self, model: StableDiffusion, net: ControlNet, prompt: str, strokes: Sequence[Shape], *,
                  steps: int = STEPS):
         wide = {"style": {"description_width": "70px"}, "layout": Layout(width="320px")}
         side = model.size(None)[0]
         self.model, self.net, self.count, self.side = model, net, steps, side
-        self.kind = Dropdown(options=list(STROKES), description="shape", **wide)
+        self.kind = Dropdown(options=list(SHAPES), description="shape", **wide)
         self.x, self.y = (IntSlider(side // 2, min=0, max=side, description=name, **wide) for name in ("x", "y"))
         self.width, self.height = (IntSlider(side // 3, min=4, max=side, description=name, **wide)
                                    for name in ("width", "height"))
@@ -167,11 +173,11 @@ class SketchExplorer(WithStill):
         self.change(self.strokes)
         self.draw()
 
-    def pen(self) -> Stroke:
+    def pen(self) -> Shape:
         """The shape that is being placed."""
-        return Stroke(self.kind.value, self.x.value, self.y.value, self.width.value, self.height.value)
+        return Shape(self.kind.value, self.x.value, self.y.value, self.width.value, self.height.value)
 
-    def change(self, strokes: list[Stroke]):
+    def change(self, strokes: list[Shape]):
         """Keep these strokes."""
         self.strokes = strokes
         self._show_map(edge_map_of(strokes, self.side))

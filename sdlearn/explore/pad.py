@@ -39,7 +39,7 @@ def drawn_from(strokes: Sequence[Stroke], size: tuple[int, int]) -> np.ndarray:
     for stroke in strokes:
         fill, half = 0 if stroke.erases else 255, stroke.width / 2
         if stroke.width > 2:                                        # round ends, and a click alone is a dot
-            for x, y in stroke.points:
+            for x, y in (stroke.points[0], stroke.points[-1]):
                 pen.ellipse((x - half, y - half, x + half, y + half), fill)
         if len(stroke.points) > 1:
             pen.line(stroke.points, fill, stroke.width, joint="curve")
