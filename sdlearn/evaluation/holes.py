@@ -1,0 +1,51 @@
+"""What an inpainting did: to the known pixels, along the border of the mask, and inside of it.
+
+B  pictures    H, W  pixels
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .judge import Detection, Seen
+
+
+def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
+    """PSNR in dB of the pixels where the mask is 0, of each picture, (B,); infinite where they are equal.
+
+    pixels, originals (B, 3, H, W) in [-1, 1], peak 2; mask (B, 1, H, W), 1 = repainted.
+    """
+    known = 1 - mask
+    error = ((pixels - originals).square().mean(1, keepdim=True) * known).sum((1, 2, 3)) / known.sum((1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
+def seam_jump(pixels: Tensor, mask: Tensor) -> Tensor:
+    """How far apart neighbours are that the mask's border separates: the mean of |inside - outside|, (B,).
+
+    Pixels (B, 3, H, W), mask (B, 1, H, W). NaN where a mask has no border within the picture.
+    """
+    total = count = 0
+    for dim in (2, 3):
+        crossing = mask.diff(dim=dim) != 0                                           # (B, 1, H', W')
+        total = total + (pixels.diff(dim=dim).abs().mean(1, keepdim=True) * crossing).sum((1, 2, 3))
+        count = count + crossing.sum((1, 2, 3))
+    return total / count
+
+
+def inside(one: Detection, mask: Tensor) -> bool:
+    """Whether the middle of what was found lies within a mask (1, H, W)."""
+    rows, columns = mask.shape[-2:]
+    x, y = one.centre
+    column, row = (min(max(int(at), 0), most - 1) for at, most in ((x, columns), (y, rows)))
+    return bool(mask[0, row, column] > 0)
+
+
+def found_inside(seen: Sequence[Seen], mask: Tensor, names: Sequence[str]) -> float:
+    """The share of pictures in which the judge has found the object of that name with its middle in the mask.
+
+    seen: what `Judge.look_at` returns; mask (B, 1, H, W); names: one for each picture.
+    """
+    return sum(any(one.name == name and inside(one, hole) for one in found.objects)
+               for found, hole, name in zip(seen, mask, names, strict=True)) / len(names)
