@@ -110,6 +110,19 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone).atexit = False
 
 
+class Operations(TorchDispatchMode):
+    """Inside, `count` are the operations that PyTorch starts so far; views of a tensor, which compute nothing, are left
+    out. On a GPU each starts a kernel or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sdlearn.bench import Race, climb, run, rungs_for
-from sdlearn.bench.kept import KEPT, kept, named, rung_table
+from sdlearn.bench.kept import KEPT, kept, named, rung_table, table
 from sdlearn.checkpoint import CheckpointError
 
 QUICK = Race(preset="tiny", rounds=1, steps=2)
@@ -55,7 +55,15 @@ def test_pictures_that_differ_have_no_ratio(folder, tmp_path):
     data = json.loads((folder / "race.json").read_text())
     del data["time of sdlearn to that of"]
     (tmp_path / "race.json").write_text(json.dumps(data))
-    assert [row.times for row in kept(tmp_path)[0].rows] == [1.0, None]
+    [race] = kept(tmp_path)
+    assert [row.times for row in race.rows] == [1.0, None]
+    assert "not compared" in table(race) and table(race).startswith(race.title)
+
+
+def test_a_table_has_a_line_for_each_row(folder):
+    for one in kept(folder):
+        lines = table(one).splitlines()
+        assert len(lines) == 1 + len(one.rows) and ("another picture" in lines[-1]) == (one.kind == "ladder")
 
 
 @pytest.mark.parametrize("text", [

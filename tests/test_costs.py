@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.config import PRESETS
-from sdlearn.costs import conv_cost, fleet, layer_flops, peak_bytes, roofline_seconds, step_flops
+from sdlearn.costs import Operations, conv_cost, fleet, layer_flops, peak_bytes, roofline_seconds, step_flops
 from sdlearn.unet import UNet
 
 
@@ -67,3 +67,11 @@ def test_a_fleet_is_the_cheapest_that_is_in_time():
     assert fleet(0.5, seconds, 5, busy=0.7) == (1, 1), "a slow stream does not fill batches, and needs no more chips"
     with pytest.raises(ValueError, match="within 0.9 s"):
         fleet(10, seconds, 0.9)
+
+
+def test_views_start_nothing():
+    for device in ("cpu", "meta"):
+        x = torch.ones(4, 6, device=device)
+        with Operations() as started:
+            x.view(6, 4).t()[1:].add(1).mul_(2)
+        assert started.count == 2

@@ -3,11 +3,21 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.bench.machine import PEAKS, Peak
-from sdlearn.bench.roofline import Work, by_kind, least_seconds, memory_ledger, watched, work
+from sdlearn.bench.roofline import (
+    Work,
+    by_kind,
+    decoder_work,
+    least_seconds,
+    memory_ledger,
+    watched,
+    work,
+)
 from sdlearn.config import PRESETS
 from sdlearn.costs import step_flops
+from sdlearn.vae import VAE
 
 
 @pytest.mark.parametrize("preset", ["tiny", "mini", "sd15", "sd21"])
@@ -55,3 +65,12 @@ def test_the_ledger_counts_weights_and_maps():
     assert large["largest attention map"] == 3 * 16 * told["largest attention map"]
     assert large["decoder"] == 4 * told["decoder"], "pictures are decoded one by one"
     assert large["skips"] == 12 * told["skips"]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sd15"])
+def test_the_decoder_is_what_pytorch_counts_but_for_its_attention(preset):
+    config, side = PRESETS[preset].vae, PRESETS[preset].latent_size
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        VAE(config).decode(torch.empty(2, config.latent_channels, side, side))
+    products = 2 * 4 * side**4 * config.channels[-1]
+    assert sum(one.flops for _, one in decoder_work(config, side, batch=2)) + products == counter.get_total_flops()

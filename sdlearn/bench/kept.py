@@ -80,6 +80,17 @@ def measurement(file: Path, data: dict) -> Kept:
                               "write it anew with --out, or take it away.") from error
 
 
+def table(one: Kept) -> str:
+    """Title, and a line for each row."""
+    lines = [one.title]
+    for row in one.rows:
+        times = "not compared" if row.times is None else f"{row.times:.2f} of the first's"
+        memory = "" if row.memory is None else f"{row.memory:.0f} MiB, "
+        lines.append(f"  {row.name:24}{row.seconds:9.3f} s, {times:18} {memory}differs by {row.differs} of 255"
+                     + ("" if row.exact else ", another picture"))
+    return "\n".join(lines)
+
+
 def named(rung: str) -> str:
     """A rung's name without the number of its steps."""
     return FEWER.sub(r"fewer\1", rung)

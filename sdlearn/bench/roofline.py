@@ -17,7 +17,7 @@ from torch import nn
 
 from ..attention import CrossAttention, attention_cost
 from ..clip import TextTower
-from ..config import ModelConfig, UNetConfig
+from ..config import ModelConfig, UNetConfig, VAEConfig
 from ..costs import TOKENS, empty_unet, roofline_seconds
 from ..vae import VAE
 from .machine import Peak
@@ -53,6 +53,17 @@ def work(config: UNetConfig, side: int, batch: int = 2, bytes_each: int = 2) -> 
     with watched(unet, bytes_each, found), torch.device("meta"), torch.no_grad():
         unet(torch.empty(batch, config.in_channels, side, side), torch.empty(1),
              torch.empty(batch, TOKENS, config.context_dim))
+    return found
+
+
+def decoder_work(config: VAEConfig, side: int, batch: int = 1, bytes_each: int = 2) -> list[tuple[str, Work]]:
+    """(kind, work) of every layer while a VAE decodes `batch` latents of side x side cells. Its attention, a single
+    one, is counted by its linear layers alone."""
+    found = []
+    with torch.device("meta"), torch.no_grad():
+        vae = VAE(config)
+        with watched(vae, bytes_each, found):
+            vae.decode(torch.empty(batch, config.latent_channels, side, side))
     return found
 
 
