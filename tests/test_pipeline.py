@@ -31,7 +31,7 @@ from sdlearn.pipeline import (
     shipped,
     unknown_words,
 )
-from sdlearn.pipeline.compiled import CompiledUNet
+from sdlearn.pipeline.compiled import FEW_ROWS, CompiledUNet, LinearByOneDNN
 from sdlearn.samplers import SAMPLERS
 from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
 
@@ -392,6 +392,22 @@ def test_the_shipped_model_knows_its_world_and_listens():
 
 
 # --- compiled -----------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("shape", [(2, 64, 32), (40, 32), (2, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_by_onednn_give_the_same_numbers(shape, bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(32, 48, bias=bias), torch.randn(shape)
+    with torch.no_grad(), torch.profiler.profile() as told, LinearByOneDNN():
+        found = [layer(x), torch.nn.functional.linear(x, layer.weight, bias=layer.bias)]
+    many = x.numel() // 32 >= FEW_ROWS
+    assert any("mkldnn" in event.key for event in told.key_averages()) == many, "few rows stay with MKL"
+    for one in found:
+        torch.testing.assert_close(one, layer(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), LinearByOneDNN():
+        assert layer.double()(x.double()).dtype == torch.float64, "what oneDNN cannot do is left alone"
+
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None and not os.environ.get("CI"),
                     reason="a CPU's compiled code needs a C++ compiler")
