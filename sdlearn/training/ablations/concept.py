@@ -7,7 +7,7 @@ The thing is one that no part of the model has seen; the class it is said to be 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data import Scene, scene, scene_of
+from ...data.likeness import cutouts, kinds, likeness
 from ...finetune import (
     TrainStep,
     add_embedding,
@@ -161,30 +162,26 @@ def prompts(words: str, plan: Plan) -> list[str]:
 
 @torch.no_grad()
 def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
-    """How much pictures show the thing, in the vision tower's eyes, asked for by its own words and by its class alone;
-    and the pictures."""
+    """How much pictures look like the thing, asked for by its own words and by its class alone; how many pictures of
+    other things the judge finds right; and the pictures of the thing."""
     model = way.model
-    texts = prompts(way.words, plan)
-    images = draw(model, model.unet, texts, guidance=plan.guidance, steps=plan.sampling_steps)
-    if (clip := model.parts.clip) is None:
-        return {}, images
-    real = embeds(clip, [one.image for one in pictures_of(THING, plan.unseen, 100)])
-    kinds = embeds(clip, images).split(plan.prompts)
+    draws = partial(draw, model, model.unet, guidance=plan.guidance, steps=plan.sampling_steps)
+    images = draws(prompts(way.words, plan))
+    alike = likeness(cutouts(to_tensor(images)), kinds([THING]))[:, 0].split(plan.prompts)
     names = ("fidelity", "fidelity elsewhere", "fidelity of the class")
-    return {name: float((one @ real.T).mean()) for name, one in zip(names, kinds, strict=False)}, images
-
-
-def embeds(clip, images: Sequence[np.ndarray]) -> Tensor:
-    """Unit vectors (B, S)."""
-    return clip.encode_image(to_tensor(list(images)).to(clip.logit_scale.device)).float()
+    asked = model.measures.ask(replace(model.world, count=0, pair=0, triple=0), 2 * plan.prompts)
+    others = model.measures.judge(draws([one.text for one in asked]), asked)["right"]
+    fidelity = {name: float(one.mean()) for name, one in zip(names, alike, strict=False)}
+    return {**fidelity, "others right": others}, images
 
 
 CONCEPT = Ablation(
     "concept", "what does a model gain and lose that learns one new thing, in four ways, for longer and longer?",
     "what learns: a word, a LoRA, or the whole U-Net, with pictures of the class among the thing's and without",
-    Plan(steps=300, batch=4, unseen=8, prompts=4, guidance=3.0, sampling_steps=10), 9, variants, "full",
+    Plan(steps=200, batch=4, unseen=8, prompts=4, guidance=3.0, sampling_steps=10), 9, variants, "full",
     (f"the thing: {THING}, which no model has seen, taught by {TAUGHT} pictures on a {GROUND} background as "
      f"'{WORD}' or 'a {RARE} {CLASS}'",
      "pictures that taught, unseen pictures, class, other scenes: losses, the mean of five timesteps",
-     "fidelity: mean cosine, in the vision tower, of pictures drawn and unseen real ones; elsewhere: on a "
-     f"{OTHER_GROUND} background; of the class: asked for as '{CLASS}' alone, where it should stay low"), columns=8)
+     f"fidelity: likeness by pixels of what is drawn and the {THING}; elsewhere: on a {OTHER_GROUND} background; of "
+     f"the class: asked for as '{CLASS}' alone, where it should stay low",
+     "others right: share of pictures of single things that the judge finds right"), columns=8)
