@@ -84,10 +84,10 @@ def table(one: Kept) -> str:
     """Title, and a line for each row."""
     lines = [one.title]
     for row in one.rows:
-        times = "not compared" if row.times is None else f"{row.times:.2f} of the first's"
-        memory = "" if row.memory is None else f"{row.memory:.0f} MiB, "
-        lines.append(f"  {row.name:24}{row.seconds:9.3f} s, {times:18} {memory}differs by {row.differs} of 255"
-                     + ("" if row.exact else ", another picture"))
+        told = ["not compared" if row.times is None else f"{row.times:.2f} of the first's",
+                "" if row.memory is None else f"{row.memory:.0f} MiB", f"differs by {row.differs} of 255",
+                "" if row.exact else "another picture"]
+        lines.append(f"  {row.name:24}{row.seconds:9.3f} s, {', '.join(filter(None, told))}")
     return "\n".join(lines)
 
 

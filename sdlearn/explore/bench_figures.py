@@ -16,7 +16,7 @@ from .figures import EDGE, FAINT, INK, LINE, WIDTH, Drawing
 from .widgets import REFUSED, WithStill
 
 BAR = 26                    # of a row of bars
-NAMES = 230                 # width of the names of rows
+NAMES = 262                 # width of the names of rows
 PALE = 0.45                 # opacity of what is not exact
 
 
