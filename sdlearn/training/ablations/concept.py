@@ -39,6 +39,7 @@ TAUGHT = 6                                  # pictures that teach
 TIMESTEPS = (100, 300, 500, 700, 900)       # at which losses are measured
 RATES = {"word": 1e-2, "lora": 2e-3, "unet": 1e-4}
 RANK = 4
+FIRST = 10                                  # step at which something is measured, after the start
 # Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 SENTENCES = tuple(f"{opening}a {{}} on a {GROUND} background" for opening in
@@ -113,7 +114,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 
 
 def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
-    at = early_marks(plan.steps)
+    at = {mark for mark in early_marks(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
     pixels = to_tensor([one.image for one in pictures_of(THING, TAUGHT, 0)])
     way = WAYS[name](base, plan, pixels)
     with way.beside(way.model.unet):
