@@ -22,7 +22,8 @@ zero = lesson.exercise(
          "at the start.",
     hints=["A convolution computes W x + b. Which two tensors must be zero?",
            "`nn.Conv2d(channels, channels, 1)` is a 1x1 convolution.",
-           "`nn.init.zeros_(tensor)` fills a tensor with zeros, for `.weight` and for `.bias`."])
+           "`nn.init.zeros_(tensor)` fills a tensor with zeros, for `.weight` and for `.bias`. (A parameter is filled, "
+           "not replaced: `conv.weight = torch.zeros(...)` is refused.)"])
 
 FEATURE = randn(2, 4, 5, 6, seed=1)                                                 # (B, C, h, w)
 
@@ -228,8 +229,8 @@ for diagnosis, settings in [
 
 scales = lesson.exercise(
     5, guess_scales, grade="guided", minutes=5,
-    asks="Write `guess_scales(n)`: n factors from 0.1 at the first skip to 1 in the middle, each the same multiple of "
-         "the one before.",
+    asks="Write `guess_scales(n)`: a list of n factors from 0.1 at the first skip to 1 in the middle, each the same "
+         "multiple of the one before.",
     hints=["Equal *ratio*, not equal distance: the exponents are equally far apart. 0.1 is 10 to which power? And 1?",
            "The exponent goes from -1 to 0 in n - 1 steps.",
            "Number i is 10 ** (i / (n - 1) - 1)."])
@@ -238,7 +239,8 @@ scales = lesson.exercise(
 @scales.test("shape")
 def n_numbers(guess_scales):
     result = guess_scales(13)
-    require(isinstance(result, (list, tuple, Tensor)) and len(result) == 13, "It must return a list of n numbers")
+    require(isinstance(result, (list, tuple, Tensor)) and len(result) == 13,
+            "It must return a list of n numbers; of a NumPy array, `.tolist()` makes one")
 
 
 @scales.test("value")
