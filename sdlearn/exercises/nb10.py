@@ -155,6 +155,8 @@ for diagnosis, answer in [
      scaling(lambda n, m: max(1.0, math.sqrt(math.log(n) / math.log(m))))),
     ("the logarithm of 1 is 0: with one key there is nothing to choose, so refuse it",
      scaling(lambda n, m: math.sqrt(math.log(n) / max(math.log(m), 1e-9)), least=lambda n, m: 2)),
+    ("the logarithm of 1 is 0: with one key there is nothing to choose, so raise ValueError first",
+     lambda n, m: math.sqrt(math.log(n) / math.log(m))),
     ("only `trained` is checked", scaling(lambda n, m: math.sqrt(math.log(n) / math.log(m)), least=lambda n, m: m)),
     ("only `tokens` is checked", scaling(lambda n, m: math.sqrt(math.log(n) / max(math.log(m), 1e-9)),
                                          least=lambda n, m: n)),
@@ -228,6 +230,11 @@ for diagnosis, answer in [
      looked_up(ratio=lambda alpha, sigma: sigma, table=lambda ratios: ratios / (1 + ratios ** 2).sqrt())),
     ("the result is rounded: keep the fraction", looked_up(last=lambda t: float(round(t)))),
     ("the result is rounded down: keep the fraction", looked_up(last=lambda t: float(int(t)))),
+    ("this is the formula for straight paths, alpha = 1 - t and sigma = t: here look up sigma / alpha in the table",
+     lambda schedule, t, times: times * t / (1 + (times - 1) * t)),
+    ("this is the formula for straight paths, alpha = 1 - t and sigma = t, times the number of steps: here look up "
+     "sigma / alpha in the table",
+     lambda schedule, t, times: times * t / (1 + (times - 1) * t / (schedule.steps - 1))),
     ("it does not depend on `times`", lambda schedule, t, times: float(t)),
 ]:
     shifted_time.mistake(diagnosis)(answer)
@@ -293,9 +300,11 @@ def by_log(w: float, h: float, a: float, b: float) -> float:
 
 
 for diagnosis, answer in [
-    ("width / height is compared by difference, which squeezes tall shapes together: compare by ratio",
+    ("width / height is compared by difference, which squeezes tall shapes together (a ratio minus 1 does, too): take "
+     "the difference of logarithms",
      nearest(lambda w, h, a, b: abs(w / h - a / b))),
-    ("height / width is compared by difference, which squeezes wide shapes together: compare by ratio",
+    ("height / width is compared by difference, which squeezes wide shapes together (a ratio minus 1 does, too): take "
+     "the difference of logarithms",
      nearest(lambda w, h, a, b: abs(h / w - b / a))),
     ("the shape of one is upside down: width / height of both", nearest(lambda w, h, a, b: by_log(h, w, a, b))),
     ("this is the farthest", nearest(by_log, choose=max)),

@@ -21,7 +21,8 @@ two_pass = lesson.exercise(
     asks="Write `two_pass(model, prompt, size, negative_prompt=\"\", *, strength=0.5, **settings)`: draw at the "
          "model's own area in the shape of `size`, enlarge, and let `model.img2img` do the rest. Sizes of no more than "
          "the model's own area take one pass.",
-    hints=["`model.size(size)` gives (width, height), `model.config.image_size` the model's own side.",
+    hints=["`size` may be one number, for a square: `model.size(size)` gives (width, height). "
+           "`model.config.image_size` is the model's own side.",
            "`fitted((width, height), side, even_step(model.config))` is the size of the first pass: pass it on as "
            "`size=...`, with all of `settings`.",
            "`image.resize((width, height), Image.Resampling.BICUBIC)` for each picture of the list. `img2img` takes "
@@ -142,6 +143,12 @@ for diagnosis, parts in [
     two_pass.mistake(diagnosis)(passes(**parts))
 
 
+@two_pass.mistake("`size` may be one number, for a square: `model.size(size)` gives (width, height)")
+def unpacked(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
+    width, height = size
+    return package_two_pass(model, prompt, (width, height), negative_prompt, strength=strength, **settings)
+
+
 @two_pass.mistake("there is no second pass: the enlarged picture is returned")
 def enlarged_alone(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
     width, height = model.size(size)
@@ -245,7 +252,7 @@ def faded(length: int, overlap: int) -> Tensor:
 
 
 def tiling(starts: Callable = tiles.tile_starts, scale: bool = True, divided: bool = True,
-           fade: Callable = tiles.ramp) -> Callable:
+           fade: Callable = tiles.ramp, whole: bool = False) -> Callable:
     def answer(decode, latent, *, factor, tile=64, overlap=16):
         batch, _, rows, columns = latent.shape
         total = torch.zeros(batch, 3, rows * factor, columns * factor)
@@ -253,7 +260,7 @@ def tiling(starts: Callable = tiles.tile_starts, scale: bool = True, divided: bo
         for top in starts(rows, tile, overlap):
             for left in starts(columns, tile, overlap):
                 part = decode(latent[:, :, top:top + tile, left:left + tile])
-                height, width = part.shape[2:]
+                height, width = (tile * factor, tile * factor) if whole else part.shape[2:]
                 share = (fade(height, overlap * factor, first=top == 0, last=top + tile >= rows)[:, None]
                          * fade(width, overlap * factor, first=left == 0, last=left + tile >= columns))
                 y, x = (one * (factor if scale else 1) for one in (top, left))
@@ -266,9 +273,12 @@ def tiling(starts: Callable = tiles.tile_starts, scale: bool = True, divided: bo
 for diagnosis, parts in [
     ("tiles overlap, but their sum is not divided by the sum of their weights",
      {"divided": False, "fade": lambda length, overlap, first, last: torch.ones(length)}),
+    ("two tiles that share more than `overlap`, as the last two may, have weights of more than 1 together: divide by "
+     "the sum of weights", {"divided": False}),
     ("tiles begin at cells, but pixels are `factor` times as many: multiply", {"scale": False}),
     ("the last rows and columns are missing: the last tile has to end where the latent does",
      {"starts": lambda length, tile, overlap: list(range(0, max(1, length - tile + 1), tile - overlap))}),
+    ("the latent may be smaller than a tile: take rows and columns from what `decode` returns", {"whole": True}),
     ("at the picture's own border no other tile adds to a weight that falls to 0: there a tile counts whole",
      {"fade": lambda length, overlap, first, last: faded(length, overlap)}),
 ]:
