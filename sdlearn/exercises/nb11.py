@@ -15,11 +15,11 @@ lesson = Lesson(11, "The full GPU sampler")
 conv_cost = lesson.exercise(
     1, costs.conv_cost, grade="guided", minutes=6,
     asks="Write `conv_cost(rows, columns, inputs, outputs, kernel=3, *, stride=1, batch=1, bytes_each=2)`: (FLOPs, "
-         "bytes moved) of a convolution with a bias over maps of rows x columns. Each tensor is moved once; adding the "
-         "bias counts as no FLOP.",
+         "bytes moved) of a convolution with a bias over maps of rows x columns, padded by kernel // 2. Each tensor is "
+         "moved once; adding the bias counts as no FLOP.",
     hints=["One number of the output is a sum over kernel x kernel x inputs products. A product and its addition are "
            "two FLOPs. How many numbers has the output?",
-           "With padding, a stride of 1 keeps rows and columns; a stride of 2 halves both, rounding up: "
+           "Padded by kernel // 2, a stride of 1 keeps rows and columns; a stride of 2 halves both, rounding up: "
            "`-(-rows // stride)`.",
            "Bytes: the numbers of input and output, `batch` times, and of weight (outputs, inputs, kernel, kernel) and "
            "bias (outputs), once for the whole batch; times `bytes_each`."])
@@ -55,16 +55,19 @@ def a_stride_over_odd_sizes(conv_cost):
 
 def convolution(two: int = 2, area: Callable = lambda k: k * k, half: Callable = lambda n, s: -(-n // s),
                 kept: Callable = lambda batch: batch, weight: Callable = lambda i, o, k, batch: o * i * k * k + o,
-                moved: Callable = lambda given, made: given + made, size: Callable = lambda each: each) -> Callable:
+                moved: Callable = lambda given, made: given + made, size: Callable = lambda each: each,
+                added: int = 0) -> Callable:
     def answer(rows, columns, inputs, outputs, kernel=3, *, stride=1, batch=1, bytes_each=2):
         cells = half(rows, stride) * half(columns, stride)
         numbers = batch * moved(rows * columns * inputs, cells * outputs) + weight(inputs, outputs, kernel, batch)
-        return two * kept(batch) * cells * outputs * inputs * area(kernel), size(bytes_each) * numbers
+        flops = kept(batch) * cells * outputs * (two * inputs * area(kernel) + added)
+        return flops, size(bytes_each) * numbers
     return answer
 
 
 for diagnosis, parts in [
     ("a multiplication and its addition are two", {"two": 1}),
+    ("adding the bias is counted, too: here it counts as none", {"added": 1}),
     ("a kernel has kernel x kernel places", {"area": lambda k: k}),
     ("the kernel's places are missing", {"area": lambda k: 1}),
     ("the weight has to be read, too", {"weight": lambda i, o, k, batch: o}),
@@ -145,7 +148,7 @@ fleet = lesson.exercise(
          "pictures a second. `seconds` tells, by batch size, how long one chip takes for such a batch. The first "
          "picture of a batch waits for the others to come, (batch - 1) / rate, and then for the batch: at most "
          "`within` seconds in all. Chips may be busy the share `busy` of the time. Fewest chips win; among equals the "
-         "smaller batch.",
+         "smaller batch. Where no batch is in time, raise ValueError.",
     hints=["Two questions, one after the other: which batches are ready in time, and how many chips does each need?",
            "A chip makes batch / seconds[batch] pictures a second, and does so `busy` of the time. Chips are whole: "
            "`math.ceil`.",

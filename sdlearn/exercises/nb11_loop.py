@@ -39,12 +39,13 @@ reusing = lesson.exercise(
     3, package_reusing, grade="supported", minutes=12,
     asks="Write `reusing(network, times)`: a function run(x, t, context) that gives network(x, t, context), with each "
          "text as one `KeptText` and each of `times` as its `KeptTime`, so that keys, values and time embeddings are "
-         "made once for the run.",
+         "made once for the run. Other timesteps must work as well.",
     hints=["Make the timesteps ready before `run` is ever called: `KeptTime.of_run(times)` is a dictionary, from "
-           "timestep to its KeptTime.",
+           "timestep to its KeptTime (which `KeptTime(t)` alone does not make).",
            "A text is wrapped when it first comes, `KeptText(context)`, and the same wrapper is found when it comes "
            "again. Guidance has two texts, or one of both: keep a dictionary.",
-           "Tensors cannot be told apart by `==` in a dictionary; `id(context)` is a number that tells objects apart.",
+           "`==` compares two tensors number by number; `id(context)` is a number that tells objects apart for as long "
+           "as they live, and a KeptText keeps its text alive.",
            "`known.get(t, t)` is the kept one, or t itself where `times` has no such timestep."])
 
 
@@ -129,7 +130,8 @@ def of_run_in_the_run(network, times):
 ddim_coefficients = lesson.exercise(
     4, samplers.ddim_coefficients, grade="supported", minutes=10,
     asks="Write `ddim_coefficients(schedule, grid)`: (a, b) for each pair (t, t_prev) of the grid, Python floats, so "
-         "that DDIM's step is x_prev = a x + b x0. The last t_prev is None and ends at the noise of timestep 0.",
+         "that DDIM's step is x_prev = a x + b x0. `schedule.at(t)` is (alpha, sigma). The last t_prev is None and "
+         "ends at the noise of timestep 0.",
     hints=["The step: eps = (x - alpha x0) / sigma, then x_prev = alpha_prev x0 + sigma_prev eps. Put the first into "
            "the second and collect x and x0.",
            "`alpha, sigma = schedule.at(t)` gives floats. For the last pair take `schedule.at(0)`.",
@@ -203,7 +205,8 @@ STEPS = [999, 800, 600, 400, 200, 0]
 guided_passes = lesson.exercise(
     5, guidance.guided_passes, grade="guided", minutes=4,
     asks="Write `guided_passes(times, scale, interval=None)`: how often the network runs for one picture at these "
-         "timesteps. Guided steps take two passes, also as one batch; where w is 1, or 0, one half is enough.",
+         "timesteps. Guided steps take two passes, also as one batch; where w is 1, or 0, one half is enough. Outside "
+         "of the interval (its ends belong to it) w is 1.",
     hints=["`scale_at(t, scale, interval)` of notebook 06 gives w at a timestep: `scale` within the interval, 1 "
            "outside.", "At w = 1 u + w (c - u) is c alone, at w = 0 it is u alone."])
 
@@ -216,24 +219,26 @@ def a_whole_number(guided_passes):
 
 @guided_passes.test("value")
 def guided_everywhere(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 5.0), answer(STEPS, 0.5)], what="At six steps, w 5 and 0.5, it")
+    guided_passes.agrees(lambda answer: [answer(STEPS, 5.0), answer(STEPS, 0.5)],
+                         what="At six steps, w 5 and 0.5, the number of passes")
 
 
 @guided_passes.test("value")
 def in_an_interval(guided_passes):
     guided_passes.agrees(lambda answer: [answer(STEPS, 5.0, (300, 700)), answer(STEPS, 5.0, (200, 800))],
-                         what="With intervals (300, 700) and (200, 800), it")
+                         what="With intervals (300, 700) and (200, 800), the number of passes")
 
 
 @guided_passes.test("edge case")
 def without_guidance(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 1.0), answer(STEPS, 0.0)], what="At w = 1 and at w = 0, it")
+    guided_passes.agrees(lambda answer: [answer(STEPS, 1.0), answer(STEPS, 0.0)],
+                         what="At w = 1 and at w = 0, the number of passes")
 
 
 @guided_passes.test("edge case")
 def unconditional_in_an_interval(guided_passes):
     guided_passes.agrees(lambda answer: [answer(STEPS, 0.0, (200, 800)), answer([], 5.0)],
-                         what="At w = 0 in an interval, and for no steps, it")
+                         what="At w = 0 in an interval, and for no steps, the number of passes")
 
 
 def within(t: float, interval: tuple | None) -> bool:
