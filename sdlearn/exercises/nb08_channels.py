@@ -127,8 +127,8 @@ nine = lesson.exercise(
          "latents, and guidance's batch [u; c] holds all latents twice.",
     beyond="The package's function also checks the sizes, and that the U-Net reads so many channels.",
     hints=["`torch.cat([x, mask, masked_latent], dim=1)` joins channels; 4, 1 and 4 of them.",
-           "Where x holds n times as many pictures as the mask, the *whole batch* of masks is repeated n times: "
-           "`mask.repeat(n, 1, 1, 1)`.",
+           "Where x holds n = len(x) // len(mask) times as many pictures as the mask, the *whole batch* of masks is "
+           "repeated n times: `mask.repeat(n, 1, 1, 1)`; the masked latent likewise.",
            "A function inside of a function: `def run(x, t, context, residuals=None): ... return unet(..., t, context, "
            "residuals)`, then `return run`."])
 
@@ -207,6 +207,8 @@ for diagnosis, answer in [
      handing(lambda x, m, z: [x, m, z], spread=twins)),
     ("the masks are not repeated: [u; c] holds all pictures twice, and one mask may serve several",
      handing(lambda x, m, z: [x, m, z], spread=lambda one, *_: one)),
+    ("`expand` stretches a batch of one only: repeat the batch",
+     handing(lambda x, m, z: [x, m, z], spread=lambda one, n, *_: one.expand(n * len(one), -1, -1, -1))),
     ("the residuals are not passed on", handing(lambda x, m, z: [x, m, z], on=False)),
     ("the timestep is not passed on", handing(lambda x, m, z: [x, m, z], time=lambda t: 0.0)),
 ]:

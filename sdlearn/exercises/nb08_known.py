@@ -128,9 +128,10 @@ again = lesson.exercise(
          "it is blended with new noise; between two times it goes back up from t_prev to t.",
     beyond="The package's function also checks `times` and the sizes.",
     hints=["For each (t, t_prev): draw the known cells' noise, make `blended(denoise, known, mask, noise, schedule)`, "
-           "and run `sample` on the grid `[(t, t_prev)]`, which yields one step.",
+           "and run `sample` on the grid `[(t, t_prev)]`, which yields one step: `step, = sample(...)`.",
            "Going back up: x_t = k x + sqrt(1 - k^2) noise, with k = alpha_t / alpha_t_prev, the share of the signal "
-           "that the forward process keeps on this way. `schedule.at(t)` is (alpha, sigma).",
+           "that the forward process keeps on this way. `schedule.at(t)` is (alpha, sigma): alpha is the root of "
+           "abar already.",
            "Not after the last time, and the step to None is taken once. Yield the last `Step` of each pair with the "
            "pair's index: `step._replace(index=index)`.",
            "So that the numbers can be compared, draw in this order, each with `standard_noise(x, generator)`: the "
@@ -185,15 +186,16 @@ def a_single_step(repaint):
 
 def resampled(*, count=lambda times, last: 1 if last else times, back="forward", blend=True, fresh=True, every=False,
               after_last=False, number=True):
-    """`repaint`; the switches are mistakes."""
+    """`repaint`; the switches are mistakes. fresh: noise for the known cells each time, once for a "pair", or once."""
     def repaint(sample, known, mask, *, times=10):
         def sampler(denoise, x, grid, schedule, *, generator=None):
             fixed = None if fresh else standard_noise(x, generator)
             for index, (t, t_prev) in enumerate(grid):
                 passes = count(times, t_prev is None)
                 for i in range(passes):
-                    noise = standard_noise(x, generator) if fresh else fixed
-                    told = blended(denoise, known, mask, noise, schedule) if blend else denoise
+                    if fresh is True or fresh and i == 0:
+                        fixed = standard_noise(x, generator)
+                    told = blended(denoise, known, mask, fixed, schedule) if blend else denoise
                     step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
                     x = step.x
                     if every and i + 1 < passes:
@@ -212,6 +214,7 @@ def returned(x: Tensor, noise: Tensor, t: float, t_prev: float, schedule: NoiseS
     return {"forward": lambda: kept * x + math.sqrt(1 - kept**2) * noise,
             "clean": lambda: alpha * x + sigma * noise,
             "unsquared": lambda: kept * x + math.sqrt(1 - kept) * noise,
+            "root": lambda: math.sqrt(kept) * x + math.sqrt(1 - kept) * noise,
             "squared": lambda: kept**2 * x + math.sqrt(1 - kept**2) * noise,
             "added": lambda: x + math.sqrt(1 - kept**2) * noise,
             "none": lambda: x,
@@ -227,10 +230,14 @@ for diagnosis, answer in [
     ("no step is taken again: `times` is not used", resampled(count=lambda times, last: 1)),
     ("the known cells are not blended in", resampled(blend=False)),
     ("the known cells have the same noise each time: draw it anew for each pass", resampled(fresh=False)),
+    ("the known cells get new noise for each pair of the grid only: draw it anew for each pass",
+     resampled(fresh="pair")),
     ("on the way back x is taken for a clean latent: it holds the noise of t_prev already, so less is added",
      resampled(back="clean")),
     ("on the way back the noise's share is the root of 1 - k: of 1 - k^2, so that the variance stays",
      resampled(back="unsquared")),
+    ("on the way back there is a root over k: `schedule.at` gives alpha, which is the root of abar already, so k is "
+     "the ratio itself", resampled(back="root")),
     ("on the way back the signal is multiplied by k squared: by k", resampled(back="squared")),
     ("on the way back the signal is not scaled down, so the variance grows", resampled(back="added")),
     ("it does not go back up between two passes: the step to t_prev is taken from a latent that is there already",
