@@ -56,10 +56,12 @@ def rungs(config: UNetConfig, side: int) -> tuple[list[Rung], Shape]:
             module.register_forward_hook(lambda _, given, out: ups.append(tuple(out.shape[1:])))
     empty_pass(unet, side)
     middle, *after = ups
-    attending = {name for name, module in unet.named_modules() if name.endswith("transformer_blocks")}
+    attending = {name.removesuffix(".transformer_blocks") for name, _ in unet.named_modules()
+                 if name.endswith(".transformer_blocks")}
     found = []
     for place, ((name, skip), (reader, inputs, out)) in enumerate(zip(made, reversed(read), strict=True)):
-        attends = reader.replace("resnets", "attentions") + ".transformer_blocks" in attending
+        attention, attends = name.replace("resnets", "attentions"), reader.replace("resnets", "attentions") in attending
+        name = attention if attention in attending else name            # the last that works on it before it is kept
         found.append(Rung(name, skip, inputs - skip[0], out, attends, len(read) - place in after))
     return found, middle
 
