@@ -110,16 +110,20 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone).atexit = False
 
 
+STARTS_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.prim.device.default)    # and are not told as views
+
+
 class Operations(TorchDispatchMode):
     """Inside, `count` are the operations that PyTorch starts so far; views of a tensor, which compute nothing, are left
-    out. On a GPU each starts a kernel or more."""
+    out. On a GPU each starts a kernel or more. (On `meta` attention falls into its parts; within `FakeTensorMode`
+    it is one operation, as where it computes.)"""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
+        self.count += not function.is_view and function not in STARTS_NOTHING
         return function(*args, **(kwargs or {}))
 
 

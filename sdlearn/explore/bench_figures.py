@@ -101,7 +101,8 @@ def roofline_figure(points: Mapping[str, Point], peaks: Mapping[str, tuple[float
     xs = np.geomspace(low, high, 200)
     for (name, (flops, moved)), style in zip(peaks.items(), ("-", "--", "-.", ":") * len(peaks), strict=False):
         axes.plot(xs, np.minimum(flops, moved * xs), color=COLOURS[5], linestyle=style, linewidth=1.5, label=name)
-    for (name, (intensity, speed, share)), colour in zip(shown.items(), COLOURS * len(shown), strict=False):
+    for name, (intensity, speed, share) in shown.items():
+        colour = COLOURS[list(points).index(name) % len(COLOURS)]           # as in `stacked`, which shows all of them
         axes.scatter(intensity, speed, s=40 + 900 * share, color=colour, alpha=0.75, zorder=3)
         axes.scatter([], [], s=40, color=colour, label=f"{name}, {share:.0%} of the time")
     axes.set(xscale="log", yscale="log", xlim=(low, high))
