@@ -214,7 +214,9 @@ def test_ctrl_c_is_status_130_without_a_traceback(run, monkeypatch):
 def test_ctrl_c_ends_a_real_process_in_the_middle(written, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "sdlearn", "generate", PROMPT, "--model", written, "--steps", "1000", "--size", "512",
-         "--device", "cpu", "--out", tmp_path / "x.png"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+         "--device", "cpu", "--out", tmp_path / "x.png"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # as in a terminal: a shell's background jobs ignore it, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     told = ""
     while "step/s" not in told and process.poll() is None:      # sampling has begun
         told += process.stderr.read(1)
