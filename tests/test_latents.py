@@ -228,13 +228,13 @@ def test_an_untouched_latent_is_the_autoencoders(vae, drawn, pixels):
 def test_edits_do_what_they_say(vae, drawn, pixels):
     widget, latents = LatentExplorer(vae, drawn), vae.to_latent(pixels)
     mixed = widget.latent(Edit(scene=3, mix=0.25))                              # the last one's next is the first
-    assert torch.allclose(mixed, 0.75 * latents[3] + 0.25 * latents[0], atol=1e-5)
+    assert torch.allclose(mixed, 0.75 * latents[3] + 0.25 * latents[0], atol=1e-4)
     noisy = widget.latent(Edit(noise=0.5)) - latents[0]
     assert 0.45 < noisy.std() < 0.55 and torch.equal(widget.latent(Edit(noise=0.5)), widget.latent(Edit(noise=0.5)))
     lost = widget.latent(Edit(lost=1))
-    assert not lost[1].any() and torch.allclose(lost[0], latents[0, 0], atol=1e-5)
+    assert not lost[1].any() and torch.allclose(lost[0], latents[0, 0], atol=1e-4)
     text = widget.latent(Edit(scene=1, text="a", size=30))
-    assert torch.allclose(text, vae.to_latent(to_tensor([written("a", 30, SIDE, SIDE)]))[0], atol=1e-5)
+    assert torch.allclose(text, vae.to_latent(to_tensor([written("a", 30, SIDE, SIDE)]))[0], atol=1e-4)
 
 
 def test_controls_change_the_picture(vae, drawn):
