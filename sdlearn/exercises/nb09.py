@@ -19,7 +19,8 @@ lesson = Lesson(9, "Personalisation")
 rows_of = lesson.exercise(
     1, exchanged, grade="supported", minutes=10,
     asks="Write `exchanged(vectors, tokens, ids, rows)`: the token vectors (B, M, D) of `tokens` (B, M), but where a "
-         "token is ids[k] its vector is rows[k]. Gradients must reach `rows` (n, D); nothing is changed in place.",
+         "token is ids[k] its vector is rows[k], for every k: a word may be several tokens. Gradients must reach "
+         "`rows` (n, D); nothing is changed in place.",
     hints=["Which places hold token ids[k]? `tokens == ids[k]` is a mask (B, M), to be spread over the D channels with "
            "`[..., None]`.",
            "`torch.where(mask[..., None], rows[k], vectors)` makes a new tensor, and autograd knows the way back to "
@@ -84,6 +85,10 @@ def first_places(tokens: Tensor, one: Tensor) -> Tensor:
 
 for diagnosis, answer in [
     ("the row is added to the old vector: it must take its place", by_masks(put=lambda row, vectors: vectors + row)),
+    ("only ids[0] is looked for: a word may be several tokens, so go through all of `ids`",
+     lambda vectors, tokens, ids, rows: by_masks()(vectors, tokens, ids[:1], rows)),
+    ("only the last of `ids` is exchanged: each step has to go on from the result of the one before",
+     lambda vectors, tokens, ids, rows: by_masks()(vectors, tokens, ids[-1:], rows[-1:])),
     ("all new tokens get the first row: token ids[k] gets rows[k]", by_masks(row_of=lambda rows, k: rows[0])),
     ("the rows come in the wrong order: token ids[k] gets rows[k]", by_masks(row_of=lambda rows, k: rows[-1 - k])),
     ("only the first place of the token in a prompt is changed: a word may come twice", by_masks(place=first_places)),
@@ -103,8 +108,9 @@ prior = lesson.exercise(
     2, prior_preserved, grade="guided", minutes=4,
     asks="Write `prior_preserved(losses, weight)`: DreamBooth's loss from those of the pictures, (2B,): first B of the "
          "thing, then B of its class. The mean of the first half plus `weight` times the mean of the second.",
-    hints=["`losses.chunk(2)` gives both halves.", "The result is one number, to call `backward()` on: a tensor with "
-           "no dimensions.", "`thing.mean() + weight * kind.mean()`"])
+    hints=["The thing's losses come first, then as many of the class's: `losses.chunk(2)` gives both halves.",
+           "The result is one number, to call `backward()` on: a tensor with no dimensions.",
+           "`thing.mean() + weight * kind.mean()`"])
 
 LOSSES = torch.tensor([0.9, 0.5, 0.1, 0.3, 0.2, 0.8])
 

@@ -74,13 +74,16 @@ for diagnosis, answer in [
 linear = lesson.exercise(
     5, LoRALinear, grade="supported", minutes=15,
     asks="Write `LoRALinear(base, rank, alpha=None)`: a module around the frozen `base`, an nn.Linear, that adds "
-         "alpha / r * up @ down @ x. `down` (r, i) starts random, `up` (o, r) at zero; `merged()` makes a plain "
-         "nn.Linear that computes the same.",
-    hints=["`self.base = base.requires_grad_(False)`; `down` and `up` are an `nn.Parameter` each.",
-           "In `forward`: `self.base(x) + scale * F.linear(F.linear(x, self.down), self.up)`. F.linear(x, A) is "
-           "x @ A.T.",
+         "alpha / r * up @ down @ x (without an alpha, up @ down @ x). `down` (r, i) starts random, `up` (o, r) at "
+         "zero; `merged()` makes a plain nn.Linear that computes the same.",
+    hints=["`self.base = base.requires_grad_(False)`. `down` and `up` are a `torch.nn.Parameter` each, made from "
+           "`torch.randn(rank, base.in_features) * base.in_features**-0.5` and `torch.zeros(base.out_features, "
+           "rank)`.",
+           "In `forward`: `self.base(x) + scale * F.linear(F.linear(x, self.down), self.up)`, with the scale of 9.4. "
+           "F.linear(x, A) is x @ A.T.",
            "`merged` copies the layer first (`copy.deepcopy(self.base)`), and adds `lora_delta(self.down, self.up, "
-           "self.alpha)` to the copy's weight under `torch.no_grad()`. The bias stays."])
+           "self.alpha)` to the copy's weight under `torch.no_grad()`: this page has gradients off, but a check has "
+           "them on. The bias stays."])
 
 LAYER = {"weight": randn(5, 6, seed=3), "bias": randn(5, seed=4)}
 LEARNT = {**{f"base.{name}": one for name, one in LAYER.items()}, "down": DOWN, "up": UP}
@@ -116,6 +119,8 @@ def what_learns(LoRALinear):
 @linear.test("value")
 def starts_as_the_base(LoRALinear):
     made, plain = LoRALinear(layer(), 4), layer()
+    require(made.down.abs().max() > 0 or made.up.abs().max() == 0,
+            "`down` starts at zero and `up` does not: that, too, changes nothing, but here it is the other way round")
     require(made.down.abs().max() > 0, "`down` is zero: with both of them zero no gradient reaches either, for ever")
     require(torch.equal(made(X), plain(X)), "A fresh one does not give what the base gives, to the bit: which of down "
                                             "and up must start at zero?")
@@ -137,7 +142,7 @@ def merges(LoRALinear):
         made = learnt(answer, 2.0).merged()
         require(isinstance(made, nn.Linear), "`merged` must return an nn.Linear")
         return [made.weight.detach(), made(X)]
-    LoRALinear.agrees(weights, what="Of `merged`, weight and output")
+    LoRALinear.agrees(weights, what="Of `merged`, whose bias is the base's, weight and output")
 
 
 @linear.test("edge case")
@@ -176,6 +181,12 @@ class WrongLinear(nn.Module):
         return made
 
 
+def without_bias(self: WrongLinear) -> nn.Linear:
+    made = WrongLinear.merged(self)
+    made.bias = None
+    return made
+
+
 for diagnosis, parts in [
     ("the LoRA's part is not added", {"forward": lambda self, x: self.base(x)}),
     ("the scale is forgotten when merging", {"change": lambda self: self.up @ self.down}),
@@ -186,6 +197,7 @@ for diagnosis, parts in [
     ("the base's output is scaled as well",
      {"forward": lambda self, x: self.scale() * (self.base(x) + self.inside(x))}),
     ("merging changed nothing", {"change": lambda self: 0 * self.base.weight}),
+    ("the base's bias is missing from `merged`", {"merged": without_bias}),
     ("this is the change alone: the weight that was there is missing",
      {"change": lambda self: self.scale() * self.up @ self.down - self.base.weight}),
 ]:
@@ -197,10 +209,9 @@ for diagnosis, parts in [
 several = lesson.exercise(
     6, merged_weight, grade="on your own", minutes=10,
     asks="Write `merged_weight(weight, changes)`: a layer's weight with several LoRAs in it. `changes` holds pairs of "
-         "a `LowRank` (with `.down`, `.up`, `.alpha`) and its strength; the weight may be in half precision, the sum "
-         "is made in float32.",
-    hints=["Start from `weight.float()`, and add `strength * lora_delta(change.down, change.up, change.alpha)` for "
-           "each pair.",
+         "a `LowRank` and its strength; `.delta()` of a LowRank is alpha / r * up @ down, for convolutions as well. "
+         "The weight may be in half precision, the sum is made in float32; the result has the weight's shape.",
+    hints=["Start from `weight.float()`, and add `strength * change.delta()` for each pair.",
            "`total = total + ...` makes a new tensor; `total += ...` may write into the weight that you were given.",
            "A convolution of 1x1 has a weight (o, i, 1, 1), while its LoRA may be (o, i): `.reshape(weight.shape)`."],
     beyond="The package's keeps a weight of float64 in float64.")
