@@ -26,7 +26,7 @@ from sdlearn.data import (
     vocabulary,
     world,
 )
-from sdlearn.data.captions import caption_for
+from sdlearn.data.captions import caption_for, captions_apart
 
 seeds = st.integers(0, 2**40)
 splits = st.sampled_from(("train", "test", "held_out"))
@@ -188,6 +188,32 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
 
     (tints, counts), (few_tints, few_counts) = share(hard), share(core)
     assert tints > 0.15 and tints > 5 * few_tints and counts > 1.4 * few_counts
+
+
+@pytest.mark.parametrize("of", ["full", "hard", "classroom"])
+def test_two_captions_differ_in_one_thing_and_one_of_them_is_true(of):
+    changes = set()
+    for one in scenes(0, 400, world=world.WORLDS[of]):
+        true, wrong = captions_apart(one, random.Random(one.seed))
+        assert (true, wrong) == captions_apart(one, random.Random(one.seed)) and true != wrong
+        said = re.findall(r"[a-z0-9]+", true)
+        names = [placed.name for placed in one.objects]
+        assert all(any(word in true for word in (OBJECTS[name].noun(1), OBJECTS[name].noun(2))) for name in names)
+        assert {placed.colour for placed in one.objects if placed.colour} <= set(said)
+        gone, come = (set(a) - set(b) for a, b in itertools.permutations((said, re.findall(r"[a-z0-9]+", wrong))))
+        if sorted(said) == sorted(re.findall(r"[a-z0-9]+", wrong)):
+            changes.add("whose tint")
+        elif come & set(COLOURS):
+            changes.add("tint")
+        elif {*come, *gone} & {"two", "three", "2", "3"}:
+            changes.add("count")
+        elif {*come, *gone} <= {"left", "right", "above", "below", "over", "under", "to", "on", "the", "of"}:
+            changes.add("relation")
+            assert len(gone) == len(come) == 1
+        else:
+            changes.add("object")
+    assert changes == ({"tint", "object"} if of == "classroom" else
+                       {"whose tint", "tint", "count", "relation", "object"})
 
 
 def test_a_world_is_called_by_its_name():

@@ -14,13 +14,13 @@ import torch
 
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
-from sdlearn.clip import CLIP
+from sdlearn.clip import CLIP, contrastive_loss
 from sdlearn.config import PRESETS, VAEConfig
 from sdlearn.data import CORE
 from sdlearn.pictures import psnr, to_images, to_tensor
 from sdlearn.training import stages
 from sdlearn.training.card import ship
-from sdlearn.training.clip import CLIPRecipe, retrieval, shortest
+from sdlearn.training.clip import CLIPRecipe, loss_with_wrong, retrieval, shortest, told_apart
 from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, save_state
 from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
 from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
@@ -440,6 +440,33 @@ leave_processes()
     done = subprocess.run([*TWO, "--no-python", "--", sys.executable, "-c", code, str(tmp_path)], capture_output=True,
                           text=True, timeout=300, env=os.environ | ALONE)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wrong_caption_of_its_own_is_one_more_wrong_answer():
+    torch.manual_seed(0)
+    images, texts, wrong = (torch.nn.functional.normalize(torch.rand(5, 8), dim=-1) for _ in range(3))
+    scale = torch.tensor(2.0)
+    plain = contrastive_loss(images, texts, scale)
+    assert loss_with_wrong(images, torch.cat([texts, -100 * wrong]), scale) == pytest.approx(float(plain), rel=1e-5)
+    assert loss_with_wrong(images, torch.cat([texts, wrong]), scale) > plain
+    # the same texts again: of each picture's answers two are right, so half of the probability is gone
+    twice = loss_with_wrong(images, texts.repeat(2, 1), scale)
+    assert float(twice - plain) == pytest.approx(math.log(2) / 2, rel=1e-4)
+
+
+def test_towers_that_know_and_that_guess_are_told_apart(config, run):
+    class Knows:                                                # the truth of a scene as its vector
+        logit_scale = torch.zeros(1)
+
+        def encode_image(self, pixels):
+            return torch.ones(len(pixels), 1)
+
+        def encode_text(self, ids):
+            return torch.cat([torch.ones(len(ids) // 2, 1), torch.zeros(len(ids) // 2, 1)])
+
+    tokenizer = stages.train_tokenizer(config, run)
+    assert told_apart(Knows(), tokenizer, count=20) == 1.0
+    assert 0.2 < told_apart(CLIP(config.text, config.vision), tokenizer, count=60) < 0.8
 
 
 def test_clip_learns_pairs(config, run, tmp_path):

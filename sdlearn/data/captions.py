@@ -2,6 +2,8 @@
 
 import random
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 
 from .world import BACKGROUNDS, COLOURS, COUNTS, OBJECTS, SIZES
 
@@ -12,6 +14,7 @@ WAYS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 GROUNDS = ("on a {} background", "on a {} background", "against a {} background", "with a {} background")
 NUMERALS = {2: ("two", "two", "2"), 3: ("three", "three", "3")}
 
@@ -32,6 +35,52 @@ def caption_for(scene, rng: random.Random) -> str:
         ground = with_article(f"{scene.background} background")
         text = f"{text} {rng.choice(GROUNDS).replace('a {} background', ground)}"
     return text
+
+
+def captions_apart(scene, rng: random.Random) -> tuple[str, str]:
+    """A true caption of `scene`, and a wrong one that differs from it in one thing and in no other word.
+
+    A relation turned round, tints exchanged, another tint, another count; where a scene has none of these said,
+    another object. Which is true is not told by the words that are there, but by how they belong together.
+    """
+    wording = rng.random()
+
+    def said(of) -> str:
+        return caption_for(of, random.Random(wording))
+    wrong = [said(other) for other in _almost(scene, rng) if said(other) != said(scene)]
+    return said(scene), rng.choice(wrong or [said(_another_object(scene, rng))])
+
+
+def _almost(scene, rng: random.Random) -> Iterator:
+    """Scenes that differ from this one in one thing each: a relation, a count, whose tint is whose, a tint."""
+    objects = scene.objects
+    if scene.relation:
+        yield replace(scene, relation=OPPOSITE[scene.relation])
+    if scene.count > 1:
+        yield replace(scene, count=rng.choice([count for count in COUNTS if count != scene.count]))
+    tints = [placed.colour for placed in objects]
+    if scene.count == 1 and len(set(tints)) > 1 and all(OBJECTS[placed.name].tintable for placed in objects):
+        turned = tints[1:] + tints[:1]
+        yield replace(scene, objects=tuple(replace(placed, colour=tint)
+                                           for placed, tint in zip(objects, turned, strict=True)))
+    alike = len(objects) if scene.count > 1 else 1                  # things of one count change together
+    if coloured := [i for i in range(0, len(objects), alike) if tints[i]]:
+        tint = rng.choice([colour for colour in COLOURS if colour not in tints])
+        yield _with(scene, rng.choice(coloured), alike, colour=tint)
+
+
+def _another_object(scene, rng: random.Random):
+    """The scene with one of its objects called something that is not there; of a count, all of them."""
+    named = {placed.name for placed in scene.objects}
+    other = rng.choice([name for name in OBJECTS if name not in named])
+    alike = len(scene.objects) if scene.count > 1 else 1
+    return _with(scene, 0 if alike > 1 else rng.randrange(len(scene.objects)), alike, name=other)
+
+
+def _with(scene, first: int, count: int, **changes):
+    """The scene with `count` objects from `first` on changed."""
+    return replace(scene, objects=tuple(replace(placed, **changes) if first <= i < first + count else placed
+                                        for i, placed in enumerate(scene.objects)))
 
 
 def _phrase(placed, rng: random.Random, count: int = 1) -> str:

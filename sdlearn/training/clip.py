@@ -1,12 +1,20 @@
-"""Training the towers by contrast: which caption belongs to which scene?"""
+"""Training the towers by contrast: which caption belongs to which scene?
 
+Among the captions of other scenes the right one is told by its words, whatever their order: "a cat to the left of a
+dog" and "a cat to the right of a dog" come out alike, and what a frozen tower does not tell, no U-Net can draw. So each
+scene has, beside its own caption, one that is wrong in one thing alone (Yuksekgonul et al. 2023, "NegCLIP").
+"""
+
+import random
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from ..clip import CLIP, contrastive_loss
+from ..clip import CLIP, similarity_logits
 from ..config import ModelConfig
 from ..data import FULL, World, contact_sheet, scene
+from ..data.captions import captions_apart
 from ..pictures import save_sheet, to_tensor
 from ..tokenizer import Tokenizer
 
@@ -33,10 +41,32 @@ def retrieval(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int
     return float(((images @ texts.T) <= own + 1e-5).all(dim=1).float().mean())
 
 
+@torch.no_grad()
+def told_apart(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
+    """Share of `count` unseen scenes whose picture is nearer to its caption than to one that is wrong in one thing."""
+    device, right = clip.logit_scale.device, 0
+    for first in range(0, count, 100):
+        drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
+        images = clip.encode_image(to_tensor([s.image for s in drawn]).to(device))
+        pairs = [captions_apart(s, random.Random(s.seed)) for s in drawn]
+        ids = shortest(tokenizer([caption for pair in zip(*pairs, strict=True) for caption in pair]), tokenizer.end)
+        true, wrong = clip.encode_text(ids.to(device)).chunk(2)
+        right += int(((images * true).sum(dim=1) > (images * wrong).sum(dim=1)).sum())
+    return right / count
+
+
+def loss_with_wrong(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """InfoNCE as `clip.contrastive_loss`, with more wrong texts than there are pictures: row i of the first B belongs
+    to picture i. images (B, S), texts (2B, S); a scalar."""
+    logits, matches = similarity_logits(images, texts, logit_scale), torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, matches) + F.cross_entropy(logits[:, :len(images)].T, matches)) / 2
+
+
 class CLIPRecipe:
     name = "clip"
     warmup = 50
     decay_share = 0.6
+
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, world: World = FULL, batch_size: int = 128,
                  learning_rate: float = 1e-3):
         self.model = CLIP(config.text, config.vision)
@@ -46,12 +76,11 @@ class CLIPRecipe:
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(2**40, (self.batch_size,), generator=generator).tolist()
         drawn = [scene(seed, world=self.world) for seed in seeds]
-        ids = shortest(self.tokenizer([s.caption for s in drawn]), self.tokenizer.end)
-        return to_tensor([s.image for s in drawn]), ids
+        true, wrong = zip(*(captions_apart(s, random.Random(s.seed)) for s in drawn), strict=True)
+        return to_tensor([s.image for s in drawn]), shortest(self.tokenizer([*true, *wrong]), self.tokenizer.end)
 
     def loss(self, model, pixels, ids):
-        images, texts = model.encode_image(pixels), model.encode_text(ids)
-        loss = contrastive_loss(images, texts, model.logit_scale)
+        loss = loss_with_wrong(model.encode_image(pixels), model.encode_text(ids), model.logit_scale)
         return loss, {"scale": model.logit_scale.detach().exp()}
 
     @torch.no_grad()
@@ -65,4 +94,5 @@ class CLIPRecipe:
         nearest = (images @ texts.T).argmax(dim=1).tolist()
         save_sheet(contact_sheet([s.image for s in drawn], [captions[i] for i in nearest], columns=4),
                    folder / f"{self.name}-{step:07d}.png")
-        return {"retrieval": retrieval(averaged, self.tokenizer, count=500, world=self.world)}
+        return {"retrieval": retrieval(averaged, self.tokenizer, count=500, world=self.world),
+                "told apart": told_apart(averaged, self.tokenizer, world=self.world)}
