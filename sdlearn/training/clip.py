@@ -1,8 +1,9 @@
 """Training the towers by contrast: which caption belongs to which scene?
 
 Among the captions of other scenes the right one is told by its words, whatever their order: "a cat to the left of a
-dog" and "a cat to the right of a dog" come out alike, and what a frozen tower does not tell, no U-Net can draw. So each
-scene has, beside its own caption, one that is wrong in one thing alone (Yuksekgonul et al. 2023, "NegCLIP").
+dog" and "a cat to the right of a dog" come out much alike, and what a frozen tower tells faintly, a U-Net
+hardly learns.
+So each scene has, beside its own caption, one that is wrong in one thing alone (Yuksekgonul et al. 2023, "NegCLIP").
 """
 
 import random
