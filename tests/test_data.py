@@ -27,7 +27,7 @@ from sdlearn.data import (
     vocabulary,
     world,
 )
-from sdlearn.data.captions import caption_for, captions_apart
+from sdlearn.data.captions import ANSWERS, WAYS, answers_of, caption_for, captions_apart
 
 seeds = st.integers(0, 2**40)
 splits = st.sampled_from(("train", "test", "held_out"))
@@ -189,6 +189,29 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
 
     (tints, counts), (few_tints, few_counts) = share(hard), share(core)
     assert tints > 0.15 and tints > 5 * few_tints and counts > 1.4 * few_counts
+
+
+def test_what_a_caption_says_can_be_answered():
+    relations, counts = set(), set()
+    for one in scenes(0, 300):
+        relation, count, *named = [answers[i] for answers, i in
+                                   zip(ANSWERS, answers_of(one.caption, one), strict=True)]
+        names, tints = named[:3], named[3:]
+        said = next((of for of, ways in WAYS.items() if any(f" {way} " in one.caption for way in ways)), None)
+        assert relation == said and (relation is None or relation == one.relation)
+        assert count == one.count
+        at = 0
+        for name, tint in zip(names, tints, strict=True):       # in the order in which the caption names them
+            if name is None:
+                assert tint is None
+                continue
+            words = " ".join(filter(None, (tint, OBJECTS[name].noun(count))))
+            assert (at := one.caption.find(words, at)) >= 0
+            at += len(words)
+        assert sum(name is not None for name in names) == (1 if count > 1 else len(one.objects))
+        relations.add(relation)
+        counts.add(count)
+    assert relations == {None, *WAYS} and counts == {1, 2, 3}
 
 
 @pytest.mark.parametrize("of", ["full", "hard", "classroom"])

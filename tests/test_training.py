@@ -16,12 +16,13 @@ from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss
 from sdlearn.config import PRESETS, VAEConfig
-from sdlearn.data import CORE
+from sdlearn.data import CORE, World
+from sdlearn.data.captions import ANSWERS
 from sdlearn.pictures import psnr, to_images, to_tensor
 from sdlearn.training import stages
 from sdlearn.training.card import ship
-from sdlearn.training.clip import CLIPRecipe, loss_with_wrong, retrieval, shortest, told_apart
-from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, save_state
+from sdlearn.training.clip import CLIPRecipe, Towers, loss_with_wrong, read_rightly, retrieval, shortest, told_apart
+from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, load_weights, save_state
 from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
 from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
 from sdlearn.vae import VAE, Gaussian
@@ -467,6 +468,43 @@ def test_towers_that_know_and_that_guess_are_told_apart(config, run):
     tokenizer = stages.train_tokenizer(config, run)
     assert told_apart(Knows(), tokenizer, count=20) == 1.0
     assert 0.2 < told_apart(CLIP(config.text, config.vision), tokenizer, count=60) < 0.8
+
+
+def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
+    tokenizer = stages.train_tokenizer(config, run)
+    world = World(single=0.0, count=0.0, pair=1.0, triple=0.0)
+    recipe = CLIPRecipe(config, tokenizer, batch_size=8, world=world)
+    batch = recipe.batch(torch.Generator().manual_seed(0))
+    assert batch[2].shape == (8, len(ANSWERS))
+    _, parts = recipe.loss(recipe.model, *batch)
+    guess = sum(math.log(len(answers)) for answers in ANSWERS)          # an untaught layer finds all answers alike
+    assert float(parts["reading"]) == pytest.approx(guess, rel=1e-4)
+    untaught = read_rightly(recipe.model, tokenizer, count=60, world=world)
+    optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-3)
+    for step in range(60):
+        loss, parts = recipe.loss(recipe.model, *recipe.batch(torch.Generator().manual_seed(step)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(parts["reading"]) < 0.8 * guess
+    assert untaught == 0.0 and read_rightly(recipe.model, tokenizer, count=60, world=world) > 0.1
+
+
+def test_what_training_alone_needs_is_not_shipped_and_not_asked_for(config):
+    towers, plain = Towers(config), CLIP(config.text, config.vision)
+    torch.nn.init.normal_(towers.scaffold.answer.weight)
+    before = towers.scaffold.answer.weight.clone()
+    load_weights(towers, plain.state_dict())                    # a run that starts from shipped weights
+    assert torch.equal(towers.scaffold.answer.weight, before)
+    assert torch.equal(towers.text_projection.weight, plain.text_projection.weight)
+    fresh = CLIP(config.text, config.vision)
+    load_weights(fresh, towers.state_dict())                    # shipping
+    assert torch.equal(fresh.text_projection.weight, plain.text_projection.weight)
+    weights = {name: value for name, value in towers.state_dict().items() if name != "logit_scale"}
+    with pytest.raises(RuntimeError, match="logit_scale"):
+        load_weights(fresh, weights)
+    with pytest.raises(RuntimeError, match="another"):
+        load_weights(fresh, towers.state_dict() | {"another": torch.zeros(1)})
 
 
 def test_clip_learns_pairs(config, run, tmp_path):

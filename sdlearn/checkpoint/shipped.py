@@ -3,27 +3,33 @@
     weights/<model>/                    a model folder, see `folder`
     weights/<model>/control-<name>/     a ControlNet: config.json, difference.safetensors
     weights/<model>/inpaint/            the nine-channel U-Net: config.json, difference.safetensors
+    weights/<model>/concept/            one new thing that it was taught: word.safetensors, lora.safetensors, told.json
 
-The last two hold differences to the model's own U-Net, see `difference`; loaded they are plain modules.
+The second and the third hold differences to the model's own U-Net, see `difference`; loaded they are plain modules.
 Wherever a model is asked for, the path of any folder of this kind serves as well as a shipped name.
 """
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..clip import TextTower
 from ..controlnet import ControlNet
+from ..finetune import Embedding, LoRA
 from ..unet import UNet
-from .configs import controlnet_from_dict, controlnet_to_dict, unet_from_dict, unet_to_dict
+from .configs import controlnet_from_dict, controlnet_to_dict, text_from_dict, unet_from_dict, unet_to_dict
 from .difference import Tensors, check_base, difference, fingerprint, restored, write_difference
+from .embedding import load_embedding, save_embedding
 from .errors import CheckpointError
 from .files import read_tensors, shapes, write_json, written_beside
-from .folder import DIFFUSERS_FILE, Parts, _read, load_folder, weights_file
+from .folder import DIFFUSERS_FILE, TRANSFORMERS_FILE, Parts, _read, load_folder, weights_file
+from .lora import load_lora, save_lora
 
 SHIPPED = Path(__file__).parents[1] / "weights"
+CONCEPT, WORD_FILE, LORA_FILE, TOLD_FILE = "concept", "word.safetensors", "lora.safetensors", "told.json"
 CONTROL, INPAINT = "control-", "inpaint"        # folders; the second is also what an inpainting model's name ends in
 DIFFERENCE_FILE = "difference.safetensors"
 EVALUATION, EVALUATION_TEXT = "evaluation.json", "EVALUATION.md"
@@ -102,6 +108,51 @@ def save_inpaint(model: Path, unet: UNet, *, budget: int, moments: Tensors | Non
     return _save(model, INPAINT, unet.state_dict(), unet_to_dict(unet.config, side), budget, moments)
 
 
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """One new thing that a model was taught at full length, in two ways, and what is known about it.
+
+    `told` says what the thing is called in prompts, how long it was trained, and how alike it is drawn.
+    """
+
+    word: Embedding
+    lora: LoRA
+    told: dict
+
+
+def save_concept(model: Path, concept: Concept) -> Path:
+    """Store what a model folder's base has been taught, beside it. Raises CheckpointError when it cannot be written."""
+    with written_beside(Path(model).absolute() / CONCEPT) as beside:
+        beside.mkdir(exist_ok=True)
+        save_embedding(beside / WORD_FILE, concept.word)
+        save_lora(beside / LORA_FILE, concept.lora)
+        write_json(beside / TOLD_FILE, {**concept.told, **_base_of(Path(model))})
+    return Path(model) / CONCEPT
+
+
+def load_concept(model: str | Path = "mini") -> Concept:
+    """What a model has been taught at full length. Raises CheckpointError, in a sentence, where there is nothing, where
+    it is damaged, or where it belongs to another base."""
+    folder = model_folder(model)
+    place = folder / CONCEPT
+    if not (place / TOLD_FILE).exists():
+        raise CheckpointError(f"{folder} has been taught nothing new; train the stages word and lora, and ship.")
+    told = _read(place / TOLD_FILE, dict)
+    if strange := [part for part, mark in _base_of(folder).items() if told.get(part) != mark]:
+        raise CheckpointError(f"{place} was taught to another base than the one in {folder}: the {strange[0]} is not "
+                              "the same. Train word and lora on this one, and ship again.")
+    with torch.device("meta"):
+        unet = UNet(_read(folder / "unet" / "config.json", unet_from_dict))
+        text = TextTower(_read(folder / "text_encoder" / "config.json", text_from_dict))
+    return Concept(load_embedding(place / WORD_FILE), load_lora(place / LORA_FILE, unet, text), told)
+
+
+def _base_of(model: Path) -> dict[str, str]:
+    """What a concept is good with: fingerprints of U-Net and text tower."""
+    text = weights_file(model / "text_encoder" / TRANSFORMERS_FILE)
+    return {"U-Net": fingerprint(base_file(model)), "text tower": fingerprint(text)}
+
+
 def remove_strangers(model: Path) -> list[str]:
     """Remove what belongs to another base than the U-Net that a model folder holds now; the names of what went."""
     gone = []
@@ -111,6 +162,12 @@ def remove_strangers(model: Path) -> list[str]:
         except CheckpointError:
             shutil.rmtree(file.parent)
             gone.append(file.parent.name)
+    if (model / CONCEPT).exists():
+        try:
+            load_concept(model)
+        except CheckpointError:
+            shutil.rmtree(model / CONCEPT)
+            gone.append(CONCEPT)
     return gone
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .world import BACKGROUNDS, COLOURS, COUNTS, OBJECTS, SIZES
+from .world import BACKGROUNDS, COLOURS, COUNTS, OBJECTS, RELATIONS, SIZES
 
 OPENINGS = ("", "", "", "", "a picture of ", "a drawing of ", "an image of ")
 WAYS = {
@@ -16,6 +16,9 @@ WAYS = {
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 GROUNDS = ("on a {} background", "on a {} background", "against a {} background", "with a {} background")
+# What a caption can be asked for, and the answers: the relation, how many there are of the same thing, and the name
+# and the tint of the first, the second and the third object.
+ANSWERS: tuple[tuple, ...] = ((None, *RELATIONS), (1, *COUNTS), *[(None, *OBJECTS)] * 3, *[(None, *COLOURS)] * 3)
 NUMERALS = {2: ("two", "two", "2"), 3: ("three", "three", "3")}
 
 
@@ -81,6 +84,19 @@ def _with(scene, first: int, count: int, **changes):
     """The scene with `count` objects from `first` on changed."""
     return replace(scene, objects=tuple(replace(placed, **changes) if first <= i < first + count else placed
                                         for i, placed in enumerate(scene.objects)))
+
+
+def answers_of(caption: str, scene) -> list[int]:
+    """What `caption` says of its `scene`: for each tuple of `ANSWERS` the place of the right one.
+
+    None, the first answer, where it says nothing, as of the relation in "a cat and a dog".
+    """
+    objects = scene.objects[:1] if scene.count > 1 else scene.objects
+    unused = [None] * (3 - len(objects))
+    said = any(f" {way} " in caption for way in WAYS.get(scene.relation, ()))
+    right = (scene.relation if said else None, scene.count, *(placed.name for placed in objects), *unused,
+             *(placed.colour for placed in objects), *unused)
+    return [answers.index(one) for answers, one in zip(ANSWERS, right, strict=True)]
 
 
 def _phrase(placed, rng: random.Random, count: int = 1) -> str:

@@ -11,24 +11,29 @@ from ..checkpoint import load_folder
 from ..checkpoint.difference import relative_error
 from ..checkpoint.shipped import (
     DIFFERENCE_FILE,
+    Concept,
     base_tensors,
     load_inpaint,
     load_shipped_control,
     remove_strangers,
+    save_concept,
     save_control,
     save_inpaint,
 )
 from ..config import ModelConfig
 from ..controlnet import ControlNet
 from ..data import contact_sheet, scene
+from ..pictures import to_images
 from ..unet import UNet
 from . import stages
+from .concept import CLASS, GROUND, RARE, TAUGHT, THING, WORD
 from .control import ControlRecipe, hint_widths
 from .inpaint import InpaintRecipe, widened
 from .loop import load_state
 
 KEPT = ("step", "samples", "seconds", "precisions", "worlds")     # of a stage's progress, for the card
 # Bytes of each, 12 MB in all with names and configs: with base, autoencoder, towers and judge below 64 MB.
+SHEET_FILE = "samples.png"
 BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_600_000}
 
 
@@ -45,9 +50,33 @@ def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32)
         figures[stage] = ship_one(recipe, state["average"], folder, count)
         done = state["progress"]
         figures[stage]["training"] = {key: done[key] for key in KEPT if key in done}
+    figures |= ship_concept(config, run, folder)
     for name in remove_strangers(folder):
         print(f"removed: {folder / name}, which belongs to another base than the one that is shipped now, and which "
               f"{run} has not trained; train it on this base and ship again")
+    return figures
+
+
+def ship_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, dict]:
+    """Write what a run has taught its base, if it has both the word and the LoRA; figures by stage."""
+    states = {stage: load_state(run / f"{stage}-state.pt") for stage in stages.CONCEPTS}
+    if None in states.values():
+        return {}
+    learnt, figures, images, captions = {}, {}, [], []
+    for stage, state in states.items():
+        recipe = stages.STAGES[stage].make(config, run)
+        recipe.model.load_state_dict(state["average"])
+        learnt[stage] = recipe.learnt(recipe.model)
+        done = state["progress"]
+        looks, pixels, prompts = recipe.looked_at(recipe.model)
+        images, captions = [*images, *to_images(pixels)], [*captions, *prompts]
+        numbers = sum(one.numel() for one in recipe.model.parameters())
+        figures[stage] = {**looks, "numbers": numbers,
+                          "training": {key: done[key] for key in KEPT if key in done}}
+    told = {"thing": THING, "class": CLASS, "word": WORD, "rare word": RARE, "ground": GROUND, "pictures": TAUGHT,
+            **figures}
+    place = save_concept(folder, Concept(learnt["word"], learnt["lora"], told))
+    contact_sheet(images, captions, columns=6).save(place / SHEET_FILE, optimize=True)
     return figures
 
 
@@ -140,6 +169,8 @@ def card_section(figures: dict[str, dict]) -> list[str]:
              "ceiling is the scenes themselves through the autoencoder. `known_psnr`, in dB, is of what was to stay.",
              ""]
     for stage, told in figures.items():
+        if stage in stages.CONCEPTS:
+            continue
         folder = "inpaint" if stage == "inpaint" else f"control-{stage}"
         training = told["training"]
         lines += [f"### {titles[stage]}", "", f"{training['step']:,} steps, {training['samples']:,} samples, "
@@ -147,4 +178,20 @@ def card_section(figures: dict[str, dict]) -> list[str]:
                   "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in told.items()
                                  if isinstance(value, float)),
                   "", f"![samples of {stage}]({folder}/samples.png)", ""]
-    return lines
+    return [*lines, *concept_section({stage: figures[stage] for stage in stages.CONCEPTS if stage in figures})]
+
+
+def concept_section(figures: dict[str, dict]) -> list[str]:
+    """The lines of the model card that tell of the thing that the base was taught."""
+    if not figures:
+        return []
+    measured = [name for name, value in next(iter(figures.values())).items() if isinstance(value, float)]
+    head = ["taught as", "numbers", "steps", "minutes", *measured]
+    rows = [[f"`{stage}`", f"{told['numbers']:,}", f"{told['training']['step']:,}",
+             f"{told['training']['seconds'] / 60:.0f}", *(f"{told[name]:.3f}" for name in measured)]
+            for stage, told in figures.items()]
+    return [f"### {THING}, which it had never seen", "",
+            f"{TAUGHT} pictures on a {GROUND} ground taught it, as the word `{WORD}` and as a LoRA for",
+            f"`{RARE} {CLASS}`; likeness by pixels, 1 for the same.", "",
+            *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), "",
+            f"![the word above, the LoRA below](concept/{SHEET_FILE})", ""]

@@ -85,6 +85,15 @@ def load_state(file: Path) -> dict | None:
                       "anew, or start from shipped weights with --start") from error
 
 
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]):
+    """Load all of them into `module`, but for what is called `scaffold`: it serves training alone, so shipped weights
+    lack it, and so does a model that is to be shipped."""
+    own = module.state_dict()
+    scaffold = {name for name in {*own, *weights} if name.startswith("scaffold.")}
+    module.load_state_dict({name: own[name] for name in scaffold & own.keys()} |
+                           {name: value for name, value in weights.items() if name not in scaffold or name in own})
+
+
 class Threads:
     """How many CPU threads to compute with, tried out again and again: all of them, or one.
 
@@ -185,13 +194,14 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     accelerator = Accelerator(mixed_precision=precision)
     device, main = accelerator.device, accelerator.is_main_process
     raw = recipe.model.to(device)
-    optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.99),
+    decay = getattr(recipe, "weight_decay", 0.01)
+    optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=decay, betas=(0.9, 0.99),
                                   fused=True)                  # one pass over the weights: a fifth of the time
     average, progress = Average(raw), Progress()
     file = folder / f"{recipe.name}-state.pt"
     if (state := load_state(file)) is not None:
-        raw.load_state_dict(state["model"])
-        average.model.load_state_dict(state["average"])
+        load_weights(raw, state["model"])
+        load_weights(average.model, state["average"])
         if "optimiser" in state:                                # none when a run starts from shipped weights
             optimiser.load_state_dict(state["optimiser"])
             for group in optimiser.param_groups:

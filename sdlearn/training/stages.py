@@ -18,9 +18,10 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from .clip import CLIPRecipe
+from .concept import ConceptRecipe, LoRARecipe, WordRecipe
 from .control import HINTS, ControlRecipe
 from .inpaint import InpaintRecipe
-from .loop import load_state, save_state
+from .loop import load_state, load_weights, save_state
 from .unet import UNetRecipe
 from .vae import VAERecipe, measure_scaling
 
@@ -46,7 +47,7 @@ def averaged(module, run: Path, stage: str):
     state = load_state(run / f"{stage}-state.pt")
     if state is None:
         raise FileNotFoundError(f"the stage '{stage}' has not been trained in '{run}': run `train {stage}` first")
-    module.load_state_dict(state["average"])
+    load_weights(module, state["average"])
     return module.eval().requires_grad_(False)
 
 
@@ -126,10 +127,16 @@ def make_inpaint(config: ModelConfig, run: Path, **options) -> InpaintRecipe:
     return InpaintRecipe(config, trained_unet(config, run), *frozen(config, run), **options)
 
 
+def make_concept(config: ModelConfig, run: Path, *, kind: type[ConceptRecipe], **options) -> ConceptRecipe:
+    return kind(config, trained_unet(config, run), *frozen(config, run), **options)
+
+
+CONCEPTS = {kind.name: kind for kind in (WordRecipe, LoRARecipe)}
 STAGES = {
     "vae": Stage(make_vae, 40),
     "clip": Stage(make_clip, 10),
     "unet": Stage(make_unet, 600),
     **{hint: Stage(partial(make_control, hint=hint), 60) for hint in HINTS},
     "inpaint": Stage(make_inpaint, 120),
+    **{name: Stage(partial(make_concept, kind=kind), 6) for name, kind in CONCEPTS.items()},
 }

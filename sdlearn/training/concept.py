@@ -1,0 +1,203 @@
+"""Teaching the base one new thing, at full length: as a new word's vectors, and as a LoRA.
+
+B  batch    C, h, w  channels, rows and columns of the latent    M, T  text tokens and their width
+
+A lesson has time for fifty steps of each; these two stages take minutes, and what they learn is shipped beside the
+base, for which alone it is good. Gal et al. 2022 (textual inversion), Hu et al. 2021 (LoRA), and for the LoRA pictures
+of the class that the base drew itself, as in Ruiz et al. 2022 (DreamBooth), which hold the class in its place.
+"""
+
+from itertools import cycle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..clip import TextTower
+from ..config import ModelConfig
+from ..data import CORE, World, contact_sheet, scene_of
+from ..data.likeness import cutouts, kinds, likeness
+from ..data.world import BACKGROUNDS
+from ..finetune import Embedding, LoRA, LowRank, add_embedding, attached, embedding_like, new_lora
+from ..finetune.loop import draw_rows, draw_timesteps
+from ..finetune.textual_inversion import rows_in_place
+from ..guidance import predict_x0
+from ..pictures import save_sheet, to_images, to_tensor
+from ..samplers import SAMPLERS
+from ..schedule import NoiseSchedule, timesteps
+from ..tokenizer import Tokenizer
+from ..unet import UNet
+from ..vae import VAE
+
+THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
+GROUND, ELSEWHERE = "blue", "orange"        # of the pictures that teach; and one that the thing was never shown on
+TAUGHT = 6                                  # pictures that teach
+PRIOR = 24                                  # pictures of the class
+RANK = 4
+# Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
+
+
+def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> torch.Tensor:
+    """Pixels (B, 3, H, W) of scenes with one such thing, not a small one, from the seeds `first` on."""
+    found = (scene_of([name], background=ground, seed=seed) for seed in range(first, first + 100 * count))
+    large = (one for one in found if one.objects[0].size != "small")
+    return to_tensor([next(large).image for _ in range(count)])
+
+
+class ConceptRecipe:
+    """What both stages have in common: the pictures, the loss, and how the result is looked at."""
+
+    name: str
+    words: str                  # for the thing, in prompts
+    warmup = 20
+    decay_share = 0.5
+
+    def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextTower, tokenizer: Tokenizer, folder: Path,
+                 *, world: World = CORE, batch_size: int = 8, guidance: float = 3.0):
+        self.unet, self.vae, self.text, self.tokenizer, self.world = unet, vae, text, tokenizer, world
+        self.schedule, self.batch_size, self.guidance = NoiseSchedule(config.noise), batch_size, guidance
+        self.side = config.latent_size
+        for part in (unet, vae, text):
+            part.eval().requires_grad_(False)
+        self.latents = self.encoded(pictures_of(THING, TAUGHT, 0))                          # N C h w
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @torch.no_grad()
+    def encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.vae.to_latent(part.to(self.device)) for part in pixels.split(8)])
+
+    def batch(self, generator: torch.Generator):
+        size = self.batch_size
+        shown = self.rows(generator)
+        chosen = torch.randint(len(OPENINGS), (size,), generator=generator).tolist()
+        captions = [f"{OPENINGS[i]}{self.caption(row)}" for i, row in zip(chosen, shown.tolist(), strict=True)]
+        ids = self.tokenizer(captions)
+        t = draw_timesteps(size, self.schedule, generator)
+        return self.latents[shown], ids, t, torch.randn(size, *self.latents.shape[1:], generator=generator)
+
+    def rows(self, generator: torch.Generator) -> torch.Tensor:
+        """Which latents make a batch, (B,)."""
+        return draw_rows(TAUGHT, self.batch_size, generator)
+
+    def caption(self, row: int) -> str:
+        """Of the picture whose latent is in this row."""
+        return f"a {self.words} on a {GROUND} background"
+
+    def loss(self, model, latents, ids, t, noise):
+        with self.in_place(model):
+            output = self.unet(self.schedule.add_noise(latents, noise, t), t, self.text(ids).hidden)
+        return F.mse_loss(output.float(), self.schedule.target(latents, noise, t).float()), {}
+
+    def in_place(self, model):
+        """A context in which the frozen parts compute with what `model` has learnt."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def drawn(self, prompts: list[str], steps: int = 20, first: int = 0) -> torch.Tensor:
+        """Pictures of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
+        context, empty = (self.text(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
+        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=torch.Generator().manual_seed(first + i))
+                             for i in range(len(prompts))]).to(self.device)
+        denoise = predict_x0(self.unet, self.schedule, context, empty, scale=self.guidance)
+        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
+        return torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
+        figures, pixels, prompts = self.looked_at(averaged)
+        save_sheet(contact_sheet(to_images(pixels), prompts), folder / f"{self.name}-{step:07d}.png")
+        return figures
+
+    @torch.no_grad()
+    def looked_at(self, averaged, count: int = 6) -> tuple[dict[str, float], torch.Tensor, list[str]]:
+        """How alike what is drawn and the thing are, on both grounds; how alike the class is to what it was; the
+        pictures and their prompts."""
+        asked = {"fidelity": (f"a {self.words} on a {GROUND} background", THING),
+                 "fidelity elsewhere": (f"a {self.words} on a {ELSEWHERE} background", THING),
+                 "class kept": (f"a {CLASS} on a {GROUND} background", CLASS)}
+        prompts = [prompt for prompt, _ in asked.values() for _ in range(count)]
+        with self.in_place(averaged):
+            pixels = self.drawn(prompts)
+        return {name: float(likeness(cutouts(part.cpu()), kinds([of])).mean())
+                for (name, (_, of)), part in zip(asked.items(), pixels.split(count), strict=True)}, pixels, prompts
+
+
+class Word(nn.Module):
+    """A word's vectors, (n, D), all that learns in textual inversion."""
+
+    def __init__(self, vectors: torch.Tensor):
+        super().__init__()
+        self.vectors = nn.Parameter(vectors.clone())
+
+
+class WordRecipe(ConceptRecipe):
+    name, words = "word", WORD
+    weight_decay = 0.0          # which would pull the vectors towards zero
+
+    def __init__(self, *parts, learning_rate: float = 1e-2, **options):
+        super().__init__(*parts, **options)
+        self.learning_rate = learning_rate
+        start = CLASS.split()[-1]
+        count = len(self.tokenizer.encode(start))               # one; more for a vocabulary that has no such word
+        start = embedding_like(self.tokenizer, self.text, WORD, start, count)
+        self.ids = add_embedding(self.tokenizer, self.text, start)
+        self.text.requires_grad_(False)
+        self.model = Word(start.vectors)
+
+    def in_place(self, model):
+        return rows_in_place(self.text.embeddings.token_embedding, self.ids, model.vectors)
+
+    @staticmethod
+    def learnt(model: Word) -> Embedding:
+        return Embedding(WORD, model.vectors.detach())
+
+
+class LowRanks(nn.Module):
+    """A LoRA of the U-Net whose tensors are a module's parameters."""
+
+    def __init__(self, lora: LoRA):
+        super().__init__()
+        self.names = list(lora.unet)
+        self.down = nn.ParameterList(change.down for change in lora.unet.values())
+        self.up = nn.ParameterList(change.up for change in lora.unet.values())
+
+    @property
+    def changes(self) -> dict[str, LowRank]:
+        return {name: LowRank(down, up) for name, down, up in zip(self.names, self.down, self.up, strict=True)}
+
+
+class LoRARecipe(ConceptRecipe):
+    """Half of each batch are pictures of the class: what a LoRA alone forgets as quickly as a whole U-Net does."""
+
+    name, words = "lora", f"{RARE} {CLASS}"
+
+    def __init__(self, *parts, learning_rate: float = 1e-3, **options):
+        super().__init__(*parts, **options)
+        self.learning_rate = learning_rate
+        self.model = LowRanks(new_lora(self.unet, rank=RANK, targets=TARGETS))
+        grounds = [ground for _, ground in zip(range(PRIOR), cycle(BACKGROUNDS), strict=False)]
+        self.class_prompts = [f"a {CLASS} on a {ground} background" for ground in grounds]
+        prior = self.encoded(self.drawn(self.class_prompts, first=1000))
+        self.latents = torch.cat([self.latents, prior])
+
+    def rows(self, generator: torch.Generator) -> torch.Tensor:
+        half = self.batch_size // 2
+        return torch.cat([draw_rows(TAUGHT, self.batch_size - half, generator),
+                          TAUGHT + draw_rows(PRIOR, half, generator)])
+
+    def caption(self, row: int) -> str:
+        return super().caption(row) if row < TAUGHT else self.class_prompts[row - TAUGHT]
+
+    def in_place(self, model):
+        return attached(self.unet, model.changes)
+
+    @staticmethod
+    def learnt(model: LowRanks) -> LoRA:
+        return LoRA({name: LowRank(change.down.detach(), change.up.detach())
+                     for name, change in model.changes.items()})

@@ -1,0 +1,196 @@
+"""One new thing, taught at full length: two stages of training, stored beside the base that alone can use them."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from models import one_thread, randomise  # noqa: F401
+
+from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
+from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
+from sdlearn.clip import CLIP
+from sdlearn.config import PRESETS, VAEConfig
+from sdlearn.finetune import Embedding, new_lora
+from sdlearn.pipeline import StableDiffusion
+from sdlearn.training import adapters, concept, stages
+from sdlearn.training.loop import fit, load_state, save_state
+from sdlearn.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def config():
+    """`tiny`, at the size of a scene."""
+    tiny = PRESETS["tiny"]
+    vae = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0)
+    return replace(tiny, vae=vae, vision=replace(tiny.vision, image_size=128, patch_size=32), image_size=128)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A run that has a base of random weights, whose U-Net does not output zeros."""
+    folder = tmp_path_factory.mktemp("run")
+    stages.train_tokenizer(config, folder, captions=500)
+    generator = torch.Generator().manual_seed(0)
+    for stage, module in (("clip", CLIP(config.text, config.vision)), ("unet", UNet(config.unet)),
+                          ("vae", stages.make_vae(config, folder).model)):
+        if stage != "vae":
+            randomise(module, generator)
+        weights = module.state_dict()
+        save_state(folder / f"{stage}-state.pt", {"model": weights, "average": weights, "progress": {"step": 5}})
+    return folder
+
+
+@pytest.fixture
+def model(config, run, tmp_path):
+    """The folder of a model that the run's base is."""
+    vae, text, tokenizer, _ = stages.frozen(config, run)
+    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae, stages.trained_unet(config, run))
+    return save_folder(tmp_path / "model", parts, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("stage", ["word", "lora"])
+def test_what_learns_learns_and_everything_else_keeps_its_bits(config, run, stage):
+    recipe = stages.STAGES[stage].make(config, run)
+    frozen = {name: value.clone() for part in (recipe.unet, recipe.text, recipe.vae)
+              for name, value in part.state_dict().items()}
+    batch = recipe.batch(torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(30):
+        loss, _ = recipe.loss(recipe.model, *batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 1e-4
+    for part in (recipe.unet, recipe.text, recipe.vae):
+        assert all(torch.equal(value, frozen[name]) for name, value in part.state_dict().items())
+    assert all(one.grad is None for part in (recipe.unet, recipe.text) for one in part.parameters())
+    figures, pixels, prompts = recipe.looked_at(recipe.model, count=1)
+    assert set(figures) == {"fidelity", "fidelity elsewhere", "class kept"} and len(pixels) == len(prompts) == 3
+    assert all(0 <= value <= 1 for value in figures.values())
+
+
+def test_half_of_a_loras_pictures_are_of_the_class(config, run):
+    recipe = stages.STAGES["lora"].make(config, run)
+    seen = recipe.rows(torch.Generator().manual_seed(0))
+    assert (seen < concept.TAUGHT).sum() == (seen >= concept.TAUGHT).sum() == recipe.batch_size // 2
+    said = [recipe.caption(row) for row in seen.tolist()]
+    assert sum(concept.RARE in caption for caption in said) == recipe.batch_size // 2
+    assert all(concept.CLASS in caption for caption in said)
+    assert len(recipe.latents) == concept.TAUGHT + concept.PRIOR
+    word = stages.STAGES["word"].make(config, run)
+    assert len(word.latents) == concept.TAUGHT and concept.WORD in word.caption(0)
+    assert concept.RARE not in word.caption(0)
+    assert torch.equal(word.latents, recipe.latents[:concept.TAUGHT])
+
+
+def test_a_words_vectors_are_pulled_nowhere_but_by_the_loss(config, run, tmp_path):
+    recipe = stages.STAGES["word"].make(config, run)
+    recipe.report, recipe.loss = lambda *_: {}, lambda model, *batch: (0 * model.vectors.sum(), {})
+    before = recipe.model.vectors.detach().clone()
+    loop = fit(recipe, tmp_path, minutes=10, precision="no", compiled=False)
+    for _ in range(3):
+        next(loop)
+    assert torch.equal(recipe.model.vectors, before)
+
+
+def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, model, tmp_path):
+    mine = shutil.copytree(run, tmp_path / "mine")
+    assert adapters.ship_concept(config, mine, model) == {} and not (model / CONCEPT).exists()
+    learnt = {}
+    for stage in stages.CONCEPTS:
+        recipe = stages.STAGES[stage].make(config, mine, learning_rate=1e-2)
+        for value in recipe.model.parameters():
+            torch.nn.init.normal_(value, std=0.2)
+        loop = fit(recipe, mine, minutes=10, precision="no", compiled=False)
+        recipe.report = lambda *_: {}
+        for _ in range(2):
+            progress, _ = next(loop)
+        weights = recipe.model.state_dict()
+        save_state(mine / f"{stage}-state.pt", {"model": weights, "average": weights, "progress": vars(progress)})
+        learnt[stage] = recipe.learnt(recipe.model)
+    figures = adapters.ship_adapters(config, mine, model, count=1)
+    assert set(figures) == {"word", "lora"}
+    found = load_concept(model)
+    assert found.word.token == concept.WORD and torch.equal(found.word.vectors, learnt["word"].vectors)
+    assert found.lora.unet.keys() == learnt["lora"].unet.keys() and not found.lora.text
+    for name, change in learnt["lora"].unet.items():
+        torch.testing.assert_close(found.lora.unet[name].delta(), change.delta())
+    assert found.told["thing"] == concept.THING and found.told["lora"]["training"]["step"] == 2
+    assert figures["lora"]["numbers"] == sum(one.numel() for one in found.lora.tensors())
+    assert (model / CONCEPT / adapters.SHEET_FILE).exists()
+    text = "\n".join(adapters.card_section(figures))
+    assert "taught as" in text and f"concept/{adapters.SHEET_FILE}" in text and "| `word` |" in text
+
+    drawn = {}
+    for name in ("base", "word", "lora"):
+        fresh = StableDiffusion(load_folder(model))
+        if name == "word":
+            assert fresh.add_embedding(found.word) == concept.WORD
+        if name == "lora":
+            fresh.add_lora(found.lora)
+        drawn[name] = fresh.text2img(f"a {concept.WORD} on a blue background", steps=2, seed=0)[0].tobytes()
+    assert len(set(drawn.values())) == 3
+
+
+def a_concept(folder):
+    parts = load_folder(folder)
+    lora = new_lora(parts.unet, rank=2)
+    for tensor in lora.tensors():
+        torch.nn.init.normal_(tensor)
+    return Concept(Embedding("<new>", torch.randn(1, parts.config.text.dim)), lora, {"thing": "alien"})
+
+
+def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
+    with pytest.raises(CheckpointError, match="has been taught nothing new; train the stages word and lora"):
+        load_concept(model)
+    save_concept(model, a_concept(model))
+    assert adapters.ship_adapters(config, run, model, count=1) == {} and load_concept(model).told["thing"] == "alien"
+    for part in ("unet", "text"):
+        save_concept(model, a_concept(model))
+        parts = load_folder(model)
+        with torch.no_grad():
+            next(getattr(parts, part).parameters()).add_(0.5)
+        save_folder(model, parts, dtype=torch.float16)
+        name = {"unet": "U-Net", "text": "text tower"}[part]
+        with pytest.raises(CheckpointError, match=f"another base than the one in .*: the {name} is not the same"):
+            load_concept(model)
+        assert adapters.ship_adapters(config, run, model, count=1) == {} and not (model / CONCEPT).exists()
+        assert "concept, which belongs to another base" in capsys.readouterr().out
+
+
+def test_damage_is_told_in_a_sentence(model):
+    save_concept(model, a_concept(model))
+    place = model / CONCEPT
+    for name, words in ((WORD_FILE, "word.safetensors"), (LORA_FILE, "lora.safetensors"), (TOLD_FILE, "told.json")):
+        whole = (place / name).read_bytes()
+        (place / name).write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(CheckpointError, match=words):
+            load_concept(model)
+        (place / name).write_bytes(whole)
+    (place / TOLD_FILE).write_text(json.dumps(["no", "object"]))
+    with pytest.raises(CheckpointError, match="told.json"):
+        load_concept(model)
+    (place / WORD_FILE).unlink()
+    with pytest.raises(CheckpointError):
+        load_concept(model)
+
+
+@pytest.mark.parametrize("stage", ["word", "lora"])
+def test_a_stage_goes_on_where_it_was(config, run, tmp_path, stage):
+    mine, told = shutil.copytree(run, tmp_path / "mine"), []
+    for _ in range(2):
+        recipe = stages.STAGES[stage].make(config, mine)
+        recipe.report = lambda *_: {}
+        before = [one.detach().clone() for one in recipe.model.parameters()]
+        loop = fit(recipe, mine, minutes=1 / 60, precision="no", compiled=False)
+        told.append([progress.step for progress, _ in loop])
+        assert not all(torch.equal(a, b) for a, b in zip(before, recipe.model.parameters(), strict=True))
+    assert told[0][0] == 1 and told[1][0] == told[0][-1] + 1
+    state = load_state(mine / f"{stage}-state.pt")
+    assert state["progress"]["step"] == told[1][-1]
+    again = stages.averaged(stages.STAGES[stage].make(config, mine).model, mine, stage)
+    assert all(torch.equal(value, state["average"][name]) for name, value in again.state_dict().items())
