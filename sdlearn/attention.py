@@ -111,6 +111,16 @@ class KeptText:
         return self.slices[bounds]
 
 
+def once_each(x: Tensor, like: "Tensor | KeptText") -> Tensor:
+    """x (B, ...) once for each of the k texts that `like` (kB, ...) holds for it: (kB, ...), the batch k times over.
+
+    Until a network reads the text, what it computes for the k texts of one latent is the same, so it is
+    computed once; from there on it is needed k times.
+    """
+    times = like.shape[0] // x.shape[0]
+    return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))
+
+
 class CrossAttention(nn.Module):
     """Queries from the picture, keys and values from `context`; self-attention without one.
 
@@ -184,8 +194,8 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, N, C), context (B, M, T) -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x))
+        """x (B, N, C), context (B, M, T) -> (B, N, C); with k texts for each x, context (kB, M, T) -> (kB, N, C)."""
+        x = once_each(x + self.attn1(self.norm1(x)), context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -221,13 +231,13 @@ class SpatialTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, h, w), context (B, M, T) -> (B, C, h, w)."""
+        """x (B, C, h, w), context (B, M, T) -> (B, C, h, w); rows as in `TransformerBlock`."""
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         tokens = self.proj_in(tokens)                                        # (B, N, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         tokens = self.proj_out(tokens)
-        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])   # (B, C, h, w)
+        return once_each(x, context) + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 @dataclass

@@ -214,8 +214,8 @@ def controlled(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid
         for control, hint, kept in zip(controls, hints, bounds, strict=True):
             if kept is None or not kept[0] <= t <= kept[1]:
                 continue
-            skip = batch if control.guess and len(x) == 2 * batch else 0
-            found = control.net.residuals(x[skip:], t, context[skip:], hint,
+            skip = batch if control.guess and context.shape[0] == 2 * batch else 0
+            found = control.net.residuals(x[-batch:] if skip else x, t, context[skip:], hint,
                                           strength=control.strength, guess=control.guess)
             if skip:
                 found = [torch.cat([torch.zeros_like(each), each]) for each in found]

@@ -65,10 +65,20 @@ def both_halves(unet: Callable[[Tensor, float, Tensor], Tensor], x: Tensor, t: f
     return u, c
 
 
+def shared_halves(unet: Callable[[Tensor, float, Tensor], Tensor], x: Tensor, t: float,
+                  texts: Tensor) -> tuple[Tensor, Tensor]:
+    """`both_halves` for a network that takes several texts for each latent, as `UNet` does.
+
+    What u and c have in common, all that comes before the first text is read, is computed once.
+    """
+    u, c = unet(x, t, texts).chunk(2)
+    return u, c
+
+
 def predict_x0(
     unet: Callable[[Tensor, float, Tensor], Tensor], schedule: NoiseSchedule, context: Tensor,
     uncond: Tensor | None = None, *, scale: float = 1.0, rescale: float = 0.0,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[float, float] | None = None, halves: Callable[..., tuple[Tensor, Tensor]] = both_halves,
 ) -> Callable[[Tensor, float], Tensor]:
     """The `denoise(x, t) -> x0` that a sampler takes: the network, its guidance and its prediction.
 
@@ -79,7 +89,8 @@ def predict_x0(
 
     rescale: phi of `rescaled`. interval: (low, high), the timesteps at which to guide; outside of it
     the conditional half runs alone (Kynkaanniemi et al. 2024: guidance at much noise costs variety,
-    at little it does nothing).
+    at little it does nothing). halves: `both_halves`, or `shared_halves`, which takes less time where the
+    network can.
 
     x keeps its type, float32 for small steps, whatever that of the network, which is context's.
     Raises ValueError for a scale that is not finite, for guidance without `uncond`, and for rescale or
@@ -102,7 +113,7 @@ def predict_x0(
             return unet(x, t, context)
         if w == 0:
             return unet(x, t, uncond)
-        u, c = both_halves(unet, x, t, both)                                         # each (B, C, h, w)
+        u, c = halves(unet, x, t, both)                                              # each (B, C, h, w)
         out = guided(u, c, w)
         return rescaled(out, c, rescale) if rescale else out
 

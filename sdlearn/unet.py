@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlearn.attention import KeptText, SpatialTransformer
+from sdlearn.attention import KeptText, SpatialTransformer, once_each
 from sdlearn.config import UNetConfig
 from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
 
@@ -120,7 +120,7 @@ class UpBlock(nn.Module):
         """skips: in the order in which they are read. size: rows and columns of the level above; half of an odd number
         is rounded, so it is told."""
         for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
-            x = attention(resnet(torch.cat([x, skip], dim=1), temb), context)
+            x = attention(resnet(torch.cat([x, once_each(skip, x)], dim=1), temb), context)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return x
@@ -157,7 +157,8 @@ class Encoder(nn.Module):
         """The skips, from conv_in's output on, and the middle's output as the last.
 
         x (B, in_channels, h, w), temb (B, E), context (B, M, T). `hint` is added to conv_in's
-        output: a ControlNet's condition enters there.
+        output: a ControlNet's condition enters there. With k texts for each latent, context (kB, M, T),
+        the features have B rows up to the first text that is read, and kB from there on.
         """
         x = self.conv_in(x)
         features = [x if hint is None else x + hint]
@@ -171,13 +172,16 @@ class Encoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"x is {tuple(x.shape)}, but this model takes (batch, {config.in_channels}, "
                              "rows, columns)" + _about_channels(config.in_channels))
-        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_dim:
+        if context.ndim != 3 or context.shape[0] % x.shape[0] or context.shape[2] != config.context_dim:
             raise ValueError(f"context is {tuple(context.shape)}, but this model takes "
                              f"({x.shape[0]}, tokens, {config.context_dim}): one text for each latent, "
                              "encoded by the text tower this model was trained with")
         if isinstance(t, Tensor) and (t.ndim > 1 or t.numel() not in (1, x.shape[0])):
             raise ValueError(f"t is {tuple(t.shape)}, but must be a number or one timestep for each of "
                              f"the {x.shape[0]} latents")
+        if isinstance(t, Tensor) and t.numel() > 1 and context.shape[0] != x.shape[0]:
+            raise ValueError(f"{context.shape[0]} texts for {x.shape[0]} latents need one timestep for all of them, "
+                             f"but t is {tuple(t.shape)}: give a number")
         if isinstance(t, Tensor) and t.device != x.device:
             raise ValueError(f"t is on {t.device} but x on {x.device}: give a number, or move t first")
 
@@ -243,10 +247,11 @@ class UNet(Encoder):
         """The network's output for latents x at timesteps t, given the text.
 
         x: (B, in_channels, h, w), any h and w. t: a number or (B,), in 0...999, fractions
-        allowed. context: (B, M, T). residuals: what to add to each feature of `encode`, in
-        that order, the middle last, each of that feature's shape or broadcast over the batch;
-        a ControlNet makes them. Returns (B, out_channels, h, w). Raises ValueError for shapes
-        that do not fit.
+        allowed. context: (B, M, T), or (kB, M, T), k texts for each latent in the order of a batch that
+        is repeated k times; what does not depend on the text is then computed once. residuals: what to
+        add to each feature of `encode`, in that order, the middle last, each of that feature's shape or
+        broadcast over the batch; a ControlNet makes them. Returns (B, out_channels, h, w), or kB of
+        them. Raises ValueError for shapes that do not fit.
         """
         self.check_inputs(x, t, context)
         temb = self.embed_time(t, x)                                         # (B, E) or (1, E)
@@ -272,10 +277,11 @@ def add_residuals(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> li
         raise ValueError(f"{len(residuals)} residuals given, but this U-Net adds {len(features)}: "
                          f"one to each of its {len(features) - 1} skips and one to the middle, which is last")
     for i, (feature, residual) in enumerate(zip(features, residuals, strict=True)):
-        if residual.shape[1:] != feature.shape[1:] or residual.shape[0] not in (1, feature.shape[0]):
+        if residual.shape[1:] != feature.shape[1:] or len(residual) not in (1, len(feature), len(features[-1])):
             raise ValueError(f"residual {i} is {tuple(residual.shape)}, but must have its feature's shape "
                              f"{tuple(feature.shape)}: make it from a latent of this size")
-    return [feature + residual for feature, residual in zip(features, residuals, strict=True)]
+    return [feature + residual if len(residual) == 1 else once_each(feature, residual) + residual
+            for feature, residual in zip(features, residuals, strict=True)]
 
 
 def _about_channels(channels: int) -> str:

@@ -31,7 +31,7 @@ def test_a_rung_changes_one_thing(device, missing):
     for before, after in zip(rungs, rungs[1:], strict=False):
         changed = {f.name for f in fields(Rung) if getattr(before, f.name) != getattr(after, f.name)}
         assert changed - {"name", "exact"} in ({"sampler", "steps"}, *({one} for one in (
-            "dtype", "fused", "channels_last", "one_batch", "reuse", "compiled", "interval")))
+            "dtype", "fused", "channels_last", "one_batch", "reuse", "shared", "compiled", "interval")))
     assert [rung.name for rung in rungs if not rung.exact] == ["20 steps of DPM++ 2M", "guidance in an interval"]
 
 
@@ -79,7 +79,7 @@ def test_a_rung_that_paints_another_picture_is_told(monkeypatch, capsys, tmp_pat
     assert main(["ladder", "--preset", "tiny", "--steps", "2", "--fewer", "2", "--rounds", "1", "--no-compile",
                  "--out", str(out)]) == 2
     assert "do not: channels last, one batch for guidance" in capsys.readouterr().err
-    assert len(json.loads(out.read_text())["ladder"]) == 7, "what was measured is written all the same"
+    assert len(json.loads(out.read_text())["ladder"]) == 8, "what was measured is written all the same"
 
 
 def test_the_compiled_rung_paints_it_too():

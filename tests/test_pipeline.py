@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F401
 
-from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.checkpoint import CheckpointError, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
 from sdlearn.controlnet import ControlNet
+from sdlearn.finetune import new_lora
 from sdlearn.pipeline import (
     SHIPPED,
     LongPromptWarning,
@@ -118,10 +119,10 @@ def test_a_batch_holds_the_pictures_that_its_seeds_give_alone(model, sampler):
 
 def test_a_batch_is_one_call_of_the_network(model):
     sizes = []
-    hook = model.unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    hook = model.unet.register_forward_hook(lambda module, inputs, output: sizes.append((len(inputs[0]), len(output))))
     model.text2img(PROMPT, steps=2, batch=3, guidance=3.0)
     hook.remove()
-    assert sizes == [6, 6]
+    assert sizes == [(3, 6), (3, 6)], "both halves of guidance at once, of the latents that they share"
 
 
 def test_a_seed_gives_the_same_picture_whatever_was_drawn_before(model):
@@ -207,7 +208,7 @@ def test_stepping_leaves_gradients_as_the_caller_has_them(model):
 def test_text_guidance_of_one_runs_the_network_on_one_half_only(monkeypatch):
     model, batches = make(), []
     forward = model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(len(x)) or forward(x, *rest))
+    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
     model.text2img(PROMPT, steps=2, guidance=1.0)
     model.text2img(PROMPT, steps=2, guidance=2.0)
     assert batches == [1, 1, 2, 2]
@@ -434,3 +435,26 @@ def test_compiled_it_makes_the_same_pictures():
     assert np.abs(arrays(model.text2img(PROMPT, steps=3, size=16)).astype(int) - arrays([turned])).max() <= 1
     model.unet = StableDiffusion(tiny_parts(EPSILON)).unet
     assert model.network.unet is model.unet
+
+
+def test_loading_lays_the_unet_out_for_convolutions(tmp_path):
+    """Channels last, whatever the file; written again, the tensors are the same to the bit."""
+    one = StableDiffusion.load(save_folder(tmp_path / "a", make().parts), device="cpu")
+    weight = one.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    again = load_folder(save_folder(tmp_path / "b", one.parts))
+    assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), again.unet.parameters(), strict=True))
+    plain = StableDiffusion(again)
+    assert plain.unet.conv_in.weight.is_contiguous()
+    pictures = [arrays(model.text2img(PROMPT, steps=2)).astype(int) for model in (one, plain)]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    lora = new_lora(one.unet, rank=2, targets=("conv1", "to_k"))
+    for tensor in lora.tensors():
+        torch.nn.init.normal_(tensor, std=0.1)
+    for model in (one, plain):
+        model.add_lora(lora)
+    assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), plain.unet.parameters(), strict=True))
+    assert one.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    one.remove_lora(lora)
+    assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), load_folder(tmp_path / "a").unet.parameters(),
+                                                 strict=True))

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.attention import CrossAttention, record_attention
 from sdlearn.config import PRESETS, UNetConfig
@@ -366,6 +367,8 @@ def test_the_text_and_the_timestep_are_heard():
     ("inpaint", lambda x, t, c: (x[:, :4], t, c), "reads latent, mask and masked latent, in that order"),
     ("tiny", lambda x, t, c: (x, t, c[..., :15]), "context is (2, 77, 15), but this model takes (2, tok"),
     ("tiny", lambda x, t, c: (x, t, c[:1]), "one text for each latent"),
+    ("tiny", lambda x, t, c: (x, t, torch.cat([c, c[:1]])), "context is (3, 77, 16)"),
+    ("tiny", lambda x, t, c: (x, torch.zeros(2), torch.cat([c, c])), "4 texts for 2 latents need one timestep"),
     ("tiny", lambda x, t, c: (x, t, c[0]), "context is (77, 16)"),
     ("tiny", lambda x, t, c: (x, torch.zeros(3), c), "t is (3,), but must be a number or one timestep"),
     ("tiny", lambda x, t, c: (x, torch.zeros(2, 1), c), "t is (2, 1)"),
@@ -377,6 +380,72 @@ def test_inputs_that_do_not_fit_are_named(name, make, words):
     with pytest.raises(ValueError) as error:
         unet(*make(x, 1, context))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_several_texts_for_a_latent_are_what_a_repeated_batch_gives(name, k):
+    unet, _ = pair(name)
+    x, context = inputs(unet.config, 13, 9)
+    texts = torch.cat([context, *torch.randn(k - 1, *context.shape)])
+    same(unet(x, 321, texts), unet(x.repeat(k, 1, 1, 1), 321, texts))
+    same(unet(x, torch.tensor([321.0]), texts), unet(x.repeat(k, 1, 1, 1), 321, texts))
+    # in any block of rows, and all the same where the texts are
+    once = unet(x, 321, context)
+    same(unet(x, 321, context.repeat(k, 1, 1)), once.repeat(k, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["mini", "sd1_small"])
+def test_what_does_not_depend_on_the_text_is_computed_once(name):
+    unet, _ = pair(name)
+    (x, context), rows = inputs(unet.config, batch=1), {}
+
+    def watch(name):
+        return lambda module, given, output: rows.update({name: len(output)})
+    hooks = [module.register_forward_hook(watch(name)) for name, module in unet.named_modules()
+             if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm))]
+    unet(x, 10, torch.cat([context, context]))
+    for hook in hooks:
+        hook.remove()
+    level = unet.config.attention.index(True)
+    once = [f"down_blocks.{level}.resnets.0.conv2", "conv_in", f"down_blocks.{level}.attentions.0.proj_in",
+            f"down_blocks.{level}.attentions.0.transformer_blocks.0.attn1.to_out.0"]
+    assert all(rows[name] == 1 for name in once)
+    twice = [f"down_blocks.{level}.attentions.0.transformer_blocks.0.attn2.to_q", "conv_out",
+             f"down_blocks.{level}.attentions.0.proj_out", "up_blocks.0.resnets.0.conv1"]
+    assert all(rows[name] == 2 for name in twice)
+
+
+@pytest.mark.parametrize(("preset", "cells", "share"), [("sd15", 64, 0.025), ("mini", 16, 0.065)])
+def test_how_much_the_halves_of_guidance_share(preset, cells, share):
+    config = PRESETS[preset].unet
+    with torch.device("meta"):
+        unet, x, texts = UNet(config), torch.empty(1, 4, cells, cells), torch.empty(2, 77, config.context_dim)
+
+    def flops(latents):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(latents, 5.0, texts)
+        return counter.get_total_flops()
+
+    assert 1 - flops(x) / flops(torch.cat([x, x])) == pytest.approx(share, abs=5e-4)
+
+
+def test_residuals_of_several_texts_for_a_latent():
+    unet, _ = pair("mini")
+    x, context = inputs(unet.config, batch=2)
+    texts = torch.cat([context, context.flip(1)])
+    whole = [torch.randn_like(one) for one in unet.encode(x.repeat(2, 1, 1, 1), unet.embed_time(5, x), texts)]
+    same(unet(x, 5, texts, whole), unet(x.repeat(2, 1, 1, 1), 5, texts, whole))
+    for_all = [one[:1] for one in whole]
+    same(unet(x, 5, texts, for_all), unet(x.repeat(2, 1, 1, 1), 5, texts, for_all))
+    net = ControlNet.from_unet(unet, hint_widths=(4, 4))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    hint = torch.rand(2, 3, 32, 32)
+    for guess in (False, True):
+        network = controlled(unet, [Control(net, hint, guess=guess)], batch=2)
+        with torch.no_grad():
+            same(network(x, 5, texts), network(x.repeat(2, 1, 1, 1), 5, texts))
 
 
 class Counted(nn.Linear):

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..attention import open_attention
 from ..config import PRESETS
 from ..costs import step_flops
-from ..guidance import guided, guided_passes, predict_x0
+from ..guidance import both_halves, guided, guided_passes, predict_x0, shared_halves
 from ..pictures import to_images
 from ..pipeline import StableDiffusion
 from ..pipeline.compiled import CompiledUNet
@@ -40,6 +40,7 @@ class Rung:
 
     dtype: of the weights and of the network's arithmetic. fused: attention by PyTorch's kernel, which holds no map.
     one_batch: both halves of guidance in one pass. reuse: keys, values and time embeddings of a run made once.
+    shared: what both halves have in common, up to the first text that is read, computed once.
     compiled: "" for no, "kernels", or "graphs": kernels that a CUDA graph launches. interval: see `guidance`.
     """
 
@@ -50,6 +51,7 @@ class Rung:
     channels_last: bool = False
     one_batch: bool = False
     reuse: bool = False
+    shared: bool = False
     compiled: str = ""
     sampler: str = "ddim"
     steps: int = 50
@@ -64,7 +66,8 @@ def rungs_for(device: str, steps: int = 50, fewer: int = 20, compiled: bool = Tr
     gpu = device.startswith("cuda")
     changes = [("half precision", {"dtype": "bfloat16"})] if gpu else []
     changes += [("fused attention", {"fused": True}), ("channels last", {"channels_last": True}),
-                ("one batch for guidance", {"one_batch": True}), ("text and time once", {"reuse": True})]
+                ("one batch for guidance", {"one_batch": True}), ("text and time once", {"reuse": True}),
+                ("what both halves share once", {"shared": True})]
     changes += [("compiled kernels", {"compiled": "kernels"})] if compiled else []
     changes += [("CUDA graphs", {"compiled": "graphs"})] if compiled and gpu else []
     changes += [(f"{fewer} steps of DPM++ 2M", {"exact": False, "sampler": "dpmpp_2m", "steps": fewer}),
@@ -95,7 +98,8 @@ def painter(rung: Rung, model: StableDiffusion, guidance: float) -> Callable[[Te
         context, uncond = model.encode([PROMPT, ""])[:, None].expand(-1, len(noise), -1, -1)     # (B, M, T) each
         run = reusing(network, [t for t, _ in grid]) if rung.reuse else network
         if rung.one_batch:
-            denoise = predict_x0(run, model.schedule, context, uncond, scale=guidance, interval=rung.interval)
+            denoise = predict_x0(run, model.schedule, context, uncond, scale=guidance, interval=rung.interval,
+                                 halves=shared_halves if rung.shared else both_halves)
         else:
             denoise = two_passes(run, model.schedule, context, uncond, guidance)
         with attention():
@@ -150,8 +154,8 @@ def alike(one: Rung, other: Rung) -> bool:
 
 def loaded(race: Race, rung: Rung, folder: Path) -> StableDiffusion:
     model = StableDiffusion.load(folder, device=race.device, dtype=getattr(torch, rung.dtype))
-    if rung.channels_last:
-        model.unet.to(memory_format=torch.channels_last)
+    if not rung.channels_last:
+        model.unet.to(memory_format=torch.contiguous_format)
     return model
 
 
@@ -189,7 +193,7 @@ def turns(race: Race, painters: list[Callable], noise: Tensor) -> list[list[floa
 
 
 def costs(race: Race, ready: Ready, seconds: list[float]) -> dict:
-    """What one rung takes."""
+    """What one rung takes. FLOPs are of whole passes, also where two of them have a part in common."""
     rung, preset, middle = ready.rung, PRESETS[race.preset], median(seconds)
     flops = race.batch * passes(rung, ready.model, race.guidance) * step_flops(
         preset.unet, race.side // preset.vae.factor)

@@ -99,8 +99,6 @@ def contender(name: str, race: Race, folder: Path) -> Callable[[torch.Tensor], n
 
 def ours(race: Race, folder: Path, compiled: bool):
     model = StableDiffusion.load(folder, device=race.device, dtype=getattr(torch, race.dtype))
-    if race.device.startswith("cuda"):
-        model.unet.to(memory_format=torch.channels_last)
     if model.config.noise.zero_terminal_snr and race.sampler != "ddim":     # as diffusers, see `spacing`
         model.schedule = NoiseSchedule(model.config.noise, floor=ALMOST_ZERO)
     if compiled:

@@ -64,7 +64,7 @@ class CompiledUNet:
 
 def _step(unet: UNet, layers: list[CrossAttention], multiply: Callable, x: Tensor, temb: Tensor,
           pairs: list[tuple[Tensor, Tensor]], residuals: Sequence[Tensor] | None) -> Tensor:
-    text = KeptText(x)                                  # never read: all layers find their keys and values kept
+    text = KeptText(pairs[0][0])                        # only counted: all layers find their keys and values kept
     text.kept = dict(zip(layers, pairs, strict=True))
     with multiply():
         features = unet.encode(x, temb, text)

@@ -28,7 +28,7 @@ from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_lora
 from ..checkpoint.shipped import load_shipped, shipped_models
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, Merged, add_embedding
-from ..guidance import check_guidance, predict_x0
+from ..guidance import check_guidance, predict_x0, shared_halves
 from ..pictures import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
@@ -36,6 +36,7 @@ from ..unet import UNet, reusing
 from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
 from .start import Start, part_of
 from .task import Task, make_control, task_of
+from .threads import fit_threads
 from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
 if TYPE_CHECKING:
@@ -91,10 +92,18 @@ class StableDiffusion:
         `device` is a GPU where there is one and the CPU elsewhere, unless given. In the default float32
         a seed gives the same picture on every machine, up to rounding. prediction: of a single file of SD 2.x,
         which does not tell: "epsilon" or "v_prediction". tokenizer: a folder or CLIP's vocabulary file, for a
-        single file. revision: of a repository on the hub. Raises CheckpointError, in one sentence, for a model
-        that is unknown, missing or damaged, SettingsError for a missing device.
+        single file. revision: of a repository on the hub. The U-Net's weights are laid out channels last, as
+        convolutions read them; PyTorch gets no more threads than the CPUs that it may use, see `threads`.
+        Raises CheckpointError, in one sentence, for a model that is unknown, missing or damaged, SettingsError
+        for a missing device.
         """
         place = {"device": device_named(device), "dtype": dtype}
+        if place["device"].type == "cpu":
+            fit_threads()
+        return cls._loaded(source, place, prediction, tokenizer, revision)._laid_out()
+
+    @classmethod
+    def _loaded(cls, source, place: dict, prediction, tokenizer, revision) -> "StableDiffusion":
         if source in shipped_models():
             return cls(load_shipped(source, **place))
         if not Path(source).exists() and "/" not in str(source) and "." not in str(source):
@@ -102,6 +111,11 @@ class StableDiffusion:
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
                                   f"the hub as owner/name, or the name of a shipped model ({known})")
         return cls(load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place))
+
+    def _laid_out(self) -> "StableDiffusion":
+        """With the U-Net's weights, and so its feature maps, channels last: as kernels of convolutions read them."""
+        self.unet.to(memory_format=torch.channels_last)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +261,8 @@ class StableDiffusion:
             context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
             unet = reusing(start.unet, [t for t, _ in grid])
             denoise = predict_x0(unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
-                                 scale=chosen.guidance, rescale=chosen.rescale, interval=chosen.interval)
+                                 scale=chosen.guidance, rescale=chosen.rescale, interval=chosen.interval,
+                                 halves=shared_halves)
             for step in start.sample(denoise, chosen.sampler):
                 if step.index == len(grid) - 1:
                     step = step._replace(x=start.finished(step.x))
