@@ -193,6 +193,46 @@ def test_the_average_follows_and_lags():
     torch.testing.assert_close(average.model.weight, model.weight - 0.9 * 0.1)
 
 
+class Uphill:
+    """One number, which every step moves by the learning rate."""
+
+    name, batch_size, learning_rate, warmup, decay_share = "uphill", 1, 0.1, 1, 0.0
+
+    def __init__(self):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.moves = []
+
+    def batch(self, generator):
+        time.sleep(0.02)
+        return torch.ones(1, 1),
+
+    def loss(self, model, x):
+        self.moves.append(float(self.model.weight.detach()))
+        return -model(x).sum(), {}
+
+    def report(self, averaged, folder, step):
+        return {}
+
+
+def test_annealing_ends_at_rest_and_averages_itself_alone(tmp_path):
+    """Without it the rate stays, and the average holds what was long ago."""
+    for _ in fit(Uphill(), tmp_path, minutes=0.02, precision="no", compiled=False):
+        pass
+    plain = load_state(tmp_path / "uphill-state.pt")
+    before, after = Uphill(), Uphill()
+    for _ in fit(before, tmp_path, minutes=0.02, precision="no", compiled=False):
+        pass
+    moves = torch.tensor(before.moves).diff()
+    assert moves[-1] == pytest.approx(float(moves[1]), rel=0.1)
+    for _ in fit(after, tmp_path, minutes=0.03, precision="no", compiled=False, anneal=True):
+        pass
+    moves, state = torch.tensor(after.moves).diff(), load_state(tmp_path / "uphill-state.pt")
+    assert moves[-1] < 0.2 * moves[1] and (moves.diff() < 1e-4).all()
+    assert after.moves[0] < float(state["average"]["weight"]) < float(state["model"]["weight"])
+    assert state["progress"]["step"] == plain["progress"]["step"] + len(before.moves) + len(after.moves)
+
+
 def test_bf16_is_never_chosen_where_it_is_emulated(config, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert choose_precision(VAERecipe(config), torch.device("cpu")) == "no"

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="chosen by a short trial when left out")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
     parser.add_argument("--report-minutes", type=positive(float), default=10.0, help="between sheets of samples")
+    parser.add_argument("--anneal", action="store_true", help="let the learning rate fall to zero within the budget, "
+                        "and average over this call alone: the last minutes of unet, before it is shipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder that 'ship' writes (default: the package's own weights)")
 
@@ -99,7 +101,7 @@ def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
     minutes = budget(stage, args)
     main = PartialState().is_main_process
     steps = fit(recipe, args.run, minutes=minutes, precision=args.precision, compiled=args.compile,
-                report_minutes=args.report_minutes, seed=args.seed)
+                report_minutes=args.report_minutes, seed=args.seed, anneal=args.anneal)
     bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0, disable=not main)
     first = told = None
     for progress, _ in steps:

@@ -171,23 +171,25 @@ def agreed(value: float, accelerator: Accelerator) -> float:
 
 
 def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None = None, compiled: bool | None = None,
-        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0) -> Iterator[tuple[Progress, dict]]:
+        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0,
+        anneal: bool = False) -> Iterator[tuple[Progress, dict]]:
     """Train for `minutes` of this process's time, from the newest state in `folder`; yields `Progress`.
 
     `precision` is "no", "fp16" or "bf16" (chosen by `choose_precision` when None); `compiled` is
     True on a GPU unless said otherwise (on a CPU it took minutes and made a step no faster). The state is written every
     `save_seconds`, so a kill loses less than a minute; a report (figures and a sheet) is made every
     `report_minutes` and at the end. Where several processes train together (torchrun), each makes its own
-    batches, and the main one writes states and reports.
+    batches, and the main one writes states and reports. `anneal`: the learning rate falls to zero over the whole
+    call, and the average is of this call alone: before shipping a stage whose rate otherwise stays.
     """
     threads = torch.get_num_threads()
     try:
-        yield from _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed)
+        yield from _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal)
     finally:
         torch.set_num_threads(threads)                          # `Threads` may have left another number
 
 
-def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed):
+def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal):
     if precision is None:                                       # the main process chooses, for all of them
         [precision] = broadcast_object_list([choose_precision(recipe, PartialState().device)])
     AcceleratorState._reset_state()                             # the stage before may have run in another precision
@@ -213,6 +215,9 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         progress.worlds.append(name)
     warmed = state is not None and "optimiser" in state
     first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
+    averaged, decay_share = (progress.step, 1.0) if anneal else (0, recipe.decay_share)
+    if anneal:
+        average = Average(raw)
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else device.type == "cuda":
         raw.compile()
@@ -229,8 +234,8 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     start = saved = reported = clock = time.perf_counter()
     while (share := agreed(1.0 - (clock - start) / (60 * minutes), accelerator)) > 0:      # of the budget that is left
         rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
-        if recipe.decay_share:
-            rate *= min(1.0, share / recipe.decay_share)
+        if decay_share:
+            rate *= min(1.0, share / decay_share)
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate
         batch = [part.to(device) if torch.is_tensor(part) else part for part in recipe.batch(generator)]
@@ -248,7 +253,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         progress.samples += len(batch[0]) * accelerator.num_processes
         unknown = progress.loss != progress.loss                # NaN: nothing yet, or shipped weights to start from
         progress.loss = value if unknown else progress.loss + (value - progress.loss) * 0.01
-        average.update(raw, progress.step)
+        average.update(raw, progress.step - averaged)
         now = time.perf_counter()
         progress.seconds += now - clock
         if threads:
