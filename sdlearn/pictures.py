@@ -18,9 +18,13 @@ def to_images(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each picture; pixels (B, 3, H, W) in [-1, 1], peak 2."""
-    return 10 * torch.log10(4 / (a - b).square().mean(dim=(1, 2, 3)))
+def psnr(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each picture, (B,), infinite for equal ones; pixels (B, 3, H, W) in [-1, 1],
+    peak 2. where: (B, 1, H, W) of 0 and 1, the pixels that count; all by default."""
+    error = (a - b).square().mean(dim=1, keepdim=True)                                # (B, 1, H, W)
+    if where is None:
+        return 10 * torch.log10(4 / error.mean(dim=(1, 2, 3)))
+    return 10 * torch.log10(4 * where.sum(dim=(1, 2, 3)) / (error * where).sum(dim=(1, 2, 3)))
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 11, sigma: float = 1.5) -> torch.Tensor:

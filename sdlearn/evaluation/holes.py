@@ -5,9 +5,9 @@ B  pictures    H, W  pixels
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from ..pictures import psnr
 from .judge import Detection, Seen
 
 
@@ -16,9 +16,7 @@ def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
 
     pixels, originals (B, 3, H, W) in [-1, 1], peak 2; mask (B, 1, H, W), 1 = repainted.
     """
-    known = 1 - mask
-    error = ((pixels - originals).square().mean(1, keepdim=True) * known).sum((1, 2, 3)) / known.sum((1, 2, 3))
-    return 10 * torch.log10(4 / error)
+    return psnr(pixels, originals, where=1 - mask)
 
 
 def seam_jump(pixels: Tensor, mask: Tensor) -> Tensor:
