@@ -145,7 +145,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
              (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and vision towers", parts.clip))}
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items() if isinstance(value, float)]
     stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} "
-              f"| {', '.join(told.get('worlds', []))} | {', '.join(told.get('precisions', ['fp32']))} |"
+              f"| {', '.join(told.get('worlds', [])) or '-'} | {', '.join(told.get('precisions', ['fp32']))} |"
               for stage, told in figures["training"].items()]
     return "\n".join((
         f"# `{config.name}`: the Stable Diffusion of this course", "",

@@ -57,7 +57,8 @@ class ConceptRecipe:
 
     def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextTower, tokenizer: Tokenizer, folder: Path,
                  *, world: World = CORE, batch_size: int = 8, guidance: float = 3.0):
-        self.unet, self.vae, self.text, self.tokenizer, self.world = unet, vae, text, tokenizer, world
+        """`world` is what every stage is told, and is not used: the pictures are of things outside of all worlds."""
+        self.unet, self.vae, self.text, self.tokenizer = unet, vae, text, tokenizer
         self.schedule, self.batch_size, self.guidance = NoiseSchedule(config.noise), batch_size, guidance
         self.side = config.latent_size
         for part in (unet, vae, text):
