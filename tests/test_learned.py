@@ -200,6 +200,6 @@ def test_long_prompts_in_chunks_give_the_pictures_that_diffusers_gives(model, tm
 
 def test_guidance_in_an_interval_runs_one_half_outside_of_it(model, monkeypatch):
     batches, forward = [], model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(len(x)) or forward(x, *rest))
+    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
     model.text2img(PROMPT, steps=4, sampler="ddim", interval=(200, 600))        # at 751, 501, 251, 1
     assert batches == [1, 2, 2, 1]
