@@ -172,7 +172,9 @@ class Encoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"x is {tuple(x.shape)}, but this model takes (batch, {config.in_channels}, "
                              "rows, columns)" + _about_channels(config.in_channels))
-        if context.ndim != 3 or context.shape[0] % x.shape[0] or context.shape[2] != config.context_dim:
+        rows = max(1, x.shape[0])
+        if context.ndim != 3 or context.shape[0] % rows or context.shape[0] < rows or (
+                context.shape[2] != config.context_dim):
             raise ValueError(f"context is {tuple(context.shape)}, but this model takes "
                              f"({x.shape[0]}, tokens, {config.context_dim}): one text for each latent, "
                              "encoded by the text tower this model was trained with")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs import scene_config
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss
-from sdlearn.config import PRESETS, VAEConfig
 from sdlearn.data import CORE, World
 from sdlearn.data.captions import ANSWERS
 from sdlearn.pictures import psnr, to_images, to_tensor
@@ -32,10 +32,7 @@ MINUTE = 1 / 60
 
 @pytest.fixture(scope="module")
 def config():
-    """`tiny`, at the size of a scene."""
-    tiny = PRESETS["tiny"]
-    vae = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0)
-    return replace(tiny, vae=vae, vision=replace(tiny.vision, image_size=128, patch_size=32), image_size=128)
+    return scene_config()
 
 
 @pytest.fixture(scope="module")

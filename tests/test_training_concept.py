@@ -6,40 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import one_thread, randomise  # noqa: F401
+from models import one_thread  # noqa: F401
 
+from runs import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
 from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
-from sdlearn.clip import CLIP
-from sdlearn.config import PRESETS, VAEConfig
 from sdlearn.finetune import Embedding, new_lora
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training import adapters, concept, stages
 from sdlearn.training.loop import fit, load_state, save_state
-from sdlearn.unet import UNet
 
 
 @pytest.fixture(scope="module")
 def config():
-    """`tiny`, at the size of a scene."""
-    tiny = PRESETS["tiny"]
-    vae = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0)
-    return replace(tiny, vae=vae, vision=replace(tiny.vision, image_size=128, patch_size=32), image_size=128)
+    return scene_config()
 
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """A run that has a base of random weights, whose U-Net does not output zeros."""
-    folder = tmp_path_factory.mktemp("run")
-    stages.train_tokenizer(config, folder, captions=500)
-    generator = torch.Generator().manual_seed(0)
-    for stage, module in (("clip", CLIP(config.text, config.vision)), ("unet", UNet(config.unet)),
-                          ("vae", stages.make_vae(config, folder).model)):
-        if stage != "vae":
-            randomise(module, generator)
-        weights = module.state_dict()
-        save_state(folder / f"{stage}-state.pt", {"model": weights, "average": weights, "progress": {"step": 5}})
-    return folder
+    return untrained_base(config, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from models import one_thread, randomise  # noqa: F401
+from models import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 
+from runs import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, TensorMismatch, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
 from sdlearn.checkpoint.difference import difference, fingerprint, relative_error
@@ -31,7 +32,7 @@ from sdlearn.checkpoint.shipped import (
     shipped_models,
 )
 from sdlearn.clip import CLIP
-from sdlearn.config import PRESETS, VAEConfig
+from sdlearn.config import PRESETS
 from sdlearn.controlnet import ControlNet
 from sdlearn.data import CORE, scene
 from sdlearn.inpaint import latent_mask, masked_pixels
@@ -51,25 +52,12 @@ NO_NEW = {"edges": {}, "depth": {}, "inpaint": {"masks": 0}}           # nothing
 
 @pytest.fixture(scope="module")
 def config():
-    """`tiny`, at the size of a scene."""
-    tiny = PRESETS["tiny"]
-    vae = VAEConfig(channels=(4, 4, 8, 8), layers_per_block=1, groups=2, scaling_factor=1.0)
-    return replace(tiny, vae=vae, vision=replace(tiny.vision, image_size=128, patch_size=32), image_size=128)
+    return scene_config()
 
 
 @pytest.fixture(scope="module")
 def base(config, tmp_path_factory):
-    """A run that has a base, untrained: random weights, whose U-Net does not output zeros."""
-    folder = tmp_path_factory.mktemp("base")
-    stages.train_tokenizer(config, folder, captions=500)
-    generator = torch.Generator().manual_seed(0)
-    for stage, module in (("clip", CLIP(config.text, config.vision)), ("unet", UNet(config.unet)),
-                          ("vae", stages.make_vae(config, folder).model)):
-        if stage != "vae":
-            randomise(module, generator)
-        weights = module.state_dict()
-        progress = {"step": 5, "samples": 50, "seconds": 1.0}
-        save_state(folder / f"{stage}-state.pt", {"model": weights, "average": weights, "progress": progress})
+    folder = untrained_base(config, tmp_path_factory.mktemp("base"))
     stages.make_unet(config, folder, first=50, capacity=50)
     return folder
 

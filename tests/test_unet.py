@@ -367,6 +367,8 @@ def test_the_text_and_the_timestep_are_heard():
     ("inpaint", lambda x, t, c: (x[:, :4], t, c), "reads latent, mask and masked latent, in that order"),
     ("tiny", lambda x, t, c: (x, t, c[..., :15]), "context is (2, 77, 15), but this model takes (2, tok"),
     ("tiny", lambda x, t, c: (x, t, c[:1]), "one text for each latent"),
+    ("tiny", lambda x, t, c: (x, t, c[:0]), "context is (0, 77, 16)"),
+    ("tiny", lambda x, t, c: (x[:0], t, c[:0]), "context is (0, 77, 16)"),
     ("tiny", lambda x, t, c: (x, t, torch.cat([c, c[:1]])), "context is (3, 77, 16)"),
     ("tiny", lambda x, t, c: (x, torch.zeros(2), torch.cat([c, c])), "4 texts for 2 latents need one timestep"),
     ("tiny", lambda x, t, c: (x, t, c[0]), "context is (77, 16)"),

@@ -100,22 +100,16 @@ class StableDiffusion:
         place = {"device": device_named(device), "dtype": dtype}
         if place["device"].type == "cpu":
             fit_threads()
-        return cls._loaded(source, place, prediction, tokenizer, revision)._laid_out()
-
-    @classmethod
-    def _loaded(cls, source, place: dict, prediction, tokenizer, revision) -> "StableDiffusion":
         if source in shipped_models():
-            return cls(load_shipped(source, **place))
-        if not Path(source).exists() and "/" not in str(source) and "." not in str(source):
+            parts = load_shipped(source, **place)
+        elif not Path(source).exists() and "/" not in str(source) and "." not in str(source):
             known = ", ".join(shipped_models()) or "none: the package was installed without its weights"
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
                                   f"the hub as owner/name, or the name of a shipped model ({known})")
-        return cls(load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place))
-
-    def _laid_out(self) -> "StableDiffusion":
-        """With the U-Net's weights, and so its feature maps, channels last: as kernels of convolutions read them."""
-        self.unet.to(memory_format=torch.channels_last)
-        return self
+        else:
+            parts = load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place)
+        parts.unet.to(memory_format=torch.channels_last)
+        return cls(parts)
 
     @property
     def device(self) -> torch.device:

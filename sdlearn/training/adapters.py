@@ -10,6 +10,7 @@ from torch import nn
 from ..checkpoint import load_folder
 from ..checkpoint.difference import relative_error
 from ..checkpoint.shipped import (
+    CONCEPT,
     DIFFERENCE_FILE,
     Concept,
     base_tensors,
@@ -194,4 +195,4 @@ def concept_section(figures: dict[str, dict]) -> list[str]:
             f"{TAUGHT} pictures on a {GROUND} ground taught it, as the word `{WORD}` and as a LoRA for",
             f"`{RARE} {CLASS}`; likeness by pixels, 1 for the same.", "",
             *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), "",
-            f"![the word above, the LoRA below](concept/{SHEET_FILE})", ""]
+            f"![the word above, the LoRA below]({CONCEPT}/{SHEET_FILE})", ""]

@@ -7,7 +7,8 @@ base, for which alone it is good. Gal et al. 2022 (textual inversion), Hu et al.
 of the class that the base drew itself, as in Ruiz et al. 2022 (DreamBooth), which hold the class in its place.
 """
 
-from itertools import cycle
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,19 +17,19 @@ from torch import nn
 
 from ..clip import TextTower
 from ..config import ModelConfig
-from ..data import CORE, World, contact_sheet, scene_of
+from ..data import CORE, Scene, World, contact_sheet, scene_of
+from ..data.captions import with_article
 from ..data.likeness import cutouts, kinds, likeness
 from ..data.world import BACKGROUNDS
 from ..finetune import Embedding, LoRA, LowRank, add_embedding, attached, embedding_like, new_lora
 from ..finetune.loop import draw_rows, draw_timesteps
 from ..finetune.textual_inversion import rows_in_place
-from ..guidance import predict_x0
 from ..pictures import save_sheet, to_images, to_tensor
-from ..samplers import SAMPLERS
-from ..schedule import NoiseSchedule, timesteps
+from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
+from .unet import sampled
 
 THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
 GROUND, ELSEWHERE = "blue", "orange"        # of the pictures that teach; and one that the thing was never shown on
@@ -37,14 +38,18 @@ PRIOR = 24                                  # pictures of the class
 RANK = 4
 # Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
-OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")
+OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")     # of a caption, one at random
 
 
-def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> torch.Tensor:
-    """Pixels (B, 3, H, W) of scenes with one such thing, not a small one, from the seeds `first` on."""
-    found = (scene_of([name], background=ground, seed=seed) for seed in range(first, first + 100 * count))
+def captioned(words: str, ground: str) -> str:
+    return f"a {words} on {with_article(f'{ground} background')}"
+
+
+def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
+    """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
+    found = (scene_of([name], background=ground, seed=seed) for seed in itertools.count(first))
     large = (one for one in found if one.objects[0].size != "small")
-    return to_tensor([next(large).image for _ in range(count)])
+    return [replace(one, caption=captioned(name, ground)) for one in itertools.islice(large, count)]
 
 
 class ConceptRecipe:
@@ -63,7 +68,7 @@ class ConceptRecipe:
         self.side = config.latent_size
         for part in (unet, vae, text):
             part.eval().requires_grad_(False)
-        self.latents = self.encoded(pictures_of(THING, TAUGHT, 0))                          # N C h w
+        self.latents = self.encoded(to_tensor([one.image for one in pictures_of(THING, TAUGHT, 0)]))    # N C h w
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +93,7 @@ class ConceptRecipe:
 
     def caption(self, row: int) -> str:
         """Of the picture whose latent is in this row."""
-        return f"a {self.words} on a {GROUND} background"
+        return captioned(self.words, GROUND)
 
     def loss(self, model, latents, ids, t, noise):
         with self.in_place(model):
@@ -103,11 +108,8 @@ class ConceptRecipe:
     def drawn(self, prompts: list[str], steps: int = 20, first: int = 0) -> torch.Tensor:
         """Pictures of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
         context, empty = (self.text(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
-        noise = torch.stack([torch.randn(self.latents.shape[1:], generator=torch.Generator().manual_seed(first + i))
-                             for i in range(len(prompts))]).to(self.device)
-        denoise = predict_x0(self.unet, self.schedule, context, empty, scale=self.guidance)
-        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
-        return torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]).clamp(-1, 1)
+        return sampled(self.unet, context, empty, self.latents.shape[1:], self.schedule, self.vae,
+                       guidance=self.guidance, steps=steps, first=first)
 
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
@@ -119,9 +121,9 @@ class ConceptRecipe:
     def looked_at(self, averaged, count: int = 6) -> tuple[dict[str, float], torch.Tensor, list[str]]:
         """How alike what is drawn and the thing are, on both grounds; how alike the class is to what it was; the
         pictures and their prompts."""
-        asked = {"fidelity": (f"a {self.words} on a {GROUND} background", THING),
-                 "fidelity elsewhere": (f"a {self.words} on a {ELSEWHERE} background", THING),
-                 "class kept": (f"a {CLASS} on a {GROUND} background", CLASS)}
+        asked = {"fidelity": (captioned(self.words, GROUND), THING),
+                 "fidelity elsewhere": (captioned(self.words, ELSEWHERE), THING),
+                 "class kept": (captioned(CLASS, GROUND), CLASS)}
         prompts = [prompt for prompt, _ in asked.values() for _ in range(count)]
         with self.in_place(averaged):
             pixels = self.drawn(prompts)
@@ -182,8 +184,8 @@ class LoRARecipe(ConceptRecipe):
         super().__init__(*parts, **options)
         self.learning_rate = learning_rate
         self.model = LowRanks(new_lora(self.unet, rank=RANK, targets=TARGETS))
-        grounds = [ground for _, ground in zip(range(PRIOR), cycle(BACKGROUNDS), strict=False)]
-        self.class_prompts = [f"a {CLASS} on a {ground} background" for ground in grounds]
+        grounds = itertools.islice(itertools.cycle(BACKGROUNDS), PRIOR)
+        self.class_prompts = [captioned(CLASS, ground) for ground in grounds]
         prior = self.encoded(self.drawn(self.class_prompts, first=1000))
         self.latents = torch.cat([self.latents, prior])
 

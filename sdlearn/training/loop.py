@@ -35,6 +35,7 @@ class Recipe(Protocol):
     learning_rate: float
     warmup: int                 # steps
     decay_share: float          # share of the budget, at its end, in which the learning rate falls to zero
+    # May have as well: weight_decay, 0.01 otherwise; world, whose scenes it learns from.
 
     def batch(self, generator: torch.Generator) -> tuple: ...
     def loss(self, model: nn.Module, *batch) -> tuple[torch.Tensor, dict[str, float]]: ...

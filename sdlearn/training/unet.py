@@ -69,6 +69,18 @@ def listening(unet, schedule: NoiseSchedule, latents: torch.Tensor, contexts: to
     return figures
 
 
+@torch.no_grad()
+def sampled(network: Callable, context: torch.Tensor, empty: torch.Tensor, shape: tuple[int, ...],
+            schedule: NoiseSchedule, vae: VAE, *, guidance: float, steps: int, first: int = 0) -> torch.Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] of texts (B, L, D) by DDIM, from latents of `shape` (C, h, w); picture i is of
+    the seed first + i. empty (1, L, D): the text "", for guidance."""
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first + i))
+                         for i in range(len(context))]).to(context.device)
+    denoise = predict_x0(network, schedule, context, empty, scale=guidance)
+    *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(schedule, steps), schedule)
+    return torch.cat([vae.to_pixels(part) for part in last.x.split(8)]).clamp(-1, 1)
+
+
 class LatentCache:
     """Latents (N, C, H, W) and text features (N, L, D) of training scenes, half precision, on disk.
 
@@ -195,15 +207,10 @@ class LatentRecipe:
     @torch.no_grad()
     def sample(self, network, prompts: list[str], steps: int = 20) -> np.ndarray:
         """Pictures of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
-        device = self.empty.device
-        context = self.text(self.tokenizer(prompts).to(device)).hidden
+        context = self.text(self.tokenizer(prompts).to(self.empty.device)).hidden
         shape = self.cache.arrays["latents"].shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i))
-                             for i in range(len(prompts))]).to(device)
-        denoise = predict_x0(network, self.schedule, context, self.empty.expand_as(context), scale=self.guidance)
-        *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(self.schedule, steps), self.schedule)
-        return to_images(torch.cat([self.vae.to_pixels(part) for part in last.x.split(8)]))
-
+        return to_images(sampled(network, context, self.empty, shape, self.schedule, self.vae, guidance=self.guidance,
+                                 steps=steps))
 
     @torch.no_grad()
     def probe(self, drawn: list[Scene], step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data import Scene, scene, scene_of
+from ...data import Scene, scene
 from ...data.likeness import cutouts, kinds, likeness
 from ...finetune import (
     TrainStep,
@@ -29,32 +29,16 @@ from ...finetune import (
     train_lora,
 )
 from ...pictures import to_tensor
+from ..concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, pictures_of
 from ..unet import encoded, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
 
-THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
-GROUND, OTHER_GROUND = "blue", "green"      # of the pictures that teach; and one that it has never been seen on
-TAUGHT = 6                                  # pictures that teach
+OTHER_GROUND = "green"      # one that the thing has never been seen on
 TIMESTEPS = (100, 300, 500, 700, 900)       # at which losses are measured
 RATES = {"word": 1e-2, "lora": 2e-3, "unet": 1e-4}
-RANK = 4
 FIRST = 10                                  # step at which something is measured, after the start
-# Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
-SENTENCES = tuple(f"{opening}a {{}} on a {GROUND} background" for opening in
-                  ("", "a picture of ", "a drawing of ", "an image of "))
-
-
-def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
-    """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
-    found, seed = [], first
-    while len(found) < count:
-        one = scene_of([name], background=ground, seed=seed)
-        if one.objects[0].size != "small":
-            found.append(replace(one, caption=f"a {name} on a {ground} background"))
-        seed += 1
-    return found
+SENTENCES = tuple(f"{opening}a {{}} on a {GROUND} background" for opening in OPENINGS)
 
 
 @dataclass(frozen=True, eq=False)
