@@ -67,7 +67,7 @@ def rungs_for(device: str, steps: int = 50, fewer: int = 20, compiled: bool = Tr
     changes = [("half precision", {"dtype": "bfloat16"})] if gpu else []
     changes += [("fused attention", {"fused": True}), ("channels last", {"channels_last": True}),
                 ("one batch for guidance", {"one_batch": True}), ("text and time once", {"reuse": True}),
-                ("what both halves share once", {"shared": True})]
+                ("shared part once", {"shared": True})]
     changes += [("compiled kernels", {"compiled": "kernels"})] if compiled else []
     changes += [("CUDA graphs", {"compiled": "graphs"})] if compiled and gpu else []
     changes += [(f"{fewer} steps of DPM++ 2M", {"exact": False, "sampler": "dpmpp_2m", "steps": fewer}),
