@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import scene_config
 
-from runs import scene_config
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss

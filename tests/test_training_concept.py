@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from models import one_thread  # noqa: F401
+from recipes import scene_config, untrained_base
 
-from runs import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
 from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
 from sdlearn.finetune import Embedding, new_lora

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from models import one_thread  # noqa: F401
+from recipes import scene_config, untrained_base
 from safetensors.torch import load_file, save_file
 
-from runs import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, TensorMismatch, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
 from sdlearn.checkpoint.difference import difference, fingerprint, relative_error
