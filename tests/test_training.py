@@ -329,6 +329,11 @@ def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, 
         array.flush()
     again = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
     assert again.meta["made"] == 100
+    for name in again.arrays:                       # pages that were never written out read as zeros
+        again.arrays[name][7] = 0
+        again.arrays[name].flush()
+        again = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+        assert again.meta["made"] == 50 and all(array[7].any() for array in again.arrays.values())
     other = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **{**make, "world": replace(CORE, pair=0.0)})
     assert other.meta["made"] == 50, "scenes of another world are made anew"
 

@@ -276,6 +276,9 @@ def test_masks_are_kept_for_the_next_call_and_thrown_away_with_their_autoencoder
     before = make("inpaint", config, run)
     kept = before.masked.rows()
     assert (make("inpaint", config, run, first_masks=1).masked.rows() == kept).all()
+    before.masked.masked[kept[0]] = 0                   # a page that was never written out
+    before.masked.masked.flush()
+    assert (make("inpaint", config, run, first_masks=1).masked.rows() == kept[1:]).all()
     cache = before.cache
     cache.meta["made_by"] = "another"
     other = MaskCache(cache.meta_file.parent, cache, first=0)

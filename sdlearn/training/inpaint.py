@@ -111,6 +111,7 @@ class MaskCache:
         self.masks = self._array(mine / "masks.u8", np.uint8, (capacity, 1, *cells))
         self.masked = self._array(mine / "masked.f16", np.float16, (capacity, channels, *cells))
         self.seeds = self._array(mine / "seeds.i64", np.int64, (capacity,))           # the scene's plus one; 0: none
+        self.seeds[~self.masked.any(axis=(1, 2, 3))] = 0        # never written out: see LatentCache
         generator = torch.Generator().manual_seed(0)
         if (missing := min(first, len(cache)) - len(self.rows())) > 0:
             for _ in tqdm(range(-(-missing // 30)), desc="masks", unit="30 masks"):

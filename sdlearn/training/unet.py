@@ -103,6 +103,8 @@ class LatentCache:
             mode = "w+"
         self.arrays = {name: np.memmap(folder / f"{name}.f16", np.float16, mode, shape=shape)
                        for name, shape in shapes.items()}
+        if not self._whole():
+            self.meta["made"] = 0
         if (missing := min(first, capacity) - self.meta["made"]) > 0:
             for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="50 scenes",
                           disable=not PartialState().is_local_main_process):
@@ -110,6 +112,12 @@ class LatentCache:
 
     def __len__(self) -> int:
         return min(self.meta["made"], self.meta["capacity"])
+
+    def _whole(self) -> bool:
+        """Whether the arrays have all rows that were counted. The count is written at every step, the arrays when the
+        system likes: where the machine went away in between, rows of zeros are left, and zeros are easily learnt."""
+        made = len(self)
+        return all(bool(array[:made].reshape(made, -1).any(axis=1).all()) for array in self.arrays.values() if made)
 
     def _fingerprint(self) -> str:
         """Of everything the rows depend on: the two frozen models and the world."""
