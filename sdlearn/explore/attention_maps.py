@@ -131,12 +131,12 @@ def cells_asking(picture, weights: Tensor, names: Sequence[str], cells: Sequence
         axes.add_patch(Rectangle((column * cell - 0.5, row * cell - 0.5), cell, cell, fill=False, ec=COLOURS[i],
                                  lw=2.2))
         axes.text((column + 0.5) * cell, (row + 0.5) * cell, str(i + 1), ha="center", va="center", fontsize=9,
-                  fontweight="bold", color=COLOURS[i])
+                  fontweight="bold", color=COLOURS[i], bbox={"fc": "white", "ec": "none", "pad": 0.8})
     wide = (WIDTH - 290) / len(cells)
     for i in range(len(cells)):
         axes = drawing.add_axes(((280 + i * wide) / WIDTH, 46 / height, (wide - 20) / WIDTH, (height - 106) / height))
         axes.barh(range(len(names)), weights[i].tolist(), color=COLOURS[i], height=0.7)
-        plain(axes, f"cell {i + 1}: row {cells[i][0]}, column {cells[i][1]}", "weight", "")
+        plain(axes, f"cell {i + 1}: row {cells[i][0]}, column {cells[i][1]}", "share", "")
         axes.set_yticks(range(len(names)), map(literal, names) if i == 0 else [""] * len(names))
         axes.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1.05 * float(weights.max())))
     return drawing

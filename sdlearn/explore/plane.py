@@ -18,7 +18,7 @@ from .widgets import WithStill
 
 BEHIND = "#c9c9d2"      # of what is there to compare with
 FEW = len(COLOURS)      # points that are drawn large, each in a colour of its own
-LEFT, RIGHT, ABOVE, BELOW = 50, 10, 22, 42      # pixels around a square, for what is written there
+LEFT, RIGHT, ABOVE, BELOW = 62, 10, 22, 42      # pixels around a square, for what is written there
 LARGEST = 330           # pixels of a square with its margins
 
 

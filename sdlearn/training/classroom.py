@@ -50,7 +50,7 @@ class Lesson:
 def prepare(parts: Parts, count: int = 1500, *, split: str = "train", world: World = WORLD) -> Material:
     """Encode the first `count` scenes of a split: some 70 a second on two CPU cores."""
     found = []
-    for first in tqdm(range(0, count, 50), desc="scenes", unit="50 scenes"):
+    for first in tqdm(range(0, count, 50), desc="scenes", unit="scene", unit_scale=50):
         drawn = [scene(seed, split, world) for seed in range(first, min(first + 50, count))]
         found.append(encoded(drawn, parts.vae, parts.text, parts.tokenizer))
     return Material(*(torch.cat(part) for part in zip(*found, strict=True)))

@@ -114,7 +114,7 @@ class MaskCache:
         self.seeds[~self.masked.any(axis=(1, 2, 3))] = 0        # never written out: see LatentCache
         generator = torch.Generator().manual_seed(0)
         if (missing := min(first, len(cache)) - len(self.rows())) > 0:
-            for _ in tqdm(range(-(-missing // 30)), desc="masks", unit="30 masks"):
+            for _ in tqdm(range(-(-missing // 30)), desc="masks", unit="mask", unit_scale=30):
                 self.refresh(30, generator)
 
     @staticmethod

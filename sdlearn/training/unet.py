@@ -106,7 +106,7 @@ class LatentCache:
         if not self._whole():
             self.meta["made"] = 0
         if (missing := min(first, capacity) - self.meta["made"]) > 0:
-            for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="50 scenes",
+            for _ in tqdm(range(-(-missing // 50)), desc="latents", unit="scene", unit_scale=50,
                           disable=not PartialState().is_local_main_process):
                 self.refresh(50)
 

@@ -1,0 +1,21 @@
+"""The panel of the ablation `steps`: what is drawn is what was measured."""
+
+import pytest
+
+from sdlearn.explore.step_figures import judged_by_steps
+from sdlearn.training.ablations import load_ablation
+
+
+def test_lines_are_the_readings_over_calls_of_the_network():
+    variants = load_ablation("steps")["variants"]
+    panel = judged_by_steps(["heun", "ddim"])
+    assert list(panel.lines) == ["heun", "ddim"]
+    for name, calls in (("heun", 2), ("ddim", 1)):
+        xs, ys = panel.lines[name]
+        assert xs == [calls * one["step"] for one in variants[name]["readings"]] and len(xs) > 3
+        assert ys == [one["right"] for one in variants[name]["readings"]] and all(0 <= y <= 1 for y in ys)
+
+
+def test_a_sampler_that_was_not_measured_is_an_error():
+    with pytest.raises(KeyError):
+        judged_by_steps(["lms"])
