@@ -19,11 +19,20 @@ from sdlearn.clip import CLIP, contrastive_loss
 from sdlearn.data import CORE, World
 from sdlearn.data.captions import ANSWERS
 from sdlearn.pictures import psnr, to_images, to_tensor
-from sdlearn.training import stages
+from sdlearn.training import command, stages
 from sdlearn.training.card import ship
 from sdlearn.training.clip import CLIPRecipe, Towers, loss_with_wrong, read_rightly, retrieval, shortest, told_apart
-from sdlearn.training.loop import Average, Threads, choose_precision, fit, load_state, load_weights, save_state
-from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts
+from sdlearn.training.loop import (
+    Average,
+    Progress,
+    Threads,
+    choose_precision,
+    fit,
+    load_state,
+    load_weights,
+    save_state,
+)
+from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts, timesteps_for
 from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
 from sdlearn.vae import VAE, Gaussian
 
@@ -338,8 +347,20 @@ def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, 
     assert other.meta["made"] == 50, "scenes of another world are made anew"
 
 
+def test_timesteps_come_at_the_stated_rate():
+    generator = torch.Generator().manual_seed(0)
+    for shift in (1.0, 3.0):
+        t = torch.cat([timesteps_for(32, 1000, shift, generator) for _ in range(400)]).float() / 1000
+        assert t.min() < 0.01 and 0.98 < t.max() < 1
+        for share in (0.2, 0.5, 0.9):                   # of the timesteps come before shift u / (1 + (shift - 1) u)
+            place = shift * share / (1 + (shift - 1) * share)
+            assert abs((t < place).float().mean() - share) < 0.01
+    one = timesteps_for(8, 1000, 1.0, generator)
+    assert (one // 125 == torch.arange(8)).all(), "one in each part"
+
+
 def test_captions_are_dropped_at_the_stated_rate(config, run, tmp_path):
-    recipe = stages.make_unet(config, run, batch_size=64, dropout=0.25)
+    recipe = stages.make_unet(config, run, batch_size=64, dropout=0.25, shift=1.0)
     generator = torch.Generator().manual_seed(0)
     batches = [recipe.batch(generator) for _ in range(20)]
     dropped = torch.stack([(contexts == recipe.empty).all(dim=(1, 2)).float() for _, contexts, _, _ in batches])
@@ -426,6 +447,17 @@ def test_the_command_trains_and_goes_on(tmp_path):
         assert json.loads(done.stdout.splitlines()[-1])["psnr"] > 0
     history = load_state(tmp_path / "vae-state.pt")["progress"]["history"]
     assert len(history) == 2 and history[1]["step"] > history[0]["step"]
+
+
+def test_the_command_shifts_the_unets_timesteps_alone(monkeypatch, tmp_path):
+    made = {}
+    stand_ins = {name: stages.Stage(lambda config, run, name=name, **options: made.setdefault(name, options), 1)
+                 for name in ("unet", "edges")}
+    monkeypatch.setattr(stages, "STAGES", stand_ins)
+    monkeypatch.setattr(command, "fit", lambda *args, **options: [(Progress(history=[{"loss": 1.0}]), None)])
+    for stage in ("unet", "edges"):
+        main(["train", stage, "--preset", "tiny", "--run", str(tmp_path), "--shift", "2.5"])
+    assert made == {"unet": {"shift": 2.5}, "edges": {}}
 
 
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}     # each process with a core of its own

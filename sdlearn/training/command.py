@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
                         help="budget of this call, shared out among the stages for 'all' (default: the stage's own)")
     parser.add_argument("--batch", type=positive(int), help="scenes in a batch")
     parser.add_argument("--rate", type=positive(float), help="learning rate")
+    parser.add_argument("--shift", type=positive(float), help="above 1, noisy timesteps come more often (of the U-Net; "
+                                                              "default: 3)")
     parser.add_argument("--precision", choices=("no", "fp16", "bf16"), help="chosen by a short trial when left out")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model")
     parser.add_argument("--report-minutes", type=positive(float), default=10.0, help="between sheets of samples")
@@ -95,7 +97,8 @@ def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
 
 def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
     world = WORLDS[args.world] if args.world else None
-    options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world}
+    options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world,
+               "shift": args.shift if name == "unet" else None}
     with PartialState().main_process_first():                   # so too with tokenizer and scaling factor
         recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
     minutes = budget(stage, args)
