@@ -247,7 +247,7 @@ class StableDiffusion:
             warnings.warn(message, kind, stacklevel=3)
         return self._run([prompt, negative_prompt], task, grid, chosen)
 
-    @torch.no_grad()
+    @torch.no_grad()        # not inference_mode: steps hand out tensors, with which a learner may want gradients
     def _run(self, prompts: list[str], task: Task, grid: Grid, chosen: Settings) -> Iterator[SamplingStep]:
         generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
         with memory_told("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
