@@ -70,9 +70,10 @@ def test_a_picture_is_written_with_its_settings(run, written):
     with Image.open("apple.png") as image:
         told = json.loads(image.text["sdlearn"])
         pixels = np.asarray(image)
+    assert re.fullmatch("[0-9a-f]{16}", told.pop("weights"))
     assert told == {"prompt": PROMPT, "negative_prompt": "a cat", "steps": 3, "sampler": "euler", "guidance": 4.0,
-                    "size": "24x16", "batch": 1, "seed": 5, "model": "tiny", "rescale": 0.0, "spacing": None,
-                    "long_prompts": "cut"}
+                    "size": "24x16", "batch": 1, "seed": 5, "model": str(written), "rescale": 0.0, "spacing": None,
+                    "long_prompts": "cut", "dtype": "float32", "resample": 1}
     model = StableDiffusion.load(written, device="cpu")
     [wanted] = model.text2img(PROMPT, "a cat", steps=3, sampler="euler", guidance=4.0, size=(24, 16), seed=5)
     assert np.array_equal(pixels, np.asarray(wanted))

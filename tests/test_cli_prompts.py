@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from models import one_thread  # noqa: F401
+from models import one_thread, tiny_parts  # noqa: F401
 from PIL import Image
 from test_cli import refused, run, written  # noqa: F401
 
+from sdlearn.checkpoint import save_folder
+from sdlearn.commands.files import save_png
 from sdlearn.pipeline import StableDiffusion
 
 PROMPTS = ["a red apple", "a cat", "", "a red apple", "two dogs on a (blue:1.2) background"]
@@ -53,14 +55,74 @@ def test_it_goes_on_where_it_was_cut_off(run, prompts, tmp_path):  # noqa: F811
     assert told(kept)["steps"] == 3 and kept.stat().st_mtime > 1
 
 
-def test_two_processes_share_them_out(written, prompts, tmp_path):  # noqa: F811
+@pytest.fixture
+def again(run, tmp_path):  # noqa: F811
+    """Calls twice, (arguments, options of `run`) each, with one prompt; whether the second made its picture again."""
+    def again(first, second, between=lambda file: None):
+        (tmp_path / "one.txt").write_text(PROMPTS[0])
+        call = ("generate", "--prompts", tmp_path / "one.txt", "--steps", 2, "--out", tmp_path / "out")
+        assert run(*call, *first[0], **first[1]).status == 0
+        [file] = (tmp_path / "out").iterdir()
+        between(file)
+        os.utime(file, (1, 1))
+        assert run(*call, *second[0], **second[1]).status == 0
+        return file.stat().st_mtime > 1
+    return again
+
+
+def test_another_type_of_numbers_is_another_picture(again):
+    assert again(((), {}), (("--dtype", "bfloat16"), {}))
+    assert not again((("--dtype", "bfloat16"), {}), (("--dtype", "bfloat16"), {}))
+
+
+def test_another_count_of_resampling_is_another_picture(again, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    common = ("--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png")
+    assert again((common, {}), ((*common, "--resample", 2), {}))
+    assert not again((common, {}), ((*common, "--resample", 1), {}))
+
+
+def test_another_model_of_the_same_name_is_another_picture(again, written, tmp_path):  # noqa: F811
+    """Told by its place, and by the weights that are there now."""
+    parts = tiny_parts()
+    other = save_folder(tmp_path / "other", parts)
+    assert again(((), {}), ((), {"model": other}))
+
+    def trained(file):
+        assert told(file)["model"] == str(other)
+        parts.unet.conv_out.bias.data += 0.1
+        save_folder(other, parts)
+    assert again(((), {"model": other}), ((), {"model": other}), between=trained)
+    assert not again(((), {"model": other}), ((), {"model": other}))
+
+
+@pytest.mark.parametrize("key", ["weights", "dtype", "resample"])
+def test_a_picture_that_does_not_tell_is_made_again(again, key):
+    """As of earlier versions, which wrote less."""
+    def forget(file):
+        settings = told(file)
+        del settings[key]
+        save_png(file, Image.open(file).copy(), settings)
+    assert again(((), {}), ((), {}), between=forget)
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--"),
+    "accelerate launch": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port",
+                          "0", "-m")}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_share_them_out(written, prompts, tmp_path, launcher):  # noqa: F811
     """The same pictures as from one process; each makes some, none makes another's."""
     def call(*before, out):
         return subprocess.run([sys.executable, *before, "sdlearn", "generate", "--prompts", str(prompts), "--model",
                                str(written), "--steps", "2", "--out", str(out)], capture_output=True, text=True,
-                              timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                              timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                                                             "HF_HOME": str(tmp_path)})    # no `accelerate config`
     one = call("-m", out=tmp_path / "one")
-    two = call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", out=tmp_path / "two")
+    two = call("-m", *LAUNCHERS[launcher], out=tmp_path / "two")
     assert one.returncode == two.returncode == 0, two.stderr
     assert len(two.stdout.split()) == len(ASKED), "each picture is made once"
     for file in sorted((tmp_path / "one").iterdir()):

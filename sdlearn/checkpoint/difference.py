@@ -13,7 +13,7 @@ Young 1936). The header tells the fingerprint of the base, since with any other 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -30,12 +30,16 @@ SMALL = 1024            # numbers; what has fewer is stored whole
 
 def fingerprint(file: Path) -> str:
     """Of the tensors of a file, as they are stored: 16 hexadecimal digits, the same wherever they are equal."""
-    digest = hashlib.sha256()
     with stored(file) as there:
-        for name in sorted(there.shapes):
-            tensor = there.read(name).contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return fingerprint_of((name, there.read(name)) for name in sorted(there.shapes))
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of named tensors, in the order in which they come: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,11 @@
 
 Of many prompts in a file, too, which processes share out among them:
 
-    accelerate launch -m sdlearn generate --prompts prompts.txt --out pictures
+    accelerate launch --multi_gpu --num_processes 2 -m sdlearn generate --prompts prompts.txt --out pictures
+
+Without the two options accelerate starts a process for each GPU where there are several, and otherwise one, unless
+`accelerate config` was told something else. What a picture was made with stands in its PNG, the model by its source as
+it was given and by a fingerprint of its U-Net's weights; with --prompts what tells anything else is made anew.
 """
 
 import argparse
@@ -17,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import load_control
+from ..checkpoint.difference import fingerprint_of
 from ..pipeline import PromptWarning, Settings, SettingsError, StableDiffusion, make_control
 from ..prompt import LONG
 from ..samplers import SAMPLERS
@@ -26,7 +31,8 @@ from .files import check_pictures, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
 
 SETTINGS = ("steps", "sampler", "spacing", "guidance", "rescale", "size", "batch", "seed", "long_prompts")
-OTHERS = ("image", "strength", "mask", "control", "lora", "embedding")      # written into the PNG where given
+ALWAYS = ("model", "dtype", "resample")                                     # written into the PNG, too
+OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "prediction", "tokenizer", "revision")  # if given
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -86,13 +92,14 @@ def run(args: argparse.Namespace):
     model = StableDiffusion.load(args.model, device=args.device or own_gpu(), dtype=getattr(torch, args.dtype),
                                  **source_options(args))
     model.checked(settings)
+    weights = fingerprint_of(model.unet.state_dict().items())           # of the model itself, before LoRAs change it
     add_learned(model, args)
     given = settings | task(model, args)
-    others = {name: told_of(getattr(args, name)) for name in OTHERS if getattr(args, name)}
+    others = {name: told_of(getattr(args, name)) for name in ALWAYS + OTHERS if getattr(args, name)}
     width, height = model.size(args.size or (given["image"].size if args.image else None))
     mine = list(zip(asked, files, strict=True))[rank::processes]        # by place: what others have done moves nothing
     for prompt, some in mine:
-        told = {"prompt": prompt, "negative_prompt": args.negative, **settings, "model": model.config.name, **others,
+        told = {"prompt": prompt, "negative_prompt": args.negative, **settings, **others, "weights": weights,
                 "size": f"{width}x{height}", "batch": 1}
         told = [told | {"seed": args.seed + i} for i in range(args.batch)]
         if args.prompts and [settings_of(file) for file in some] == told:
