@@ -1,6 +1,7 @@
 """Kept measurements: any number of files, what they hold is told with its machine, and nothing is guessed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,20 @@ def test_a_file_is_told_with_its_machine(folder):
     assert [row.name for row in race.rows] == ["sdlearn", "diffusers"] and race.rows[0].times == 1
     ratio = json.loads((folder / "race.json").read_text())["time of sdlearn to that of"]["diffusers"]
     assert race.rows[1].times == pytest.approx(1 / ratio)
+
+
+def test_an_older_ladder_does_not_tell_how_far_the_first_is(folder, tmp_path):
+    [new] = [one for one in kept(folder) if one.kind == "ladder"]
+    assert new.rows[0].from_first == 0 and new.rows[-1].from_first > 0 and "from the first by" in table(new)
+    data = json.loads((folder / "ladder.json").read_text())
+    for one in data["ladder"]:
+        for name in [name for name in one if name.endswith("the first") and name != "of the first"]:
+            del one[name]
+        del one["the first's picture"]
+    (tmp_path / "ladder.json").write_text(json.dumps(data))
+    [old] = kept(tmp_path)
+    assert {row.from_first for row in old.rows} == {None} and "from the first" not in table(old)
+    assert [replace(row, from_first=None) for row in new.rows] == list(old.rows)
 
 
 def test_what_was_not_measured_is_none(folder):

@@ -1,8 +1,9 @@
 """The ladder: a rung changes one thing, exact ones paint the picture of the one before, and what does not is told."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,32 @@ def test_exact_rungs_paint_the_picture_of_the_one_before(climbed):
     assert all(one["the same picture"] for one in told if one["exact"])
     assert not told[-2]["exact"] and not told[-2]["the same picture"], "other steps"
     assert climbed["seconds to decode"] > 0 and climbed["machine"]
+
+
+def test_exact_rungs_stay_with_the_first_picture_too(climbed):
+    told = climbed["ladder"]
+    assert told[0]["largest difference from the first"] == told[0]["mean difference from the first"] == 0
+    assert all(one["the first's picture"] for one in told if one["exact"])
+    assert not told[-2]["the first's picture"], "other steps"
+
+
+def test_small_steps_that_add_up_are_told():
+    """Each is rounding from the one before; the third is beyond it from the first. In bfloat16 there is more room."""
+    pictures = [np.full((1, 8, 8, 3), 100, np.uint8) for _ in range(3)]
+    pictures[1][0, 0, 0, 0], pictures[2][0, 0, 0, 0] = 102, 104
+    first, second, third = (ladder.Ready(Rung("one"), None, None, None, one, None) for one in pictures)
+    near, far = ladder.from_first(first, second), ladder.from_first(first, third)
+    assert ladder.compared([second, third], [[1.0], [1.0]])["the same picture"] and near["the first's picture"]
+    assert far["largest difference from the first"] == 4 and not far["the first's picture"]
+    assert ladder.from_first(first, replace(third, rung=Rung("one", dtype="bfloat16")))["the first's picture"]
+
+
+def test_a_rung_that_drifts_off_ends_the_command(monkeypatch, capsys):
+    made = ladder.from_first
+    monkeypatch.setattr(ladder, "from_first", lambda first, ready: made(first, ready) | {
+        "the first's picture": ready.rung.name != "text and time once"})
+    assert main(["ladder", "--preset", "tiny", "--steps", "2", "--fewer", "2", "--rounds", "1", "--no-compile"]) == 2
+    assert "and of the first, but do not: text and time once\n" in capsys.readouterr().err
 
 
 def test_ratios_multiply_up(climbed):

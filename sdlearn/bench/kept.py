@@ -32,6 +32,7 @@ class Row:
     memory: float | None
     differs: int                        # shades of 255, at most: from a race's first picture, a ladder's one before
     exact: bool = True
+    from_first: int | None = None       # shades, of a ladder; None in older files, which do not tell
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def measurement(file: Path, data: dict) -> Kept:
         where = f"{data['machine']}, {data['date']}, torch {data['versions']['torch']}"
         if "ladder" in data:
             rows = tuple(Row(one["rung"], one["seconds"], one["of the first"], one.get("peak memory, MiB"),
-                             one["largest difference"], one["exact"]) for one in data["ladder"])
+                             one["largest difference"], one["exact"], one.get("largest difference from the first"))
+                         for one in data["ladder"])
             what = f"{data['preset']}, {data['batch']} of {data['size']} x {data['size']}"
             return Kept(file.stem, "ladder", f"{what}; {where}", rows, data["seconds to decode"])
         race, contenders = data["race"], data["contenders"]
@@ -86,6 +88,7 @@ def table(one: Kept) -> str:
     for row in one.rows:
         told = ["not compared" if row.times is None else f"{row.times:.2f} of the first's",
                 "" if row.memory is None else f"{row.memory:.0f} MiB", f"differs by {row.differs} of 255",
+                "" if row.from_first is None else f"from the first by {row.from_first}",
                 "" if row.exact else "another picture"]
         lines.append(f"  {row.name:24}{row.seconds:9.3f} s, {', '.join(filter(None, told))}")
     return "\n".join(lines)

@@ -3,7 +3,8 @@
     python -m sdlearn ladder --preset sd15 --device cuda --out ladder.json
 
 A rung changes one thing. Times are of two neighbours, turn by turn in one process, so that a busy machine slows both.
-An exact rung may move the picture by rounding only; a rung that is not exact, fewer steps or an interval of guidance,
+An exact rung may move the picture by rounding only, from the one before and from the first, so that small steps do not
+add up to another picture; a rung that is not exact, fewer steps or an interval of guidance,
 paints another picture of the same prompt, and says so.
 """
 
@@ -114,16 +115,17 @@ class Ready:
     """A rung that has been run: how it paints, what it painted, uint8 (B, H, W, 3), and the bytes that it held."""
 
     rung: Rung
-    model: StableDiffusion
-    paint: Callable[[Tensor], Tensor]
-    latents: Tensor
+    model: StableDiffusion | None
+    paint: Callable[[Tensor], Tensor] | None
+    latents: Tensor | None
     pictures: np.ndarray
     memory: int | None                  # None on a CPU, where nothing tells
 
 
 def climb(race: Race, rungs: list[Rung], watch: Callable = lambda items, **_: items,
           folder: Path | None = None) -> dict:
-    """Every rung's seconds for the latents of a batch, its ratio to the rung before, how far its pictures are off.
+    """Every rung's seconds for the latents of a batch, its ratio to the rung before, how far its pictures are off from
+    that rung's and from the first's.
 
     race: preset, device, batch, guidance, size and rounds; type, sampler and steps are the rungs' own. folder: of a
     model of that preset, in place of the weights that `race.weights` makes. Decoding is the same for all rungs and is
@@ -131,15 +133,16 @@ def climb(race: Race, rungs: list[Rung], watch: Callable = lambda items, **_: it
     """
     if race.threads:
         torch.set_num_threads(race.threads)
-    noise, told, before = race.noise(), [], None
+    noise, told, first, before = race.noise(), [], None, None
     with TemporaryDirectory() as place:
         folder = folder or weights(replace(race, dtype="float32"), Path(place) / "model")
         for rung in watch(rungs, total=len(rungs), desc="rungs"):
             model = before.model if before and alike(before.rung, rung) else loaded(race, rung, folder)
             ready = prepared(race, rung, model, noise)
+            first = first or replace(ready, model=None, paint=None, latents=None)      # its pictures, not its memory
             both = [ready] if before is None else [before, ready]
             seconds = turns(race, [one.paint for one in both], noise)
-            told.append(costs(race, ready, seconds[-1]) | compared(both, seconds))
+            told.append(costs(race, ready, seconds[-1]) | compared(both, seconds) | from_first(first, ready))
             told[-1]["of the first"] = told[-1]["of the rung before"] * (told[-2]["of the first"] if before else 1)
             before = ready
         decoding = median(timed(race, decoder(ready.model), ready.latents) for _ in range(race.rounds))
@@ -211,9 +214,19 @@ def passes(rung: Rung, model: StableDiffusion, guidance: float) -> int:
 
 def compared(both: list[Ready], seconds: list[list[float]]) -> dict:
     """The last rung against the one before: the median of the ratios of turns, and how far the pictures are off."""
-    first, last = both[0], both[-1]
     ratio = median(a / b for a, b in zip(seconds[-1], seconds[0], strict=True))
-    off = distance(first.pictures, last.pictures)
-    bounds = max(ROUNDING[first.rung.dtype], ROUNDING[last.rung.dtype])
-    same = off["largest difference"] <= bounds[0] and off["mean difference"] <= bounds[1]
+    off, same = apart(both[0], both[-1])
     return {"of the rung before": ratio, **off, "the same picture": same}
+
+
+def from_first(first: Ready, ready: Ready) -> dict:
+    """How far a rung's pictures are off from the first one's."""
+    off, same = apart(first, ready)
+    return {f"{name} from the first": value for name, value in off.items()} | {"the first's picture": same}
+
+
+def apart(one: Ready, other: Ready) -> tuple[dict[str, float], bool]:
+    """`race.distance` of what two rungs painted, and whether it is rounding, in the coarser of their types."""
+    off = distance(one.pictures, other.pictures)
+    largest, mean = max(ROUNDING[one.rung.dtype], ROUNDING[other.rung.dtype])
+    return off, off["largest difference"] <= largest and off["mean difference"] <= mean

@@ -31,8 +31,8 @@ from .files import check_pictures, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
 
 SETTINGS = ("steps", "sampler", "spacing", "guidance", "rescale", "size", "batch", "seed", "long_prompts")
-ALWAYS = ("model", "dtype", "resample")                                     # written into the PNG, too
-OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "prediction", "tokenizer", "revision")  # if given
+ALWAYS = ("model", "dtype", "resample")                                     # written into the PNG, too; these if given:
+OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "prediction", "tokenizer", "revision")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
