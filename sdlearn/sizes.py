@@ -12,6 +12,7 @@ from .config import ModelConfig
 from .schedule import NoiseSchedule
 
 Size = tuple[int, int]
+Box = tuple[float, float, float, float]
 
 
 def level_sizes(size: Size, config: ModelConfig) -> list[tuple[int, int]]:
@@ -83,3 +84,19 @@ def shifted_time(schedule: NoiseSchedule, t: float, times: float) -> float:
     alpha, sigma = schedule.at(t)
     wanted = times * sigma / alpha if alpha else math.inf
     return float(np.interp(wanted, schedule.ratios, range(schedule.steps)))     # ratios: sigma / alpha, increasing
+
+
+def spacing(boxes: Sequence[Sequence[Box]], size: Size, own: int) -> tuple[float, float]:
+    """How far the middles of things lie from the nearest border, and from that of the next thing in their picture.
+
+    boxes: a list for each picture, of (left, top, right, bottom) in pixels. Both are means over all things, in native
+    widths of `own` pixels; NaN where there is none, and for the second where no picture holds two.
+    """
+    border, following = [], []
+    for some in boxes:
+        middles = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in some]
+        border += [min(x, size[0] - x, y, size[1] - y) / own for x, y in middles]
+        if len(middles) > 1:
+            following += [min(math.dist(one, other) for j, other in enumerate(middles) if j != i) / own
+                          for i, one in enumerate(middles)]
+    return tuple(sum(values) / len(values) if values else math.nan for values in (border, following))

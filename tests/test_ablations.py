@@ -27,6 +27,7 @@ from sdlearn.training.ablations import (
     Plan,
     Reading,
     Variant,
+    buckets,
     carry_out,
     concept,
     dropout,
@@ -53,6 +54,7 @@ SMALL = {
     "zero-conv": Plan(steps=3, batch=4, scenes=6, unseen=4, prompts=2, guidance=3.0, sampling_steps=2),
     "steps": Plan(steps=5, prompts=3, guidance=2.0),
     "sizes": Plan(steps=2, batch=2, scenes=6, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
+    "buckets": Plan(steps=3, batch=4, scenes=12, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
     "concept": Plan(steps=3, batch=2, unseen=2, prompts=1, guidance=3.0, sampling_steps=1),
 }
 
@@ -67,8 +69,9 @@ def ask(world, count):
 
 
 def judge(images, asked):
-    assert len(images) == len(asked) and all(one.shape == (128, 128, 3) and one.dtype == np.uint8 for one in images)
-    return {"right": float(np.mean([one.mean() for one in images])) / 255}
+    assert len(images) == len(asked) and all(one.dtype == np.uint8 and one.shape[2] == 3 for one in images)
+    assert all(side % 4 == 0 and 96 <= side <= 256 for one in images for side in one.shape[:2])
+    return {"right": float(np.mean([one.mean() for one in images])) / 255, "more than asked": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +96,12 @@ def played(variants):
 # --- what all have in common ------------------------------------------------------------------------
 
 def test_the_table_has_what_was_promised():
-    assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes", "concept"]
-    assert 50 <= sum(usual_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 75
-    assert sum(usual_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 12.5
+    assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes", "buckets", "concept"]
+    assert 50 <= sum(usual_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 81
+    assert sum(usual_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 13.5
     assert {name: one.network for name, one in ABLATIONS.items()} == {
         "dropout": "small", "factor": "small", "pixels": "small", "zero-conv": "full", "steps": "full",
-        "sizes": "small", "concept": "full"}
+        "sizes": "small", "buckets": "full", "concept": "full"}
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -313,11 +316,11 @@ def test_steps_fit_into_the_minutes(base, monkeypatch, seconds, most, prompts):
 
 def test_buckets_are_batches_of_one_size():
     latents = [torch.arange(6.0)[:, None, None, None] * torch.ones(6, 4, side, side) for side in (4, 3, 2)]
-    buckets = sizes.Buckets(latents)
-    assert len(buckets) == 6 and buckets.device.type == "cpu"
+    mixed = sizes.Buckets(latents)
+    assert len(mixed) == 6 and mixed.device.type == "cpu"
     for first in range(6):
         rows = torch.tensor([first, 5, 0])
-        batch = buckets[rows]
+        batch = mixed[rows]
         assert batch.shape == (3, 4, (4, 3, 2)[first % 3], (4, 3, 2)[first % 3])
         assert batch[:, 0, 0, 0].tolist() == rows.tolist(), "the scenes are those that were asked for"
 
@@ -333,6 +336,68 @@ def test_sizes_are_whole_cells_and_two_are_new_to_all(base):
     assert list(reading.figures) == [f"right, {side}" for side in asked]
     assert {one.shape for one in reading.pictures} == {(128, 128, 3)}, "brought to one size for judge and sheet"
     assert sizes.latents_at(base, 2, "train", 96).shape == (2, 4, 12, 12)
+
+
+def test_a_scene_of_another_shape_is_whole_and_on_one_ground():
+    one = scene(3, "train", CORE)
+    for size in ((256, 128), (128, 256)):
+        picture = buckets.laid_out(one, size)
+        assert picture.shape == (size[1], size[0], 3)
+        long = picture if size[0] > size[1] else picture.transpose(1, 0, 2)
+        square = one.image if size[0] > size[1] else one.image.transpose(1, 0, 2)
+        [left] = [x for x in range(129) if np.array_equal(long[:, x:x + 128], square)][:1]
+        rest = np.concatenate([long[:, :left], long[:, left + 128:]], axis=1)
+        assert (rest == one.background_rgb).all(), "the ground goes on, and nothing else is there"
+        assert np.array_equal(picture, buckets.laid_out(one, size)), "a scene has its place"
+    assert np.array_equal(buckets.laid_out(one, (128, 128)), one.image)
+    small = buckets.laid_out(one, (192, 96))
+    assert small.shape == (96, 192, 3) and abs(small.mean() - one.image.mean()) < 40
+    spots = {buckets.laid_out(scene(seed, "train", CORE), (256, 128)).argmin() for seed in range(6)}
+    assert len(spots) > 3, "not all in one place"
+
+
+def test_a_bucket_holds_as_many_pictures_as_cost_the_same(base):
+    told = {one.name: one.changed for one in buckets.variants(base, replace(SMALL["buckets"], batch=16))}
+    assert told["native size only"] == {"training shapes": ["128x128"], "pictures in a batch": [16]}
+    shapes = ["128x128", "192x96", "96x192", "256x128", "128x256", "192x192"]
+    assert told["buckets"] == {"training shapes": shapes, "pictures in a batch": [16, 14, 14, 8, 8, 7]}
+    assert buckets.size_of(base, buckets.NEW) == (256, 256) and "256x256" not in shapes
+
+
+def test_a_batch_of_the_fine_tune_has_one_shape(base):
+    plan, seen = SMALL["buckets"], []
+
+    def unet(x, t, context):
+        seen.append(tuple(x.shape))
+        assert len(t) == len(context) == len(x)
+        return x
+    sizes_ = [buckets.size_of(base, shape) for shape in buckets.BUCKETS]
+    loss, generator = buckets.loss_of(base, plan, unet, sizes_), torch.Generator().manual_seed(0)
+    assert all(loss(generator) > 0 for _ in range(40))
+    assert {one[2:] for one in seen} == {(height // 8, width // 8) for width, height in sizes_}
+    assert all(one[0] * one[2] * one[3] <= 1.5 * 4 * 256 for one in seen)
+
+
+def test_two_looks_find_what_either_of_them_finds(base):
+    """A judge that knows only what has the native area, or only what is larger."""
+    def half(images, asked):
+        [one] = images
+        native = one.shape[0] * one.shape[1] < 1.3 * 128**2
+        return {"right": float(native), "more than asked": float(not native)}
+    looking = Base(base.parts, replace(base.measures, judge=half))
+    asked = ask(CORE, 2)
+    for height, width, expected in ((256, 128, 1.0), (256, 256, 1.0), (128, 128, 0.0)):
+        found = buckets.judged(looking, np.zeros((2, height, width, 3), np.uint8), asked)
+        assert found == {"right": 1.0, "more than asked": expected}
+
+
+def test_the_bucket_fine_tunes_start_alike_and_leave_the_base(base):
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    told = played(buckets.variants(base, SMALL["buckets"]))
+    alone, mixed = told["native size only"], told["buckets"]
+    assert alone[0] == mixed[0] and alone[3] != mixed[3]
+    assert {"loss, 256x256", "right, 128x256", "more than asked, 256x256"} <= set(alone[3]) & set(alone[0])
+    assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
 
 
 def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):

@@ -6,8 +6,9 @@ from matplotlib.text import Text
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
 from sdlearn.explore.figures import WIDTH
-from sdlearn.explore.size_figures import KEPT, SizeExplorer, true_sizes
+from sdlearn.explore.size_figures import KEPT, SizeExplorer, box_map, by_steps, true_sizes
 from sdlearn.pipeline import StableDiffusion, two_pass
+from sdlearn.sizes import spacing
 
 IMAGES = [np.full((height, width, 3), 90, np.uint8) for width, height in ((64, 64), (256, 128), (128, 256), (400, 100))]
 
@@ -46,6 +47,33 @@ def test_what_cannot_be_shown_is_told(given, words):
     images, captions, zoom = (*given, (), 1.0)[:3] if len(given) < 3 else given
     with pytest.raises(ValueError, match=words):
         true_sizes(images, captions, title="none", zoom=zoom)
+
+
+def test_things_lie_as_far_from_the_border_and_from_each_other_as_they_do():
+    alone, pair = [(40, 20, 60, 40)], [(0, 50, 20, 70), (180, 50, 200, 70), (30, 90, 50, 110)]
+    border, following = spacing([alone, [], pair], (256, 128), 128)
+    assert border == pytest.approx((30 + 10 + 60 + 28) / 4 / 128)
+    near, far = np.hypot(30, 40), np.hypot(150, 40)
+    assert following == pytest.approx((2 * near + far) / 3 / 128)
+    assert np.isnan(spacing([alone], (128, 128), 128)[1]) and np.isnan(spacing([[]], (128, 128), 128)).all()
+
+
+def test_boxes_lie_where_they_are_and_pictures_have_their_colours():
+    drawn = box_map((96, 64), [[(10, 10, 30, 30)], [], [(50.4, 20, 80, 50)]])
+    assert drawn.shape == (64, 96, 3) and drawn.dtype == np.uint8
+    first, third, ground = drawn[20, 20], drawn[35, 65], drawn[5, 5]
+    assert (drawn[10, 10:31] == first).all() and (drawn[20:51, 80] == third).all()
+    assert len({tuple(one) for one in (first, third, ground)}) == 3 and (drawn[0] == drawn[0, 0]).all()
+
+
+def test_an_ablation_has_a_line_for_each_variant_at_the_steps_that_were_measured():
+    readings = [{"step": 0, "loss": 2.0}, {"step": 5, "other": 1.0}, {"step": 9, "loss": 1.0}]
+    found = {"ablation": "made-up", "variants": {"one": {"readings": readings}, "two": {"readings": readings[:1]}}}
+    [axes] = by_steps(found, {"loss": "the loss"}, "mean", title="Two").axes
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 9], [0]]
+    assert "the loss" in axes.get_title(loc="left")
+    with pytest.raises(ValueError, match="nothing was measured of unknown in the ablation 'made-up'"):
+        by_steps(found, {"unknown": "none"}, "mean", title="Two")
 
 
 def test_the_explorer_draws_what_is_set(model):

@@ -1,18 +1,21 @@
-"""Pictures of different sizes, drawn in one scale; and a widget that draws at any size, in one pass or in two.
+"""Pictures of different sizes in one scale, where things lie in them, and a widget that draws at any size.
 
 Lengths are in pixels of the screen.
 """
 
 import html
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from ipywidgets import HTML, BoundedIntText, Button, Checkbox, Dropdown, FloatSlider, HBox, Image, Layout, Text, VBox
 from PIL import Image as Pictures
+from PIL import ImageDraw
 
 from ..pipeline import PromptWarning, StableDiffusion, two_pass
-from ..sizes import even_step
+from ..sizes import Box, Size, even_step
+from .curves import COLOURS, Panel, curves
 from .figures import EDGE, GAP, HEAD, LINE, WIDTH, Drawing, _picture, _wrapped, _write, show_images
 from .guidance_figures import side_by_side
 from .widgets import REFUSED, WithStill, _png
@@ -52,6 +55,34 @@ def true_sizes(images: Sequence, captions: Sequence[str] = (), *, title: str, zo
         _picture(drawing, image, x, y, width, height)
         _write(drawing, x + width / 2, y + height + 3, told, ha="center")
     return drawing
+
+
+def box_map(size: Size, boxes: Sequence[Sequence[Box]]) -> np.ndarray:
+    """Where things lie, those of all pictures of one size on one pale ground: each box as a thin line with a dot in its
+    middle, and one colour for each picture. uint8 (H, W, 3)."""
+    ground = Pictures.new("RGB", size, "#f1f0ea")
+    pen = ImageDraw.Draw(ground)
+    pen.rectangle((0, 0, size[0] - 1, size[1] - 1), outline="#26262e")
+    for some, colour in zip(boxes, cycle(COLOURS)):
+        for left, top, right, bottom in some:
+            x, y = (left + right) / 2, (top + bottom) / 2
+            pen.rectangle((left, top, right, bottom), outline=colour)
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    return np.asarray(ground)
+
+
+def by_steps(found: Mapping, panels: Mapping[str, str], y: str, *, title: str) -> Drawing:
+    """Curves of an ablation's result over its steps: a panel for each figure, a line in it for each variant.
+
+    found: what `load_ablation` gives. panels: the panel's title by the figure's name. ValueError for a figure that no
+    reading holds.
+    """
+    runs = {name: run["readings"] for name, run in found["variants"].items()}
+    if missing := [name for name in panels if not any(name in one for some in runs.values() for one in some)]:
+        raise ValueError(f"nothing was measured of {', '.join(missing)} in the ablation '{found['ablation']}'")
+    return curves(*(Panel(told, "steps", y, {
+        run: tuple(zip(*((one["step"], one[figure]) for one in some if figure in one), strict=True))
+        for run, some in runs.items()}) for figure, told in panels.items()), title=title, height=300)
 
 
 class SizeExplorer(WithStill):

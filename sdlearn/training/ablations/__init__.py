@@ -9,6 +9,7 @@
 The results that the course shows are data: `load_ablation("steps")`.
 """
 
+from .buckets import BUCKET_TUNING
 from .concept import CONCEPT
 from .contract import Ablation, Base, Measures, Plan, Reading, Variant
 from .dropout import DROPOUT
@@ -20,7 +21,7 @@ from .steps import STEPS
 from .zero_conv import ZERO_CONV
 
 ABLATIONS: dict[str, Ablation] = {one.name: one for one in (DROPOUT, FACTOR, PIXELS, ZERO_CONV, STEPS, SIZES,
-                                                         CONCEPT)}
+                                                         BUCKET_TUNING, CONCEPT)}
 
 __all__ = ["ABLATIONS", "Ablation", "Base", "Measures", "Plan", "RESULTS", "Reading", "Variant", "carry_out",
            "load_ablation", "planned", "publish", "usual_minutes"]
