@@ -1,9 +1,10 @@
-"""What the repository holds: lint, top-level names, sizes, paths, executed notebooks, the two commands.
+"""What the repository holds: lint, top-level names, sizes, paths, executed notebooks, proven claims, the commands.
 
 Every rule is a function that returns a list of complaints, so that each is also tried on a sample
 that breaks it.
 """
 
+import ast
 import json
 import os
 import re
@@ -116,6 +117,14 @@ def notebook_complaints(notebook: dict) -> list[str]:
     return complaints
 
 
+def claims_without_proof(notebook: dict) -> list[str]:
+    """Code cells that are tagged with a claim and assert nothing."""
+    return [f"cell {cell.get('id')} is tagged {', '.join(claims)} and asserts nothing"
+            for cell in notebook["cells"] if cell["cell_type"] == "code"
+            if (claims := [tag for tag in cell.get("metadata", {}).get("tags", []) if tag.startswith("claim:")])
+            and not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(joined(cell["source"]))))]
+
+
 def test_top_level_holds_what_the_design_names():
     assert top_level_complaints(tracked(ROOT)) == []
 
@@ -135,6 +144,14 @@ def test_notebooks_are_executed():
     assert notebooks
     for path in notebooks:
         assert notebook_complaints(json.loads(path.read_text(encoding="utf-8"))) == [], path.name
+
+
+def test_every_claim_of_a_notebook_is_asserted():
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    notebooks = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    assert any("claim:" in tag for one in notebooks.values() for cell in one["cells"]
+               for tag in cell["metadata"].get("tags", []))
+    assert {name: found for name, one in notebooks.items() if (found := claims_without_proof(one))} == {}
 
 
 def test_a_stray_or_missing_top_level_name_is_found():
@@ -203,6 +220,18 @@ def test_a_notebook_in_order_passes():
 def test_a_notebook_out_of_order_is_found(cells, metadata, words):
     complaints = notebook_complaints({"metadata": metadata, "cells": cells})
     assert len(complaints) == 1 and words in complaints[0]
+
+
+@pytest.mark.parametrize("source, tags, found", [
+    ("x = 1\nassert x", ["claim:Q1.1"], 0), ("for x in [1]:\n    assert x", ["claim:Q1.1"], 0),
+    ("x = 1", [], 0), ("x = 1", ["slow"], 0),
+    ("x = 1", ["claim:Q1.1"], 1), ("# assert x\nprint('assert')", ["slow", "claim:Q1.1", "claim:F2"], 1),
+])
+def test_a_claim_without_an_assert_is_found(source, tags, found):
+    cell = {**code_cell(1, source=source), "id": "here", "metadata": {"tags": tags}}
+    text = {"cell_type": "markdown", "source": "no code", "metadata": {"tags": ["claim:Q1.1"]}}
+    complaints = claims_without_proof({"cells": [cell, code_cell(2), text]})
+    assert len(complaints) == found and all("here" in one and "claim:Q1.1" in one for one in complaints)
 
 
 def command_complaints(readme: str, ci: str) -> list[str]:
