@@ -1,17 +1,24 @@
 """The benchmark makes both sides do the same, says how they compare, and will not compare what differs."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.graph
+from torch import nn
 
 from sdlearn.__main__ import main
-from sdlearn.bench import PicturesDiffer, Race, run
+from sdlearn.bench import PicturesDiffer, Race, fastest, run
 from sdlearn.bench import race as bench
+from sdlearn.bench.machine import PEAKS
+from sdlearn.bench.roofline import least_seconds_of_run
 from sdlearn.commands.bench import table
 from sdlearn.config import PRESETS
 from sdlearn.pipeline import SettingsError
+from sdlearn.pipeline.compiled import compiler_settings
 
 PAIR = ("sdlearn", "diffusers")
 QUICK = {"preset": "tiny", "steps": 2, "rounds": 2}
@@ -41,6 +48,68 @@ def test_a_ratio_is_that_of_turns(no_processes, monkeypatch):
     assert result["time of sdlearn to that of"]["diffusers"] == 0.5
     assert result["contenders"]["sdlearn"]["seconds"] == 3.0
     assert "0.50 of it" in table(result)
+
+
+@pytest.mark.parametrize("device, gpu, known", [("cuda", "NVIDIA H100 80GB HBM3", True), ("cuda", "Some GPU", False),
+                                                ("cpu", None, False)])
+def test_a_share_of_the_roofline_is_told_where_the_chip_is_known(monkeypatch, device, gpu, known):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    race = Race(preset="mini", steps=20, batch=2, device=device, dtype="bfloat16")
+    same = dict.fromkeys(PAIR, np.zeros((1, 2, 2, 3), np.uint8))
+    result = bench.report(race, PAIR, {"sdlearn": [0.5], "diffusers": [1.0]}, same, dict.fromkeys(PAIR, 1.0))
+    shares = [told.get("share of the roofline") for told in result["contenders"].values()]
+    least = least_seconds_of_run(PRESETS["mini"], race.side, PEAKS["H100"], steps=20, batch=2)
+    assert shares == ([pytest.approx(least / 0.5), pytest.approx(least)] if known else [None, None])
+    assert ("of the roofline" in table(result)) == known
+    assert len({len(line) for line in table(result).splitlines()}) == 1, "columns"
+
+
+def test_diffusers_on_a_gpu_is_as_its_guide_says_and_paints_the_same(no_processes, monkeypatch):
+    """All but the compiler, which needs a GPU for these options: projections fused, channels last, flags given."""
+    asked, seen = [], []
+
+    @torch.no_grad()
+    def as_on_a_gpu(pipe, gpu):
+        given = torch.randn(2, 4, 8, 8), 500, torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
+        seen.append(pipe.unet(*given).sample)
+        fastest.speed_up(pipe, gpu=True)
+        seen.append(pipe.unet(*given).sample)
+    monkeypatch.setattr(bench, "speed_up", as_on_a_gpu)
+    monkeypatch.setattr(torch, "compile", lambda part, **how: asked.append((part, how)) or part)
+    result = run(Race(**QUICK), ("diffusers", "diffusers compiled"))
+    assert result["alike"] and result["contenders"]["diffusers compiled"]["largest difference"] <= 1
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+    [(unet, how), (_, decoder)] = asked
+    assert how == decoder and how["fullgraph"] and fastest.FLAGS.items() <= how["options"].items()
+    assert how["options"]["max_autotune"] and how["options"]["triton.cudagraphs"]
+    assert {type(one).__name__ for one in unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_flags_of_one_side_do_not_reach_the_other(monkeypatch):
+    """What the compiler is set to while it lowers a graph, and afterwards."""
+    seen, config = [], torch._inductor.config
+
+    def flags():
+        return {name: getattr(config, name) for name in fastest.FLAGS}
+
+    def lower(*_):
+        seen.append((flags(), config.freezing))
+        raise RuntimeError("seen enough")
+    monkeypatch.setattr(torch._inductor.graph.GraphLowering, "run", lower)
+    before, pipe = flags(), SimpleNamespace(fuse_qkv_projections=lambda: None, unet=nn.Conv2d(2, 2, 1), vae=nn.Conv2d(
+        2, 2, 1))
+    pipe.vae.decode = pipe.vae.forward
+    fastest.speed_up(pipe, gpu=True)
+    ours = torch.compile(nn.Conv2d(2, 2, 1), fullgraph=True, dynamic=False)
+    for call, inside in ((pipe.unet, nullcontext()), (ours, compiler_settings(freezing=True)),
+                         (pipe.vae.decode, nullcontext())):
+        with torch.no_grad(), inside, pytest.raises(Exception, match="seen enough"):
+            call(torch.zeros(1, 2, 4, 4))
+        assert flags() == before
+    torch._dynamo.reset()
+    assert before != fastest.FLAGS
+    assert seen == [(fastest.FLAGS, False), (before, True), (fastest.FLAGS, False)]
 
 
 def test_every_turn_begins_with_another():

@@ -11,6 +11,7 @@ from sdlearn.bench.roofline import (
     by_kind,
     decoder_work,
     least_seconds,
+    least_seconds_of_run,
     memory_ledger,
     watched,
     work,
@@ -53,6 +54,17 @@ def test_a_batch_reuses_the_weights():
 def test_the_published_roofline_of_an_h100():
     """About 490 guided steps a second, at the data sheet's peaks (Stable Diffusion 1.5, 512 x 512, bfloat16)."""
     assert 1 / least_seconds(work(PRESETS["sd15"].unet, 64), PEAKS["H100"]) == pytest.approx(490, rel=0.03)
+
+
+def test_a_run_is_its_passes_and_the_decoder():
+    config, peak = PRESETS["tiny"], PEAKS["H100"]
+    side, decoding = config.latent_size, least_seconds(decoder_work(config.vae, config.latent_size, 3), peak)
+    run = [least_seconds_of_run(config, config.image_size, peak, steps=steps, batch=3) for steps in (1, 4)]
+    assert run[0] == pytest.approx(least_seconds(work(config.unet, side, batch=6), peak) + decoding)
+    assert run[1] - run[0] == pytest.approx(3 * (run[0] - decoding))
+    alone = least_seconds_of_run(config, config.image_size, peak, steps=1, batch=3, guided=False, bytes_each=4)
+    assert alone == pytest.approx(least_seconds(work(config.unet, side, 3, bytes_each=4), peak)
+                                  + least_seconds(decoder_work(config.vae, side, 3, bytes_each=4), peak))
 
 
 def test_the_ledger_counts_weights_and_maps():

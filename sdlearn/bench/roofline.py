@@ -109,6 +109,18 @@ def least_seconds(found: list[tuple[str, Work]], peak: Peak) -> float:
     return roofline_seconds([(one.flops, one.bytes) for _, one in found], peak.flops, peak.bandwidth)
 
 
+def least_seconds_of_run(config: ModelConfig, size: int, peak: Peak, *, steps: int, batch: int = 1, guided: bool = True,
+                         bytes_each: int = 2) -> float:
+    """The roofline of pictures of size x size pixels: a whole pass of the U-Net at every step, for both halves of
+    guidance if it is `guided`, and the decoder, for all of a batch at once. The text tower is left out.
+
+    The chip's peak is that of bfloat16: float32 gets nowhere near, and its share is small for that reason, too.
+    """
+    side = size // config.vae.factor
+    return (steps * least_seconds(work(config.unet, side, batch * (2 if guided else 1), bytes_each), peak)
+            + least_seconds(decoder_work(config.vae, side, batch, bytes_each), peak))
+
+
 def memory_ledger(config: ModelConfig, size: int, batch: int = 1, bytes_each: int = 2) -> dict[str, int]:
     """Bytes by what they are for, while guided pictures of size x size pixels are made; they are not all there at once.
 

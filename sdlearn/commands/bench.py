@@ -73,9 +73,12 @@ def table(result: dict) -> str:
     """A line for each contender."""
     first, *_ = result["contenders"]
     ratios = result.get(f"time of {first} to that of", {})
-    lines = [f"{'':20}{'seconds':>9}{'steps/s':>9}{'MiB':>8}{'differs by':>12}{f'{first} takes':>16}"]
+    shares = any("share of the roofline" in told for told in result["contenders"].values())
+    lines = [f"{'':20}{'seconds':>9}{'steps/s':>9}{'MiB':>8}{'differs by':>12}{f'{first} takes':>16}"
+             f"{'  of the roofline' if shares else ''}"]
     for name, told in result["contenders"].items():
+        share = f"{told['share of the roofline']:17.1%}" if shares else ""
         ratio = f"{ratios[name]:.2f} of it" if name in ratios else ""
         lines.append(f"{name:20}{told['seconds']:9.3f}{told['guided steps a second']:9.1f}"
-                     f"{told['peak memory, MiB']:8}{told['largest difference']:8} /255{ratio:>16}")
+                     f"{told['peak memory, MiB']:8}{told['largest difference']:7} /255{ratio:>16}{share}")
     return "\n".join(lines)
