@@ -608,3 +608,12 @@ def test_in_the_shipped_steps_more_of_them_come_closer():
         apart = [reading["distance"] for reading in variant["readings"]]
         if name not in steps.FRESH_NOISE:
             assert apart[-1] < 0.5 * apart[1], name
+
+
+@shipped("buckets")
+def test_the_shipped_fine_tunes_start_alike_and_buckets_help_at_their_shapes():
+    told = load_ablation("buckets")["variants"]
+    alone, mixed = (run["readings"] for run in told.values())
+    assert alone[0] == mixed[0] and alone[-1]["step"] == mixed[-1]["step"]
+    shapes = told["buckets"]["changed"]["training shapes"][1:]
+    assert (sum(mixed[-1][f"loss, {shape}"] for shape in shapes) < sum(alone[-1][f"loss, {shape}"] for shape in shapes))

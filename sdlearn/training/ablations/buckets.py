@@ -33,7 +33,7 @@ BUCKETS = (NATIVE, (1.5, 0.75), (0.75, 1.5), (2.0, 1.0), (1.0, 2.0), (1.5, 1.5))
 NEW = (2.0, 2.0)                            # in no bucket
 ASKED = (NATIVE, (2.0, 1.0), (1.0, 2.0), NEW)
 TIMESTEPS = (500, 700, 900)                 # at which losses on unseen scenes are measured
-LEARNING_RATE, WARMUP, DROPOUT, SHIFT = 2e-4, 20, 0.1, 3.0      # shift: see `timesteps_for`; as the base was trained
+LEARNING_RATE, WARMUP, DROPOUT, SHIFT = 1e-4, 20, 0.1, 3.0      # shift: see `timesteps_for`; as the base was trained
 SHOWN = 2
 
 
