@@ -15,7 +15,7 @@ from PIL import Image
 from sdlearn import evaluation as ev
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import CheckpointError, save_folder
-from sdlearn.checkpoint.shipped import kept_evaluation, remove_old_evaluation
+from sdlearn.checkpoint.shipped import kept_evaluation, model_folder, remove_old_evaluation
 from sdlearn.data import CORE, OBJECTS, scene, scene_of
 from sdlearn.data.world import HELD_OUT_COLOURS, is_held_out
 from sdlearn.evaluation import Detection, Detector, DetectorConfig, Prompt, Seen, Thing, Wanted, metrics, verdict
@@ -25,6 +25,7 @@ from sdlearn.evaluation.command import Plan, distances
 from sdlearn.evaluation.command import run as measure
 from sdlearn.evaluation.detector import STRIDE, Heads, Targets, detection_loss, focal_loss, heat_targets
 from sdlearn.evaluation.judge import WEIGHTS, load_judge, overlap, read_off, save_judge
+from sdlearn.evaluation.keeping import aims, reached
 from sdlearn.evaluation.report import percent, table, worst
 from sdlearn.evaluation.sampling import evaluate, evaluate_scenes, sample, scene_for, scores_of
 from sdlearn.evaluation.tasks import GENEVAL, PER_TASK, TASKS, TooFewObjects, prompts_for
@@ -796,6 +797,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, tiny):
     assert not (folder / "EVALUATION.md").exists()
     assert main([*common, "--guidance", "1", "--out", "figures", "--keep"]) == 0
     assert "| overall, of the ceiling |" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
+    assert "## What is reached, and what is not" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
     kept = kept_evaluation(folder)
     assert "w = 1" in kept["columns"] and "pictures" not in kept and not remove_old_evaluation(folder)
     tiny.unet.conv_in.weight.data += 1
@@ -809,6 +811,36 @@ def test_the_command(tmp_path, monkeypatch, capsys, tiny):
         assert main([*common, "--out", "wrong", *wrong]) == 2
         out, err = capsys.readouterr()
         assert told in err and err.startswith("error: ") and not (tmp_path / "wrong").exists()
+
+
+def test_what_is_not_reached_is_said_and_why():
+    def one(overall, held_out):
+        return {"tasks": dict.fromkeys(GENEVAL, overall) | {"held out": held_out}, "overall": overall}
+
+    figures = {"columns": {"w = 1": one(0.5, 0.9), "w = 3": one(0.8, 0.7), "ceiling": one(0.8, 1.0)}}
+    trained = {"autoencoder PSNR on 500 unseen scenes, dB": 27.4, "machine": "two cores",
+               "training": {"vae": {"seconds": 3600.0}, "unet": {"seconds": 9000.0}},
+               "on top": {"edges": {"edge_f1_with_hint": 0.9, "edge_f1_without": 0.2}}}
+    told = reached(figures, trained)
+    rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in told if line.startswith("|")][2:]
+    assert rows == [["95 %", "100.0 %", "yes"], ["85 %", "70.0 %", "no"], ["30 dB", "27.4 dB", "no"],
+                    ["3 times", "4.5 times", "yes"]]
+    assert "at w = 3, the best" in "".join(told)
+    assert "3.5 hours in all (unet: 2.5) on two cores" in " ".join(told)
+    assert len(aims(figures, {})) == 2 and "is not told" in " ".join(reached(figures, {}))
+    figures["columns"]["w = 3"] = one(0.8, 0.9)
+    trained["autoencoder PSNR on 500 unseen scenes, dB"] = 30.0
+    assert reached(figures, trained)[-1] == "All that was aimed at is reached."
+    figures["columns"]["ceiling"] = one(0.0, 0.0)                  # an autoencoder of which nothing is left
+    assert [row[2] for row in aims(figures, {})] == [None, None] and "| - | no |" in "".join(reached(figures, {}))
+    few = {"columns": {"w = 1": {"tasks": {"counting": 1.0}}, "ceiling": {"tasks": {"counting": 1.0}}}}
+    assert reached(few, {}) == []
+
+
+@shipped
+def test_what_is_aimed_at_are_figures_that_shipping_writes():
+    trained = json.loads((model_folder("mini") / "figures.json").read_text(encoding="utf-8"))
+    assert [unit for *_, unit in aims({"columns": {"ceiling": {"tasks": {}}}}, trained)] == [" dB", " times"]
 
 
 def test_a_judge_is_shipped_with_its_figures(tmp_path):
