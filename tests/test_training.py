@@ -16,8 +16,10 @@ from recipes import scene_config
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss
-from sdlearn.data import CORE, World
+from sdlearn.config import PRESETS
+from sdlearn.data import CORE, WORLDS, World
 from sdlearn.data.captions import ANSWERS
+from sdlearn.data.world import name_of
 from sdlearn.pictures import psnr, to_images, to_tensor
 from sdlearn.training import command, stages
 from sdlearn.training.card import ship
@@ -460,6 +462,95 @@ def test_the_command_shifts_the_unets_timesteps_alone(monkeypatch, tmp_path):
     assert made == {"unet": {"shift": 2.5}, "edges": {}}
 
 
+def quick(stage, name):
+    """A stage on few scenes, without figures and sheets."""
+    few = {"vae": {"batch_size": 1}, "clip": {"batch_size": 4}, "word": {"batch_size": 2}, "lora": {"batch_size": 2}}
+
+    def make(config, run, **options):
+        recipe = stage.make(config, run, **few.get(name, {"batch_size": 2, "first": 20, "capacity": 20}), **options)
+        recipe.warmup, recipe.report = 1, lambda *_: {}
+        return recipe
+
+    return replace(stage, make=make)
+
+
+def test_all_is_cut_and_goes_on(tmp_path, monkeypatch, capsys):
+    """In the U-Net's hard scenes: what is finished stays as it is, the U-Net goes on, what is missing gets made."""
+    monkeypatch.setitem(PRESETS, "tiny", scene_config())
+    monkeypatch.setattr(stages, "STAGES", {name: quick(stage, name) for name, stage in stages.STAGES.items()})
+    stages.train_tokenizer(PRESETS["tiny"], tmp_path, captions=500)
+    whole, trained, cuts = 0.05, [], [2]                        # minutes; calls of `fit`; steps on hard scenes
+
+    def cut(recipe, folder, **options):
+        hard = 0
+        trained.append((recipe.name, name_of(recipe.world) if hasattr(recipe, "world") else None, options["anneal"]))
+        for progress, parts in fit(recipe, folder, save_seconds=0.0, **options):
+            yield progress, parts
+            hard += recipe.name == "unet" and recipe.world == WORLDS["hard"]
+            if cuts and hard == cuts[0]:
+                raise KeyboardInterrupt
+
+    def call(status=0):
+        trained.clear()
+        assert main(["train", "all", "--preset", "tiny", "--run", str(tmp_path), "--minutes", str(whole),
+                     "--no-compile", "--precision", "no"]) == status
+        return capsys.readouterr().out.splitlines()
+
+    def done():
+        states = {name: load_state(tmp_path / f"{name}-state.pt") for name in stages.STAGES}
+        return {name: state["progress"] for name, state in states.items() if state}
+
+    monkeypatch.setattr(command, "fit", cut)
+    call(status=130)
+    first = done()
+    assert trained == [("vae", "full", False), ("clip", "full", False), ("unet", "core", False),
+                       ("unet", "hard", False)]
+    assert list(first) == ["vae", "clip", "unet"] and first["unet"]["worlds"] == ["core", "hard"]
+    factor = (tmp_path / "scaling_factor.txt").read_text()
+    cuts.clear()
+    told = call()
+    second = done()
+    on_top = [(name, "hard", False) for name in ("edges", "depth", "inpaint")]
+    assert trained == [("unet", "hard", False), ("unet", "hard", True), *on_top, ("word", None, False),
+                       ("lora", None, False)]
+    assert [line.split(":")[0] for line in told if ": stays as it is" in line] == ["vae", "clip"]
+    assert second["vae"] == first["vae"] and second["clip"] == first["clip"] and list(second) == list(stages.STAGES)
+    assert second["unet"]["step"] > first["unet"]["step"] and second["unet"]["worlds"] == ["core", "hard"]
+    for name, stage in stages.STAGES.items():
+        budget = 60 * whole * stage.usual_minutes / sum(each.usual_minutes for each in stages.STAGES.values())
+        assert second[name]["seconds"] >= 0.99 * budget or name in ("vae", "clip")
+        assert second[name]["step"] > 0 and (name in ("word", "lora") or second[name]["worlds"])
+    told = call()
+    assert trained == [] and done() == second and (tmp_path / "scaling_factor.txt").read_text() == factor
+    assert sum(": skipped, has been trained for" in line for line in told) == 6
+
+
+def test_a_phase_that_was_cut_is_gone_on_with(tmp_path):
+    """The rate falls from where it was, and the phase ends where it would have ended."""
+    moves = []
+    for stop in (0.6, 9.0):
+        recipe = Uphill()
+        loop = fit(recipe, tmp_path, span=(0.0, 1.2), anneal=True, precision="no", compiled=False, save_seconds=0.0)
+        for progress, _ in loop:
+            if progress.seconds > stop:
+                break
+        loop.close()
+        moves.append(torch.tensor(recipe.moves).diff())
+    assert moves[0][0] > 0.09 and 0.2 * moves[0][0] < moves[1][0] < 0.6 * moves[0][0] and moves[1][-1] < 0.02
+    assert 1.2 <= load_state(tmp_path / "uphill-state.pt")["progress"]["seconds"] < 1.5
+    for wrong in ({}, {"minutes": 1, "span": (0, 1)}):
+        with pytest.raises(TypeError, match="either minutes or a span"):
+            next(fit(Uphill(), tmp_path, **wrong))
+
+
+def test_phases_are_the_whole_of_a_stage():
+    for stage in stages.STAGES.values():
+        assert sum(phase.share for phase in stage.phases) == pytest.approx(1)
+        assert {phase.world for phase in stage.phases} <= {None, *WORLDS}
+    core, hard, last = stages.STAGES["unet"].spans(100.0)
+    assert core[1:] == (0, 50) and hard[1:] == (50, 94) and last[1:] == (94, 100) and last[0].anneal
+
+
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}     # each process with a core of its own
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -483,6 +574,7 @@ from accelerate import PartialState
 from torch import nn
 from sdlearn.training.command import leave_processes
 from sdlearn.training.loop import fit
+from sdlearn.training.stages import trained_seconds
 
 state = PartialState(cpu=True)
 
@@ -508,6 +600,10 @@ def of_both(x):
     return both
 assert len(toy.drawn) == steps > 10
 assert not torch.equal(*of_both(toy.drawn[0])), "both saw the same batch"
+done = trained_seconds(Path(sys.argv[1]), "toy")            # as long as one of them has trained, in both
+assert done >= 1 and torch.equal(*of_both(torch.tensor(done)))
+more = sum(1 for _ in fit(toy, Path(sys.argv[1]), span=(0, done + 0.5), precision="no"))
+assert more > 3 and torch.equal(*of_both(torch.tensor(more))), "one of them stopped earlier"
 for parameter in toy.model.parameters():
     assert torch.equal(*of_both(parameter.data)), "the weights have gone apart"
 leave_processes()

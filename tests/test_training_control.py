@@ -581,16 +581,19 @@ def test_recipes_are_what_the_stages_make(config, run):
     assert hint_tensor([np.full((4, 4), 255, np.uint8)]).shape == (1, 3, 4, 4)
 
 
-def test_minutes_for_all_stages_are_shared_out():
+def test_minutes_for_all_stages_are_shared_out(monkeypatch):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    for words, wanted in ((["all"], 60.0), (["all", "--minutes", "93"], 6.0), (["edges", "--minutes", "93"], 93.0)):
-        args = parser.parse_args(words)
-        whole = sum(stage.minutes for stage in stages.STAGES.values())
-        wanted = wanted if len(words) == 1 or words[0] != "all" else 93 * 60 / whole
-        assert command.budget(stages.STAGES["edges"], args) == pytest.approx(wanted)
-    args = parser.parse_args(["all", "--minutes", "10"])
-    assert sum(command.budget(stage, args) for stage in stages.STAGES.values()) == pytest.approx(10)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda gpu=gpu: gpu)
+        usual = {name: stage.gpu_minutes if gpu else stage.minutes for name, stage in stages.STAGES.items()}
+        for words, wanted in (("all", usual["edges"]), ("all --minutes 93", 93 * usual["edges"] / sum(usual.values())),
+                              ("edges", 60.0), ("edges --minutes 93", 93.0)):
+            args = parser.parse_args(words.split())
+            assert command.budget(stages.STAGES["edges"], args) == pytest.approx(wanted)
+        args = parser.parse_args(["all", "--minutes", "10"])
+        assert sum(command.budget(stage, args) for stage in stages.STAGES.values()) == pytest.approx(10)
+    assert sum(usual.values()) < 23, "on a GPU all fit into 25 minutes, with room for what is not training"
 
 
 # --- a lesson ---------------------------------------------------------------------------------------

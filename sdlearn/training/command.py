@@ -19,6 +19,8 @@ from . import stages
 from .card import ship
 from .loop import fit
 
+NOTHING = 0.01      # what is left of a phase, as a share of it, for which `all` does not go on
+
 
 def positive(kind: type):
     """An argparse type: a finite number of `kind` above zero."""
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser, beside: Iterable[str] = ()):
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--world", choices=sorted(WORLDS), help="which scenes (default: the stage's own)")
     parser.add_argument("--minutes", type=positive(float),
-                        help="budget of this call, shared out among the stages for 'all' (default: the stage's own)")
+                        help="budget of this call; of 'all': of all its calls together, shared out among the stages "
+                             "(default: the stage's own)")
     parser.add_argument("--batch", type=positive(int), help="scenes in a batch")
     parser.add_argument("--rate", type=positive(float), help="learning rate")
     parser.add_argument("--shift", type=positive(float), help="above 1, noisy timesteps come more often (of the U-Net; "
@@ -67,8 +70,12 @@ def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingPr
     with PartialState().main_process_first():                  # it fills the run, and the others find it filled
         if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
             print(f"{args.run} starts from {args.start}: {', '.join(filled)}")
-    for name in stages.STAGES if args.stage == "all" else [args.stage]:
-        train_stage(name, {**stages.STAGES, **beside}[name], args)
+    if args.stage == "all":
+        for name, stage in stages.STAGES.items():
+            train_rest(name, stage, args)
+    else:
+        stage = {**stages.STAGES, **beside}[args.stage]
+        train_stage(args.stage, stage, args, minutes=budget(stage, args), world=args.world, anneal=args.anneal)
     leave_processes()
 
 
@@ -88,23 +95,44 @@ def leave_processes():
 
 def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
     """Minutes of a stage: its own unless told, and of what is told for all of them together its share."""
+    if args.stage != "all":
+        return args.minutes or stage.minutes
     if args.minutes is None:
-        return stage.minutes
-    if args.stage == "all":
-        return args.minutes * stage.minutes / sum(each.minutes for each in stages.STAGES.values())
-    return args.minutes
+        return stage.usual_minutes
+    return args.minutes * stage.usual_minutes / sum(each.usual_minutes for each in stages.STAGES.values())
 
 
-def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace):
-    world = WORLDS[args.world] if args.world else None
-    options = {"batch_size": args.batch, "learning_rate": args.rate, "world": world,
+def train_rest(name: str, stage: stages.Stage, args: argparse.Namespace):
+    """What is left of a stage's budget in `all`, phase by phase. So a call after a cut goes on where that one was."""
+    minutes, trains = budget(stage, args), False
+    if stage.settled_by and stages.trained_seconds(args.run, stage.settled_by) is not None:
+        skip(f"{name}: stays as it is, as '{stage.settled_by}' has been trained on what it makes")
+        return
+    for phase, begin, end in stage.spans(60 * minutes):
+        done = stages.trained_seconds(args.run, name) or 0.0
+        if end - done > NOTHING * (end - begin):
+            trains = True
+            train_stage(name, stage, args, minutes=(end - done) / 60, world=args.world or phase.world,
+                        anneal=args.anneal or phase.anneal, span=(begin, end))
+    if not trains:
+        skip(f"{name}: skipped, has been trained for {done / 60:.1f} minutes; its budget is {minutes:.1f}")
+
+
+def skip(why: str):
+    if PartialState().is_main_process:
+        print(why, flush=True)
+
+
+def train_stage(name: str, stage: stages.Stage, args: argparse.Namespace, *, minutes: float, world: str | None,
+                anneal: bool, span: tuple[float, float] | None = None):
+    """Train for so many minutes, or to the end of a `span` (see `fit`), for which these are what is expected."""
+    options = {"batch_size": args.batch, "learning_rate": args.rate, "world": WORLDS[world] if world else None,
                "shift": args.shift if name == "unet" else None}
     with PartialState().main_process_first():                   # so too with tokenizer and scaling factor
         recipe = stage.make(PRESETS[args.preset], args.run, **{k: v for k, v in options.items() if v is not None})
-    minutes = budget(stage, args)
     main = PartialState().is_main_process
-    steps = fit(recipe, args.run, minutes=minutes, precision=args.precision, compiled=args.compile,
-                report_minutes=args.report_minutes, seed=args.seed, anneal=args.anneal)
+    steps = fit(recipe, args.run, minutes=None if span else minutes, span=span, precision=args.precision,
+                compiled=args.compile, report_minutes=args.report_minutes, seed=args.seed, anneal=anneal)
     bar = tqdm(total=round(60 * minutes), unit="s", desc=name, mininterval=2.0, disable=not main)
     first = told = None
     for progress, _ in steps:

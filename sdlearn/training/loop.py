@@ -171,9 +171,9 @@ def agreed(value: float, accelerator: Accelerator) -> float:
     return float(broadcast(torch.tensor(value, dtype=torch.float64, device=accelerator.device)))
 
 
-def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None = None, compiled: bool | None = None,
-        save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0,
-        anneal: bool = False) -> Iterator[tuple[Progress, dict]]:
+def fit(recipe: Recipe, folder: Path, *, minutes: float | None = None, precision: str | None = None,
+        compiled: bool | None = None, save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0,
+        anneal: bool = False, span: tuple[float, float] | None = None) -> Iterator[tuple[Progress, dict]]:
     """Train for `minutes` of this process's time, from the newest state in `folder`; yields `Progress`.
 
     `precision` is "no", "fp16" or "bf16" (chosen by `choose_precision` when None); `compiled` is
@@ -182,15 +182,21 @@ def fit(recipe: Recipe, folder: Path, *, minutes: float, precision: str | None =
     `report_minutes` and at the end. Where several processes train together (torchrun), each makes its own
     batches, and the main one writes states and reports. `anneal`: the learning rate falls to zero over the whole
     call, and the average is of this call alone: before shipping a stage whose rate otherwise stays.
+
+    `span`, in place of `minutes`: seconds of training, of all calls together, between which a budget lies. The call
+    goes on to its end, reports not counted, and the learning rate falls as over the whole of it, wherever in it the
+    call begins: a budget that was cut is gone on with as if it had not been.
     """
+    if (minutes is None) == (span is None):
+        raise TypeError("give fit either minutes or a span")
     threads = torch.get_num_threads()
     try:
-        yield from _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal)
+        yield from _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal, span)
     finally:
         torch.set_num_threads(threads)                          # `Threads` may have left another number
 
 
-def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal):
+def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minutes, seed, anneal, span):
     if precision is None:                                       # the main process chooses, for all of them
         [precision] = broadcast_object_list([choose_precision(recipe, PartialState().device)])
     AcceleratorState._reset_state()                             # the stage before may have run in another precision
@@ -233,7 +239,13 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     networks = [part for part in vars(recipe).values() if isinstance(part, nn.Module)]
     attention = partial(open_attention, *networks) if device.type == "cpu" else nullcontext
     start = saved = reported = clock = time.perf_counter()
-    while (share := agreed(1.0 - (clock - start) / (60 * minutes), accelerator)) > 0:      # of the budget that is left
+
+    def left() -> float:
+        if span:
+            return (span[1] - progress.seconds) / (span[1] - span[0])
+        return 1.0 - (clock - start) / (60 * minutes)
+
+    while (share := agreed(left(), accelerator)) > 0:           # of the budget
         rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
         if decay_share:
             rate *= min(1.0, share / decay_share)

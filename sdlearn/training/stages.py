@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..checkpoint import CheckpointError, load_folder
@@ -27,9 +29,41 @@ from .vae import VAERecipe, measure_scaling
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a stage's budget in `train all`."""
+
+    share: float                # of the stage's seconds
+    world: str | None = None    # whose scenes, a name of `WORLDS`; None: the recipe's own
+    anneal: bool = False        # the learning rate falls to zero, and the average is of this phase alone
+
+
+@dataclass(frozen=True)
 class Stage:
     make: Callable
     minutes: float              # budget when none is given, for two CPU cores
+    gpu_minutes: float = 1.0    # the same in `train all` on a GPU
+    phases: tuple[Phase, ...] = (Phase(1.0),)       # of `train all`, one after the other
+    settled_by: str | None = None       # a stage that learns from this one's output: `all` does not move it any more
+
+    @property
+    def usual_minutes(self) -> float:
+        """Of `train all`, on the machine that this is."""
+        return self.gpu_minutes if torch.accelerator.is_available() else self.minutes
+
+    def spans(self, seconds: float) -> list[tuple[Phase, float, float]]:
+        """The phases of a budget, each with the seconds of training at which it begins and ends."""
+        spans, begin = [], 0.0
+        for phase in self.phases:
+            spans.append((phase, begin, begin := begin + phase.share * seconds))
+        return spans
+
+
+def trained_seconds(run: Path, stage: str) -> float | None:
+    """How long a stage has been trained in a run, None for not at all. The main process reads it for all of them, as
+    what follows from it must be the same in all."""
+    state = load_state(run / f"{stage}-state.pt") if PartialState().is_main_process else None
+    [seconds] = broadcast_object_list([None if state is None else state["progress"].get("seconds", 0.0)])
+    return seconds
 
 
 def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> Tokenizer:
@@ -132,11 +166,17 @@ def make_concept(config: ModelConfig, run: Path, *, kind: type[ConceptRecipe], *
 
 
 CONCEPTS = {kind.name: kind for kind in (WordRecipe, LoRARecipe)}
+HARD = (Phase(1.0, "hard"),)
+# What the shipped U-Net went through: the common scenes first, then the hard ones, at last to rest.
+CORE_THEN_HARD = (Phase(0.50, "core"), Phase(0.44, "hard"), Phase(0.06, "hard", anneal=True))
+# Minutes on two CPU cores, then on one data-centre GPU. Those on a GPU are planned, not measured: 22 in all, so that
+# latents and sheets, too, fit into 25. The U-Net's part is smaller there: the autoencoder waits for scenes, which the
+# CPU draws, and each stage spends some of its minutes on being compiled.
 STAGES = {
-    "vae": Stage(make_vae, 40),
-    "clip": Stage(make_clip, 10),
-    "unet": Stage(make_unet, 600),
-    **{hint: Stage(partial(make_control, hint=hint), 60) for hint in HINTS},
-    "inpaint": Stage(make_inpaint, 120),
-    **{name: Stage(partial(make_concept, kind=kind), 6) for name, kind in CONCEPTS.items()},
+    "vae": Stage(make_vae, 40, 3.5, settled_by="unet"),
+    "clip": Stage(make_clip, 10, 1.5, settled_by="unet"),
+    "unet": Stage(make_unet, 600, 10, CORE_THEN_HARD),
+    **{hint: Stage(partial(make_control, hint=hint), 60, 1.5, HARD) for hint in HINTS},
+    "inpaint": Stage(make_inpaint, 120, 2, HARD),
+    **{name: Stage(partial(make_concept, kind=kind), 6, 1) for name, kind in CONCEPTS.items()},
 }
