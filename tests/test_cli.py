@@ -1,6 +1,7 @@
 """`python -m sdlearn`: pictures into files, one sentence for what is wrong, nothing half-written."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -8,13 +9,15 @@ import subprocess
 import sys
 import types
 import warnings
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 from models import one_thread, tiny_parts  # noqa: F401
 from PIL import Image
 
-from sdlearn.__main__ import main
+from sdlearn.__main__ import COMMANDS, main
 from sdlearn.checkpoint import save_folder
 from sdlearn.commands import files as command_files
 from sdlearn.pipeline import PromptWarning, StableDiffusion
@@ -260,6 +263,26 @@ def test_scenes_are_drawn_on_a_sheet(run):
 ])
 def test_bad_input_for_scenes(run, args, told):
     refused(run("scenes", *args), told)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("dry", [{"DRY": "print"}, {"DRY": "1", "PYTHON": "echo"}], ids=["print", "small"])
+def test_what_the_gpu_script_runs_is_understood(dry, monkeypatch, tmp_path):
+    """Every command of it, at full size and at small size; none is run."""
+    script = Path(__file__).resolve().parent.parent / ".ci" / "gpu"
+    done = subprocess.run(["bash", str(script), "all", str(tmp_path)], env=os.environ | dry, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("python ").split() for line in done.stdout.splitlines()]
+    commands = [words for words in lines if "sdlearn" in words]
+    seen = []
+    for words in commands:
+        module = import_module(f"sdlearn.{COMMANDS[words[2]][1]}")
+        monkeypatch.setattr(module, "run", seen.append)
+        assert words[:2] == ["-m", "sdlearn"] and main(words[2:]) == 0
+    assert len(seen) == len(commands) >= 5
+    training, = (args for args in seen if getattr(args, "stage", "") == "all")
+    assert training.minutes <= 25 and training.start is None
 
 
 def test_train_hands_over_to_the_recipes(run, monkeypatch):
