@@ -171,7 +171,7 @@ def judged(base: Base, images: np.ndarray, asked: Sequence[Asked]) -> dict[str, 
     looks = [images] if small == (width, height) else [images, brought_to(images, small)]
     each = [[base.measures.judge(some[i:i + 1], asked[i:i + 1]) for some in looks] for i in range(len(images))]
     return {name: float(np.mean([max(look[name] for look in one) for one in each]))
-            for name in ("right", "more than asked")}
+            for name in ("right", "more than asked") if name in each[0][0]}
 
 
 def brought_to(images: np.ndarray, size: Size) -> np.ndarray:
