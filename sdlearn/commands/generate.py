@@ -106,7 +106,7 @@ def run(args: argparse.Namespace):
             continue                                                    # of an earlier call
         for file, image, one in zip(some, make(model, args, prompt, given), told, strict=True):
             save_png(file, image, one)
-            print(file)
+            print(f"{file}\n", end="", flush=True)       # in one write: other processes tell theirs on the same lines
 
 
 def make(model: StableDiffusion, args: argparse.Namespace, prompt: str, given: dict) -> list[Image.Image]:
