@@ -1,6 +1,6 @@
 """Curves side by side, under one title."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +68,7 @@ def draw_panel(axes, panel: Panel):
     if "x" in panel.log:
         axes.set_xscale("log")
         if max(len(xs) for xs, _ in panel.lines.values()) <= MOST:          # its points are worth naming
-            axes.set_xticks(sorted({x for xs, _ in panel.lines.values() for x in xs}), minor=False)
+            axes.set_xticks(apart({x for xs, _ in panel.lines.values() for x in xs}), minor=False)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(NullLocator())
     if "y" in panel.log:
@@ -79,6 +79,17 @@ def draw_panel(axes, panel: Panel):
     plain(axes, panel.title, panel.x, panel.y)
     if len(panel.lines) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def apart(places: Iterable[float], share: float = 0.07) -> list[float]:
+    """Those of some positive places, in order, that lie so far apart on a logarithmic axis that their names do not
+    touch: at least `share` of all it spans; the first is kept, then each that is far enough from the one before."""
+    places, kept = sorted(places), []
+    span = np.log(places[-1] / places[0])
+    for place in places:
+        if not kept or np.log(place / kept[-1]) >= share * span:
+            kept.append(place)
+    return kept
 
 
 def plain(axes, title: str, x: str, y: str):
