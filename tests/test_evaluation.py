@@ -826,7 +826,7 @@ def test_what_is_not_reached_is_said_and_why():
     assert rows == [["95 %", "100.0 %", "yes"], ["85 %", "70.0 %", "no"], ["30 dB", "27.4 dB", "no"],
                     ["3 times", "4.5 times", "yes"]]
     assert "at w = 3, the best" in "".join(told)
-    assert "3.5 hours in all (unet: 2.5) on two cores" in " ".join(told)
+    assert "3.5 hours of training in all (unet: 2.5) on two cores" in " ".join(told)
     assert len(aims(figures, {})) == 2 and "is not told" in " ".join(reached(figures, {}))
     figures["columns"]["w = 3"] = one(0.8, 0.9)
     trained["autoencoder PSNR on 500 unseen scenes, dB"] = 30.0

@@ -99,9 +99,10 @@ def in_the_way(trained: dict) -> str:
         return "How long these weights were trained is not told beside them."
     hours = {stage: one.get("seconds", 0.0) / 3600 for stage, one in told.items()}
     longest, machine = max(hours, key=hours.get), trained.get("machine", "an unknown machine")
-    return ("What stands in the way of the rest is time to train: these weights have had "
-            f"{sum(hours.values()):.1f} hours in all ({longest}: {hours[longest]:.1f}) on {machine}, and were still "
-            "improving at the end. `python -m sdlearn train` goes on from them.")
+    return (f"These weights have had {sum(hours.values()):.1f} hours of training in all ({longest}: "
+            f"{hours[longest]:.1f}) on {machine}. Whether more of it would do for the rest, or other recipes are "
+            "needed, this table does not tell; the model card has what was tried. `python -m sdlearn train` goes on "
+            "from them.")
 
 
 def cell(one: dict, task: str) -> str:
