@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import random
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -28,6 +29,7 @@ from sdlearn.data import (
     world,
 )
 from sdlearn.data.captions import ANSWERS, WAYS, answers_of, caption_for, captions_apart
+from sdlearn.data.world import RICH
 
 seeds = st.integers(0, 2**40)
 splits = st.sampled_from(("train", "test", "held_out"))
@@ -137,6 +139,49 @@ def test_the_vocabulary_is_what_captions_use():
     assert used == vocabulary()
 
 
+def test_counts_are_held_out_for_each_kind_in_a_composition():
+    def held_out(*names):
+        return world.is_held_out(names, (None,) * len(names))
+    assert held_out("cat", "cat") and held_out("cat", "cat", "key") and held_out("key", "cat", "cat", "lemon")
+    assert not held_out("cat", "cat", "cat") and not held_out("cat", "key", "key")
+    assert held_out("star", "star", "star", "key") and not held_out("star", "star", "key")
+    assert world.is_held_out(("key", "key", "star"), (None, None, "green")), "a colour of one object among others"
+    assert held_out("rocket", "key", "moon"), "a pair with another object beside it"
+
+
+def test_rich_scenes_hold_compositions_that_fit():
+    drawn = [scene(seed, world=RICH) for seed in range(1500)]
+    assert not any(one.held_out for one in drawn)
+    composed = [one for one in drawn if len(one.groups) > 1 and len(one.objects) > 2]
+    assert 0.14 < len(composed) / len(drawn) < 0.22
+    assert {tuple(group.count for group in one.groups) for one in composed} == set(world.COMPOSITIONS)
+    assert sum(any(group.colour for group in one.groups) for one in composed) > 0.4 * len(composed)
+    for one in composed:
+        assert sum(group.count for group in one.groups) == len(one.objects) <= 4 and one.relation is None
+        assert len({group.name for group in one.groups}) == len(one.groups) and one.count == 1
+        assert all(mask.sum() > 30 for mask in one.masks), "each object can be seen"
+        for group in one.groups:
+            alike = [o for o in one.objects if o.name == group.name]
+            assert len({(o.colour, o.size, o.box[2] - o.box[0], o.box[3] - o.box[1]) for o in alike}) == 1
+            assert len(alike) == group.count
+
+
+def test_four_large_objects_fit_into_their_quarters(monkeypatch):
+    """Where no free place is found, each object lies in a quarter of the image."""
+    monkeypatch.setattr(sys.modules["sdlearn.data.scenes"], "_overlap", lambda a, b: 1.0)
+    for seed in range(20):
+        one = scene_of(["car", "house", "cat", "cat"], seed=seed)
+        corners = {(x < SIDE / 2, y < SIDE / 2) for x, y in (placed.centre for placed in one.objects)}
+        assert len(corners) == 4 and one.masks.any(axis=(1, 2)).all()
+
+
+def test_groups_are_the_objects_of_one_kind_and_tint():
+    one = scene_of(["car", "cat", "car"], colours=["red", None, "red"], seed=1)
+    assert [(group.name, group.count, group.colour) for group in one.groups] == [("car", 2, "red"), ("cat", 1, None)]
+    two = scene_of(["car", "car"], colours=["red", "blue"])
+    assert [(group.count, group.colour) for group in two.groups] == [(1, "red"), (1, "blue")] and two.count == 2
+
+
 def test_train_and_test_are_different_scenes():
     assert not any(np.array_equal(scene(s).image, scene(s, "test").image) for s in range(30))
 
@@ -193,28 +238,28 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
 
 def test_what_a_caption_says_can_be_answered():
     relations, counts = set(), set()
-    for one in scenes(0, 300):
-        relation, count, *named = [answers[i] for answers, i in
-                                   zip(ANSWERS, answers_of(one.caption, one), strict=True)]
-        names, tints = named[:3], named[3:]
+    for one in [*scenes(0, 300), *scenes(0, 100, world=RICH)]:
+        relation, *rest = [answers[i] for answers, i in zip(ANSWERS, answers_of(one.caption, one), strict=True)]
+        numbers, names, tints = rest[:3], rest[3:6], rest[6:]
         said = next((of for of, ways in WAYS.items() if any(f" {way} " in one.caption for way in ways)), None)
         assert relation == said and (relation is None or relation == one.relation)
-        assert count == one.count
         at = 0
-        for name, tint in zip(names, tints, strict=True):       # in the order in which the caption names them
+        for count, name, tint in zip(numbers, names, tints, strict=True):   # in the order in which it names them
             if name is None:
-                assert tint is None
+                assert count is None and tint is None
                 continue
             words = " ".join(filter(None, (tint, OBJECTS[name].noun(count))))
             assert (at := one.caption.find(words, at)) >= 0
             at += len(words)
-        assert sum(name is not None for name in names) == (1 if count > 1 else len(one.objects))
+            assert sum(o.name == name and o.colour == tint for o in one.objects) == count
+        assert sum(count or 0 for count in numbers) == len(one.objects)
         relations.add(relation)
-        counts.add(count)
-    assert relations == {None, *WAYS} and counts == {1, 2, 3}
+        counts.add(tuple(numbers))
+    assert relations == {None, *WAYS} and counts >= {(1, None, None), (2, None, None), (3, None, None), (2, 1, None),
+                                                     (1, 2, None), (1, 1, 1)}
 
 
-@pytest.mark.parametrize("of", ["full", "hard", "classroom"])
+@pytest.mark.parametrize("of", ["full", "hard", "rich", "classroom"])
 def test_two_captions_differ_in_one_thing_and_one_of_them_is_true(of):
     changes = set()
     for one in scenes(0, 400, world=world.WORLDS[of]):

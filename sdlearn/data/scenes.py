@@ -14,9 +14,11 @@ import numpy as np
 
 from .atlas import sprite
 from .captions import caption_for
+from .description import Group, group_objects
 from .world import (
     BACKGROUNDS,
     COLOURS,
+    COMPOSITIONS,
     COUNTS,
     FULL,
     OBJECTS,
@@ -30,7 +32,13 @@ from .world import (
 
 SIDE = 128              # native width and height of a picture, in pixels
 MARGIN = 2              # pixels that stay free along the edge
+MOST = 4                # objects in a scene
+# The longer side of an object at most, in pixels, by how many objects there are.
+LARGEST = {1: 100, 2: 76, 3: 48, 4: 44}
 SPLITS = ("train", "test", "held_out")
+WHOLE = (MARGIN, MARGIN, SIDE - MARGIN, SIDE - MARGIN)      # where objects may lie: left, top, right, bottom
+QUARTERS = tuple((x, y, x + SIDE // 2 - MARGIN, y + SIDE // 2 - MARGIN)
+                 for y in (MARGIN, SIDE // 2) for x in (MARGIN, SIDE // 2))
 KINDS = {**OBJECTS, **UNTAUGHT}         # all that can be drawn; those of `UNTAUGHT` only when asked for by name
 
 
@@ -62,12 +70,21 @@ class Scene:
     background: str
     background_rgb: tuple[int, int, int]
     relation: str | None            # of the first object to the second, when there are two of them
-    count: int                      # how many of the same object; 1 when they differ
     side: int = SIDE
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """The objects by kind and tint, in the order in which they come."""
+        return group_objects(self.objects)
+
+    @property
+    def count(self) -> int:
+        """How many of the same object; 1 when they differ. See `groups` for a count of each kind."""
+        return len(self.objects) if len({placed.name for placed in self.objects}) == 1 else 1
+
+    @property
     def held_out(self) -> bool:
-        return is_held_out(self.count, tuple(o.name for o in self.objects), tuple(o.colour for o in self.objects))
+        return is_held_out(tuple(o.name for o in self.objects), tuple(o.colour for o in self.objects))
 
     @cached_property
     def image(self) -> np.ndarray:
@@ -138,7 +155,7 @@ def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = Non
              background: str | None = None, seed: int = 0) -> Scene:
     """A scene of just these objects, whatever training shows; what is left out is drawn from the seed.
 
-    names: one to three, the same one again for a count; of `UNTAUGHT`, which no model has seen, as well. colours: one
+    names: one to four, the same one again for a count; of `UNTAUGHT`, which no model has seen, as well. colours: one
     for each; all natural by default. relation: of the first of two objects to the second. The caption is empty.
     Raises ValueError for what no scene can hold.
     """
@@ -155,8 +172,8 @@ def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = Non
 
 
 def _check_wanted(names, colours, relation, background):
-    if not 1 <= len(names) <= 3 or len(colours) != len(names):
-        raise ValueError(f"a scene holds one to three objects with a colour (or None) for each, not {len(names)} "
+    if not 1 <= len(names) <= MOST or len(colours) != len(names):
+        raise ValueError(f"a scene holds one to four objects with a colour (or None) for each, not {len(names)} "
                          f"objects and {len(colours)} colours")
     for name, colour in zip(names, colours, strict=True):
         if name not in KINDS:
@@ -172,14 +189,16 @@ def _check_wanted(names, colours, relation, background):
 
 
 def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
-    forms = ("single", "count", "pair", "triple")
+    forms = ("single", "count", "pair", "triple", "composition")
     form = rng.choices(forms, [getattr(world, form) for form in forms])[0]
-    number = {"single": 1, "count": rng.choice(tuple(COUNTS)), "pair": 2, "triple": 3}[form]
+    number = {"single": 1, "count": rng.choice(tuple(COUNTS)), "pair": 2, "triple": 3, "composition": 0}[form]
     relation = rng.choice(RELATIONS) if form == "pair" else None
     objects = world.objects
     if world.colourful and rng.random() < world.colourful:
         objects = [name for name in objects if OBJECTS[name].tintable]
-    if form == "count":
+    if form == "composition":
+        names, colours, sizes = _draw_composition(rng, objects, world.tinted)
+    elif form == "count":
         names = [rng.choice(objects)] * number
         colours = [_colour(rng, names[0], world.tinted)] * number
         sizes = [rng.choice(("small", "medium"))] * number
@@ -190,6 +209,15 @@ def _draw(rng: random.Random, seed: int, split: str, world: World) -> Scene:
         if number == 2 and sizes == ["large", "large"]:
             sizes[rng.randrange(2)] = "medium"
     return _composed(rng, seed, split, names, colours, sizes, relation)
+
+
+def _draw_composition(rng: random.Random, objects, tinted: float) -> tuple[list, list, list]:
+    """Names, colours and sizes of two or three kinds of objects; those of one kind are alike."""
+    counts = rng.choice(COMPOSITIONS)
+    kinds = [(name, _colour(rng, name, tinted), _size(rng, sum(counts))) for name in rng.sample(objects, len(counts))]
+    names, colours, sizes = zip(*(kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)),
+                                strict=True)
+    return list(names), list(colours), list(sizes)
 
 
 def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, relation,
@@ -203,8 +231,7 @@ def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, 
     rgb = tuple(min(255, max(0, value + shade)) for value in BACKGROUNDS[background])
     objects = tuple(Placed(name, KINDS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
                     in zip(names, colours, sizes, boxes, depths, strict=True))
-    count = number if number > 1 and len(set(names)) == 1 else 1
-    return Scene(seed, split, "", objects, background, rgb, relation, count)
+    return Scene(seed, split, "", objects, background, rgb, relation)
 
 
 def _colour(rng: random.Random, name: str, tinted: float) -> str | None:
@@ -214,31 +241,31 @@ def _colour(rng: random.Random, name: str, tinted: float) -> str | None:
 
 
 def _size(rng: random.Random, number: int) -> str:
-    weights = {1: (2, 4, 4), 2: (3, 5, 2), 3: (5, 5, 0)}[number]
+    weights = {1: (2, 4, 4), 2: (3, 5, 2), 3: (5, 5, 0), 4: (6, 4, 0)}[number]
     return rng.choices(tuple(SIZES), weights)[0]
 
 
 def _extent(rng: random.Random, name: str, colour: str | None, size: str, number: int) -> tuple[int, int]:
     low, high = SIZES[size]
-    high = min(high, {1: 100, 2: 76, 3: 48}[number])
+    high = min(high, LARGEST[number])
     pixels = rng.randrange(low, high + 1, SIZE_STEP)
     height, width = sprite(name, colour, pixels).shape[:2]
     return width, height
 
 
 def _place(rng, names, colours, sizes, relation) -> list[tuple[int, int, int, int]]:
-    """Boxes for the objects. Things of one count are all of one size."""
-    number = len(names)
-    alike = number > 1 and len(set(zip(names, colours, sizes, strict=True))) == 1
-    extents = [_extent(rng, *what, number) for what in zip(names, colours, sizes, strict=True)]
-    if alike:
-        extents = extents[:1] * number
+    """Boxes for the objects. Objects of one kind, tint and size class are alike to the pixel."""
+    number, first = len(names), {}
+    extents = [first.setdefault(what, extent) for what, extent in
+               [(what, _extent(rng, *what, number)) for what in zip(names, colours, sizes, strict=True)]]
     if relation:
         return _place_pair(rng, extents, relation)
     for _ in range(200):
         boxes = [_free_box(rng, extent) for extent in extents]
         if all(_overlap(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i]):
             return boxes
+    if number == MOST:
+        return [_free_box(rng, extent, QUARTERS[i]) for i, extent in enumerate(extents)]
     # Crowded: a row, each in a third of the width, none wider than 48 pixels.
     return [(x, y, x + w, y + h) for i, (w, h) in enumerate(extents)
             for x, y in [(min(SIDE - MARGIN - w, MARGIN + i * (SIDE - 2 * MARGIN) // number),
@@ -263,10 +290,11 @@ def _place_pair(rng, extents, relation) -> list[tuple[int, int, int, int]]:
     return boxes[::-1] if swap else boxes
 
 
-def _free_box(rng: random.Random, extent: tuple[int, int]) -> tuple[int, int, int, int]:
+def _free_box(rng: random.Random, extent: tuple[int, int], within=WHOLE) -> tuple[int, int, int, int]:
+    """A box of this width and height anywhere in a region (left, top, right, bottom)."""
     width, height = extent
-    left = rng.randint(MARGIN, SIDE - MARGIN - width)
-    top = rng.randint(MARGIN, SIDE - MARGIN - height)
+    left = rng.randint(within[0], within[2] - width)
+    top = rng.randint(within[1], within[3] - height)
     return left, top, left + width, top + height
 
 

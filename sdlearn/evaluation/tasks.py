@@ -44,7 +44,7 @@ class Wanted:
     def held_out(self) -> bool:
         """Whether no scene of training holds this combination."""
         names, colours = zip(*self.objects, strict=True)
-        return is_held_out(len(names) if len(set(names)) == 1 else 1, names, colours)
+        return is_held_out(names, colours)
 
 
 @dataclass(frozen=True)
