@@ -19,6 +19,7 @@ from sdlearn.attention import (
     GEGLU,
     CrossAttention,
     FeedForward,
+    KeptText,
     SpatialTransformer,
     TransformerBlock,
     attend,
@@ -374,6 +375,13 @@ def test_heat_maps_are_means_over_heads_and_layers():
     torch.testing.assert_close(heat_maps({"a": fine}, (4, 6)).flatten(2).mT, fine.mean(dim=1))
 
 
+def test_heat_maps_are_enlarged_bilinearly():
+    """Between the centres of two cells the weights change linearly; past the outermost centres they are constant."""
+    weights = torch.tensor([[0.9, 0.1], [0.1, 0.9]])[None, None]                # (B, H, N, M), two cells in one row
+    shown = heat_maps({"": weights}, (1, 4))
+    torch.testing.assert_close(shown[0, :, 0], torch.tensor([[0.9, 0.7, 0.3, 0.1], [0.1, 0.3, 0.7, 0.9]]))
+
+
 @pytest.mark.parametrize(("maps", "words"), [({}, "no attention maps"), ({"x.attn2": torch.rand(1, 2, 5, 3)},
                                                                           "x.attn2 has 5 cells")])
 def test_maps_that_are_not_the_pictures_are_told(maps, words):
@@ -403,11 +411,46 @@ def test_attention_in_the_open_is_the_same_attention():
     assert not layer.open_up_to
 
 
-@pytest.mark.parametrize("largest, opened", [(29, False), (30, True)])
-def test_attention_is_open_up_to_a_map_of_that_size(monkeypatch, largest, opened):
-    """6 queries times 5 keys."""
-    layer, kernel, calls = CrossAttention(8, 8, heads=2), F.scaled_dot_product_attention, []
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """A list that grows with each call of the fused kernel."""
+    kernel, calls = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
+    return calls
+
+
+@pytest.mark.parametrize("largest, opened", [(29, False), (30, True)])
+def test_attention_is_open_up_to_a_map_of_that_size(fused_calls, largest, opened):
+    """6 queries times 5 keys."""
+    layer = CrossAttention(8, 8, heads=2)
     with open_attention(layer, largest=largest):
         layer(torch.randn(1, 6, 8), torch.randn(1, 5, 8))
-    assert len(calls) == (not opened)
+    assert len(fused_calls) == (not opened)
+
+
+def test_leaving_a_nested_eager_context_restores_the_outer_one(fused_calls):
+    """Also when the inner one has another limit, or ends in an error."""
+    layer, x, context = CrossAttention(8, 8, heads=2), torch.randn(1, 6, 8), torch.randn(1, 5, 8)
+    with open_attention(layer):
+        with pytest.raises(ZeroDivisionError), open_attention(layer, largest=29):
+            layer(x, context)
+            raise ZeroDivisionError
+        assert len(fused_calls) == 1
+        layer(x, context)
+        assert len(fused_calls) == 1, "the outer context is eager"
+    layer(x, context)
+    assert len(fused_calls) == 2
+
+
+# ---------------------------------------------------------------------------- cached keys and values
+
+def test_slices_of_a_cached_context_are_those_of_the_context():
+    """By start, stop and step; each slice has its own keys and values, and makes them once."""
+    context = torch.randn(4, 5, 6)
+    cached, layer = KeptText(context), CrossAttention(8, 6, heads=2)
+    for rows in (slice(0, 1), slice(0, 2), slice(0, 4), slice(0, 4, 2), slice(1, 4), slice(None, 1), slice(-1, None)):
+        part, x = cached[rows], torch.randn(len(context[rows]), 7, 8)
+        assert part.shape == context[rows].shape and part.ndim == 3
+        assert torch.equal(layer(x, part), layer(x, context[rows]))
+    first, again = (cached[rows].keys_values(layer) for rows in (slice(0, 2), slice(None, 2)))
+    assert first[0] is again[0] and first[1] is again[1]
