@@ -13,7 +13,7 @@ from sdlearn.config import PRESETS, NoiseConfig
 from sdlearn.costs import empty_unet
 from sdlearn.pipeline import SettingsError, StableDiffusion, two_pass
 from sdlearn.schedule import NoiseSchedule
-from sdlearn.sizes import buckets, even_step, fitted, level_sizes, nearest_bucket, shifted_time
+from sdlearn.sizes import buckets, even_step, fitted, level_sizes, nearest_bucket, shifted_time, spacing
 
 SD, V = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
 
@@ -171,6 +171,28 @@ def test_native_size_changes_nothing_and_single_tokens_are_left_alone():
     for tokens in ((1, 64), (64, 1)):
         with pytest.raises(ValueError, match="two at least"):
             attention_scale(*tokens)
+
+
+def test_few_keys_per_training_key_leave_attention_unscaled():
+    """Where training had fewer than two keys there is no entropy to preserve; from two on the scale applies."""
+    layer = torch.nn.ModuleDict({"attn1": CrossAttention(8, heads=2)})
+    for tokens, scaled in ((2, False), (7, False), (8, True)):              # at area 4: 0.5, 1.75 and 2 in training
+        x = torch.randn(1, tokens, 8)
+        with torch.no_grad():
+            before = layer["attn1"](x)
+            with scaled_attention(layer, area=4):
+                after = layer["attn1"](x)
+        assert torch.equal(after, before) is not scaled
+
+
+# --- distances of objects -------------------------------------------------------------------------------
+
+def test_the_distance_to_the_border_takes_width_for_columns_and_height_for_rows():
+    """The nearest border of the one middle is, in turn, the left, right, upper and lower one."""
+    size, own = (300, 100), 100
+    for middle, distance in (((10, 50), 10), ((280, 50), 20), ((150, 30), 30), ((200, 95), 5)):
+        x, y = middle
+        assert spacing([[(x - 4, y - 2, x + 4, y + 2)]], size, own)[0] == pytest.approx(distance / own)
 
 
 # --- two passes -----------------------------------------------------------------------------------------

@@ -28,6 +28,14 @@ def test_neighbours_weights_add_up_to_one():
     assert ramp(5, 0, first=False, last=False).eq(1).all()
 
 
+@pytest.mark.parametrize("length, overlap", [(4, 3), (5, 4), (6, 3), (7, 6)])
+def test_a_tile_with_neighbours_on_both_sides_has_symmetric_weights(length, overlap):
+    """Also where the two ramps meet: there the smaller weight of the two is taken."""
+    left, right = (ramp(length, overlap, first=first, last=not first) for first in (False, True))
+    both = ramp(length, overlap, first=False, last=False)
+    assert torch.equal(both, both.flip(0)) and torch.equal(both, torch.minimum(left, right))
+
+
 def local(latent):
     """A decoder that knows no neighbours: each cell becomes a square of 2 x 2."""
     return latent[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -51,6 +59,20 @@ def test_tiles_are_mixed_in_proportion():
     found = decode_tiled(lambda part: torch.full((1, 3, 8, 8), next(values)), torch.zeros(1, 4, 8, 12),
                          factor=1, tile=8, overlap=4)
     assert torch.allclose(found[0, 0, 3], torch.tensor([0.0] * 4 + [0.125, 0.375, 0.625, 0.875] + [1.0] * 4))
+
+
+@pytest.mark.parametrize("across", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_tiles_are_blended_over_all_pixels_of_their_overlap(factor, across):
+    """An overlap of 4 cells is 4 * factor pixels, over which the first tile's 0 becomes the second tile's 1."""
+    values = iter((0.0, 1.0))
+    shape = (1, 4, 8, 12) if across else (1, 4, 12, 8)
+    found = decode_tiled(lambda part: torch.full((1, 3, 8 * factor, 8 * factor), next(values)), torch.zeros(shape),
+                         factor=factor, tile=8, overlap=4)[0, 0]
+    pixels = 4 * factor
+    ramp_up = (torch.arange(pixels) + 0.5) / pixels
+    expected = torch.cat([torch.zeros(pixels), ramp_up, torch.ones(pixels)])
+    assert torch.allclose(found[3] if across else found[:, 3], expected)
 
 
 def test_one_tile_is_the_whole_picture():
