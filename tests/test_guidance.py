@@ -19,6 +19,7 @@ from sdlearn.guidance import (
     repelled,
     rescaled,
     scale_at,
+    shared_halves,
 )
 from sdlearn.samplers import ddim
 from sdlearn.schedule import NoiseSchedule, timesteps
@@ -205,6 +206,25 @@ def test_the_real_network_gives_in_one_batch_what_it_gives_in_two():
         u, c = unet(x, 700, uncond), unet(x, 700, context)
         assert not torch.allclose(u, c)
         torch.testing.assert_close(made, SCHEDULE.to_x0(u + 4 * (c - u), x, 700), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [4.0, 0.5])
+def test_sharing_what_precedes_the_text_does_not_change_the_guided_output(scale):
+    """The unconditional half comes first in both, for a batch as well."""
+    config = PRESETS["tiny"]
+    unet = UNet(config.unet).eval()
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 4, 8, 8)
+    context, uncond = torch.randn(2, 2, 5, config.text.dim)
+    with torch.no_grad():
+        u, c = shared_halves(unet, x, 700, torch.cat([uncond, context]))
+        torch.testing.assert_close(u, unet(x, 700, uncond), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(c, unet(x, 700, context), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(u, c, rtol=1e-2, atol=1e-2)
+        apart, shared = (predict_x0(unet, SCHEDULE, context, uncond, scale=scale, halves=halves)(x, 700)
+                         for halves in (both_halves, shared_halves))
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_given_is_changed():

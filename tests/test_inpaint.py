@@ -434,6 +434,25 @@ def test_a_seed_gives_the_same_and_a_picture_of_a_batch_what_it_gives_alone():
         assert difference(run(known[i:i + 1], x[i:i + 1], [5 + i]), both[i:i + 1]) < 1e-5
 
 
+def test_every_pass_draws_new_noise_for_the_known_cells():
+    """At one timestep the network sees the known cells alpha known + sigma eps, with an eps of its own each time."""
+    known, mask, seen = torch.randn(LATENT), latent_mask(box(), 2), {}
+    keep = (mask == 0).expand(LATENT)
+
+    def watched(x, t):
+        alpha, sigma = SCHEDULE.at(t)
+        seen.setdefault(t, []).append(((x - alpha * known) / sigma)[keep])
+        return network(x, t)
+
+    list(repaint(ddim, known, mask, times=3)(watched, torch.randn(LATENT), timesteps(SCHEDULE, 4), SCHEDULE,
+                                             generator=torch.Generator().manual_seed(4)))
+    drawn = [eps for passes in seen.values() for eps in passes]
+    assert [len(passes) for passes in seen.values()] == [3, 3, 3, 1]
+    for i, eps in enumerate(drawn):
+        assert abs(eps.mean()) < 5 / len(eps)**0.5 and abs(eps.std() - 1) < 5 / (2 * len(eps))**0.5
+        assert all((eps - other).std() > 1 for other in drawn[:i])          # independent: a deviation of 2 ** 0.5
+
+
 def test_the_noise_between_passes_is_that_of_the_forward_process():
     """Where x0 is known the states are exactly normal: mean alpha x0, variance sigma^2, at every pass."""
     known = torch.full((1, 1, 100, 200), 0.7)

@@ -15,7 +15,6 @@ from sdlearn.config import PRESETS, NoiseConfig
 from sdlearn.guidance import predict_x0
 from sdlearn.samplers import (
     SAMPLERS,
-    SPACING,
     ddim_coefficients,
     dpmpp_2m,
     euler,
@@ -239,7 +238,9 @@ def test_karras_timesteps_are_close_to_those_of_diffusers(name, config, n):
 @pytest.mark.parametrize("n", [2, 7, 30, 48, 100])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_default_grids_are_those_of_diffusers(name, n):
-    theirs, _ = scheduler_of(name, NoiseConfig(), n, SPACING[name].removesuffix("_open"))
+    """In the spacing that each of their schedulers has where none is given."""
+    spacing = inspect.signature(THEIRS[name]).parameters["timestep_spacing"].default
+    theirs, _ = scheduler_of(name, NoiseConfig(), n, spacing)
     times = list(dict.fromkeys(theirs.timesteps.tolist()))
     assert [t for t, _ in grid_for(name, NoiseSchedule(NoiseConfig()), n)] == pytest.approx(times, rel=1e-6)
 
@@ -447,6 +448,17 @@ def test_steps_are_told_in_order_and_nothing_given_is_changed(name, config):
     assert torch.equal(x, noise())
     again = list(get_sampler(name)(network, x, grid, schedule, generator=generator()))
     assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True))
+
+
+@pytest.mark.parametrize("config", [NoiseConfig(), MINI])
+@pytest.mark.parametrize("name, draws", [(name, {"ddpm": 5, "euler_ancestral": 5}.get(name, 0)) for name in SAMPLERS])
+def test_noise_of_deviation_0_is_not_drawn(name, draws, config):
+    """Deterministic samplers leave the generator's state alone, and so does the last step of the stochastic ones."""
+    schedule, used, expected = NoiseSchedule(config), generator(), generator()
+    list(SAMPLERS[name](denoiser(schedule), noise(), timesteps(schedule, 6), schedule, generator=used))
+    for _ in range(draws):
+        torch.randn(SHAPE, generator=expected)
+    assert torch.equal(used.get_state(), expected.get_state())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
