@@ -263,6 +263,18 @@ def test_a_word_is_not_cut_between_chunks_unless_it_is_longer(tokenizer):
     assert ids == tokenizer.encode("cat " + long)
 
 
+def test_a_word_longer_than_a_chunk_fills_the_chunk_that_it_begins_in(tokenizer):
+    """It cannot be kept whole, so it starts right behind the word before it; what follows fills its last chunk."""
+    long = "x" * 200
+    ids = tokenizer.encode("cat " + long + " cat")
+    assert len(tokenizer.encode(long)) > ROOM
+    made = rows(weigh("cat " + long + " cat", tokenizer), tokenizer, LENGTH, "chunks")
+    cut = [ids[i:i + ROOM] for i in range(0, len(ids), ROOM)]
+    padding = [tokenizer.pad] * (ROOM - len(cut[-1]))
+    expected = [[tokenizer.start, *part, tokenizer.end] for part in cut]
+    assert [row for row, _ in made] == [*expected[:-1], expected[-1] + padding]
+
+
 def test_weights_stand_at_their_tokens(tokenizer):
     (first, weights), (second, more) = rows(weigh("cat " * 74 + "(red:2) (cat:0.5)", tokenizer), tokenizer, LENGTH,
                                             "chunks")
@@ -451,6 +463,15 @@ def test_a_word_without_an_embedding_is_told():
     assert encode("a cat", tokenizer, tower).isfinite().all()
     with pytest.raises(ValueError, match=r"knows \d+ ids, and '<toy>' has one past them: add its embedding"):
         encode("a <toy>", tokenizer, tower)
+
+
+def test_ids_are_known_up_to_the_size_of_the_embedding():
+    """Ids begin at 0, so the first one without an embedding equals the number of embeddings."""
+    tokenizer = with_toy(n=1)
+    short, exact = (TextTower(replace(CONFIG, vocab_size=tokenizer.vocab_size - less)) for less in (1, 0))
+    assert encode("a <toy>", tokenizer, exact).isfinite().all()
+    with pytest.raises(ValueError, match="'<toy>' has one past them"):
+        encode("a <toy>", tokenizer, short)
 
 
 def test_weights_can_be_learnt_through(tokenizer, tower):

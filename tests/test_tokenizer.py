@@ -355,6 +355,15 @@ def test_added_tokens_are_those_of_diffusers(mini, tmp_path):
     assert again.added == tokenizer.added and again.encode("a <toy>") == tokenizer.encode("a <toy>")
 
 
+def test_a_word_encoded_before_it_is_added_has_its_new_ids_afterwards(mini):
+    tokenizer = Tokenizer(mini.merges)
+    before = tokenizer.encode("a xyzzy")
+    assert max(before) < mini.vocab_size
+    added = tokenizer.add_token("xyzzy", 2)
+    assert tokenizer.encode("a xyzzy") == [*tokenizer.encode("a"), *added] != before
+    assert tokenizer("a xyzzy").tolist()[0][2:4] == added
+
+
 @pytest.mark.parametrize("word, n, words", [
     ("", 1, "cannot be a token"), ("two words", 1, "cannot be a token"), (f"x{END}", 1, "cannot be a token"),
     ("cat</w>", 1, "already"),
@@ -380,6 +389,14 @@ def test_a_saved_folder_opens_here_and_in_transformers(mini, tmp_path, pad_with_
     texts = texts if pad_with_end else [text for text in texts if "!" not in text]      # see above
     theirs = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert torch.equal(again(texts), theirs)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_padding_asked_for_replaces_that_of_the_folder(mini, tmp_path, saved):
+    Tokenizer(mini.merges, pad_with_end=saved).save(tmp_path)
+    for wanted, pad in ((True, mini.end), (False, 0), (None, mini.end if saved else 0)):
+        again = Tokenizer.load(tmp_path, pad_with_end=wanted)
+        assert again.pad == pad and again("a cat")[0, -1] == pad
 
 
 def test_a_pipeline_of_diffusers_opens_a_saved_folder(mini, tmp_path):
