@@ -450,6 +450,20 @@ def test_residuals_of_several_texts_for_a_latent():
             same(network(x, 5, texts), network(x.repeat(2, 1, 1, 1), 5, texts))
 
 
+@pytest.mark.parametrize("batch, texts, rows", [(3, 1, 2), (4, 1, 2), (2, 2, 3), (4, 2, 2)])
+def test_residuals_have_one_row_or_one_for_each_latent_or_text(batch, texts, rows):
+    """Other numbers of rows are refused, fewer ones too, even where they divide the batch."""
+    unet, _ = pair("tiny")
+    x, context = inputs(unet.config, 8, 8, batch, tokens=5)
+    contexts = context.repeat(texts, 1, 1)
+    zeros = [torch.zeros(1, *one.shape[1:]) for one in unet.encode(x, unet.embed_time(5, x), contexts)]
+    assert torch.equal(unet(x, 5, contexts, zeros), unet(x, 5, contexts))
+    for i, zero in enumerate(zeros):
+        residuals = [*zeros[:i], zero.expand(rows, -1, -1, -1), *zeros[i + 1:]]
+        with pytest.raises(ValueError, match=rf"residual {i} is \({rows}, .* must have its feature's shape"):
+            unet(x, 5, contexts, residuals)
+
+
 class Counted(nn.Linear):
     """A linear layer that counts how often it is asked."""
 
