@@ -58,6 +58,12 @@ class Placed:
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -35,7 +35,7 @@ class Recipe(Protocol):
     learning_rate: float
     warmup: int                 # steps
     decay_share: float          # share of the budget, at its end, in which the learning rate falls to zero
-    # May have as well: weight_decay, 0.01 otherwise; world, whose scenes it learns from.
+    # May have as well: weight_decay, 0.01 otherwise; world or worlds, whose scenes it learns from.
 
     def batch(self, generator: torch.Generator) -> tuple: ...
     def loss(self, model: nn.Module, *batch) -> tuple[torch.Tensor, dict[str, float]]: ...
@@ -218,8 +218,8 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         progress = Progress(**state["progress"])
     if (name := "fp32" if precision == "no" else precision) not in progress.precisions:
         progress.precisions.append(name)
-    if (world := getattr(recipe, "world", None)) and (name := name_of(world)) not in progress.worlds:
-        progress.worlds.append(name)
+    worlds = getattr(recipe, "worlds", None) or [world for world in [getattr(recipe, "world", None)] if world]
+    progress.worlds += [name for name in map(name_of, worlds) if name not in progress.worlds]
     warmed = state is not None and "optimiser" in state
     first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
     averaged, decay_share = (progress.step, 1.0) if anneal else (0, recipe.decay_share)
