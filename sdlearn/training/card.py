@@ -22,6 +22,7 @@ from .clip import retrieval, shortest
 from .loop import load_state
 from .stages import averaged, train_tokenizer, trained_vae
 from .unet import UNetRecipe, fixed_prompts
+from .vae import reconstruction_under_noise
 
 EXPERIMENTS = SHIPPED / "experiments.json"      # by hand: results of trials, with machine and date
 
@@ -101,6 +102,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
             chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
         **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
         "autoencoder by size": autoencoder_by_size(vae),
+        "autoencoder under noise": {f"{noise:g}": row for noise, row in reconstruction_under_noise(vae).items()},
         "training": {stage: {key: states[stage][key] for key in KEPT if key in states[stage]} for stage in states},
         "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
     }
@@ -175,6 +177,11 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "| size | objects | longer side, pixels | PSNR, dB | SSIM |", "|---|---|---|---|---|",
         *(f"| {size} | {told['objects']} | {told['pixels']:.0f} | {told['PSNR']:.1f} | {told['SSIM']:.3f} |"
           for size, told in figures["autoencoder by size"].items()), "",
+        "Unseen scenes of the U-Net's objects, decoded from latents with Gaussian noise, in units of the latents'",
+        "standard deviation: generated latents are about as far from encoded ones as encoded ones with noise 0.1.", "",
+        "| noise | PSNR, dB | within the boxes of small objects |", "|---|---|---|",
+        *(f"| {noise} | {row['PSNR']:.1f} | {row['small objects']:.1f} |"
+          for noise, row in figures.get("autoencoder under noise", {}).items()), "",
         "How well it follows prompts, task by task, stands in `EVALUATION.md` beside this card, if these weights have",
         "been measured: `python -m sdlearn evaluate --keep`.", "",
         "## Samples", "",

@@ -120,8 +120,8 @@ class VAERecipe:
 
     def with_noise(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, Z, h, w) with noise of a deviation that is drawn for each image."""
-        deviation = self.latent_noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        return latents + deviation * torch.randn_like(latents)
+        share = torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        return latents + share * self.latent_noise * latents.detach().std() * torch.randn_like(latents)
 
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
