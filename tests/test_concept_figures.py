@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
@@ -29,6 +30,12 @@ def lora(model):
     for change in made.unet.values():
         torch.nn.init.normal_(change.up)
     return made
+
+
+def assert_equal_weights(one, other):
+    for name in ("unet", "text"):
+        pairs = zip(getattr(one, name).parameters(), getattr(other, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
 
 
 def test_the_diagram_colours_what_learns_and_names_every_way():
@@ -64,6 +71,7 @@ def test_the_explorer_asks_every_way_in_its_own_words(model, lora):
                                lora=("LoRA", lora), steps=2)
     explorer.strength.value, explorer.seed.value = 0.5, 3
     explorer.button.click()
+    assert_equal_weights(other, model)              # the LoRA is merged for its own image alone
     said, images = explorer.rows[0]
     assert said == "a {} here, seed 3, LoRA 0.5: base, LoRA"
     [base] = model.text2img("a cat here", seed=3, steps=2, guidance=3.0)
@@ -71,7 +79,7 @@ def test_the_explorer_asks_every_way_in_its_own_words(model, lora):
     [learnt] = other.text2img("a zwx cat here", seed=3, steps=2, guidance=3.0)
     other.remove_lora(merged)
     assert [one.tobytes() for one in images] == [base.tobytes(), learnt.tobytes()]
-    assert all(torch.equal(a, b) for a, b in zip(other.unet.parameters(), model.unet.parameters(), strict=True))
+    assert_equal_weights(other, model)
     assert "image/png" in explorer._repr_mimebundle_()[0] and explorer.still().width <= WIDTH
 
 
@@ -83,3 +91,24 @@ def test_the_explorer_keeps_the_last_rows_and_tells_what_cannot_be(model, monkey
     monkeypatch.setattr(model, "text2img", lambda *given, **named: (_ for _ in ()).throw(ValueError("too <much>")))
     explorer.button.click()
     assert explorer.message.value == "too &lt;much&gt;" and not explorer.button.disabled and len(explorer.rows) == KEPT
+
+
+def test_the_lora_is_removed_after_an_error(model, lora, monkeypatch):
+    other = copy.copy(model)
+    other.unet, other.text = copy.deepcopy(model.unet), copy.deepcopy(model.text)
+    explorer = ConceptExplorer({"LoRA": (other, "cat")}, "a {}", lora=("LoRA", lora), steps=1)
+    monkeypatch.setattr(other, "text2img", lambda *given, **named: (_ for _ in ()).throw(ValueError("refused")))
+    explorer.button.click()
+    assert explorer.message.value == "refused"
+    assert_equal_weights(other, model)
+
+
+def test_the_still_shows_the_newest_row_in_the_order_of_the_ways(model):
+    explorer = ConceptExplorer({"base": (model, "cat"), "rare": (model, "zwx cat")}, "a {}", steps=1)
+    explorer.seed.value = 5
+    explorer.button.click()
+    expected = [model.text2img(f"a {words}", seed=5, steps=1, guidance=3.0)[0] for words in ("cat", "zwx cat")]
+    still = explorer.still()
+    assert_shows(still, expected)
+    assert [text.get_text() for text in still.texts if text.get_text() in ("base", "rare")] == ["base", "rare"]
+    assert "seed 5" in still.title

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
 from sdlearn.config import PRESETS, ControlNetConfig
 from sdlearn.controlnet import ControlNet
+from sdlearn.explore.architecture import spelled
 from sdlearn.explore.control_figures import (
     KEPT,
     SHAPES,
@@ -60,8 +62,17 @@ def test_the_diagram_names_every_residual(preset, side):
     config = PRESETS[preset].unet
     drawing = control_diagram(config, side, title="Residuals")
     [axes] = drawing.axes
-    words = [text.get_text() for text in axes.texts]
-    assert all(row.onto in words for row in landings(config, side))
+    rows = landings(config, side)
+    column = {head: next(text.get_position()[0] for text in axes.texts if head in text.get_text())
+              for head in ("the copy", "zero convolution", "added to the U-Net")}
+
+    def below(head):                                    # what is written in a column, from the top
+        found = [text for text in axes.texts if text.get_position()[0] == column[head]]
+        found = sorted(found, key=lambda text: text.get_position()[1])
+        return [text.get_text() for text in found][-len(rows):]
+    assert below("added to the U-Net") == [row.onto for row in rows]
+    assert below("the copy") == [spelled(row.shape) for row in rows]
+    assert below("zero convolution") == [f"{row.shape[0]} to {row.shape[0]}: {row.parameters:,}" for row in rows]
     assert drawing.width <= WIDTH and drawing.png().startswith(b"\x89PNG")
 
 
@@ -120,6 +131,18 @@ def test_the_explorer_keeps_the_last_and_has_a_still(model, net):
         explorer.button.click()
     assert [said[-1] for said, *_ in explorer.rows] == [str(seed) for seed in range(KEPT + 1, 1, -1)]
     assert "image/png" in explorer._repr_mimebundle_()[0] and explorer.still().width <= WIDTH
+
+
+def test_the_still_shows_each_edge_map_before_its_image_the_newest_first(model, net):
+    explorer = SketchExplorer(model, net, "a red apple", [CIRCLE], steps=1)
+    explorer.add.click()
+    explorer.seed.value = 3
+    explorer.button.click()
+    expected = []
+    for strokes, seed in ((explorer.strokes, 3), ([CIRCLE], 0)):
+        drawn = as_picture(edge_map_of(strokes, explorer.side))
+        expected += [drawn, *model.control("a red apple", net, drawn, seed=seed, steps=1)]
+    assert_shows(explorer.still(), expected)
 
 
 def test_the_explorer_tells_and_does_not_raise(model, net, monkeypatch):

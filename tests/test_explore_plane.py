@@ -140,3 +140,11 @@ def test_the_explorer_has_a_still_picture_and_a_widget(explorer):
     data, _ = explorer._repr_mimebundle_()
     assert {"image/png", "text/plain", "application/vnd.jupyter.widget-view+json"} <= data.keys()
     assert len(explorer.still().axes) == 9
+
+
+def test_a_histogram_gives_the_density_at_the_centre_of_each_bin():
+    centres, heights = density([0.1, 0.2, 0.3, 2.9, 5.0], 0.0, 4.0, bins=2)     # the last one lies outside
+    assert centres.tolist() == [1.0, 3.0] and heights.tolist() == pytest.approx([3 / 4 / 2, 1 / 4 / 2])
+    centres, heights = density(torch.full((3, 2), -0.5), -1.0, 1.0)
+    assert len(centres) == len(heights) == 60 and centres.tolist() == pytest.approx((-centres[::-1]).tolist())
+    assert (heights * 2 / 60).sum() == pytest.approx(1) and centres[heights.argmax()] == pytest.approx(-0.5, abs=1 / 60)

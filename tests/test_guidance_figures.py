@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
 from sdlearn.explore.figures import WIDTH
@@ -62,6 +63,7 @@ def test_the_explorer_draws_what_is_set(model):
     assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
     assert [one.tobytes() for one in images] != [one.tobytes() for one in first]
     assert said == "a red apple, w = 3, negative: a blue star, rescale 0.5, interval 100 to 800"
+    assert_shows(explorer.still(), [*images, *first])
     assert len(explorer.shown.children) == 4 and not explorer.button.disabled
     assert explorer.rows[1][0] == "a red apple, w = 5"                     # what is off is not said
 

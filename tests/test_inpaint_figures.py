@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
 from sdlearn.explore import Stroke
@@ -21,6 +22,7 @@ from sdlearn.explore.inpaint_figures import (
     cell_map,
     nine_maps,
 )
+from sdlearn.explore.latents import channel_maps
 from sdlearn.inpaint import soft_mask
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training.inpaint import widened
@@ -51,11 +53,18 @@ def test_a_mask_of_which_nothing_is_left_is_red_all_over():
 
 
 def test_nine_channels_are_shown_in_their_order():
-    drawing = nine_maps(torch.randn(4, 6, 6), torch.ones(1, 6, 6), torch.randn(4, 6, 6), title="Nine")
+    x, masked, mask = torch.randn(4, 6, 6), torch.randn(4, 6, 6), torch.zeros(1, 6, 6)
+    mask[0, :3] = 1
+    drawing = nine_maps(x, mask, masked, title="Nine")
     said = [text.get_text().replace("\n", " ") for text in drawing.texts]
     assert [one for one in said if one[:1].isdigit()] == [
         *(f"{i}: noisy latent" for i in range(4)), "4: mask", *(f"{i}: masked latent" for i in range(5, 9))]
     assert drawing.width <= WIDTH
+    maps = [axes.images[0].get_array() for axes in drawing.axes]
+    for shown, expected in zip([*maps[:4], *maps[5:]], [*channel_maps(x), *channel_maps(masked)], strict=True):
+        assert np.array_equal(shown, expected)
+    half = len(maps[4]) // 2
+    assert maps[4][:half].min() == 255 and maps[4][half:].max() == 0        # white is to be repainted
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +128,16 @@ def test_what_cannot_be_made_is_told(explorer):
     explorer.pad.clear()
     explorer.pad.run()
     assert "0 everywhere" in explorer.pad.message.value and len(explorer.rows) == 1
+
+
+def test_the_still_shows_the_mask_and_then_the_newest_image_first(explorer):
+    first = explorer.rows[0][1]
+    explorer.seed.value = 3
+    explorer.pad.run()
+    still = explorer.still()
+    newest = explorer.pad.made
+    assert newest.tobytes() != first.tobytes()
+    assert_shows(still, [newest, first], start=1)
+    painted = still.axes[0].images[0].get_array()
+    changed = (painted != explorer.ground).any(axis=2)
+    assert np.array_equal(changed, explorer.pad.drawn > 0)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawings import assert_shows
 from matplotlib.text import Text
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
@@ -88,7 +89,10 @@ def test_the_explorer_draws_what_is_set(model):
     assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
     assert said == f"a red apple, {own} x {2 * own}, two passes of strength 0.5"
     assert len(explorer.shown.children) == 4 and not explorer.button.disabled
-    assert "image/png" in explorer._repr_mimebundle_()[0] and explorer.still().width <= WIDTH
+    still = explorer.still()
+    assert "image/png" in explorer._repr_mimebundle_()[0] and still.width <= WIDTH
+    assert_shows(still, expected)                   # the newest row, and not the first
+    assert still.title == said
 
 
 def test_the_explorer_keeps_the_last_rows_and_tells_what_cannot_be(model, monkeypatch):

@@ -1,7 +1,9 @@
 """Figures and widget of notebook 05: shapes and costs are the modules' own, reach is exact, what is lost comes back."""
 
+import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from matplotlib.text import Text
 from models import ZERO_SNR, one_thread, tiny_parts  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
@@ -203,3 +205,43 @@ def test_the_widget_shows_what_is_set(model):
     assert still.width <= WIDTH and sum("no skips" in one for one in words(still)) == 3
     with pytest.raises(ValueError, match="no scenes"):
         UNetBreaker(model, [])
+
+
+def losses(captions) -> list[str]:
+    return [caption.rpartition("loss ")[2] for caption in captions]
+
+
+def test_only_what_the_altered_u_net_predicts_depends_on_the_change(model):
+    """Of four images and captions the last one is the altered U-Net's, and the third the whole one's."""
+    widget = UNetBreaker(model, [scene(0, "test")])
+    change = {"skips": (0, 1, 2, 3), "silent": ["attn1", "attn2"]}
+    images, captions = widget.look(0, 900, **change)
+    same_images, same_captions = widget.look(0, 900)
+    with altered(model.unet, **change):
+        broken_images, broken_captions = widget.look(0, 900)
+    assert np.array_equal(images[0], scene(0, "test").image)
+    for i in range(3):
+        assert np.array_equal(images[i], same_images[i])
+    assert np.array_equal(same_images[2], same_images[3]) and not np.array_equal(images[2], images[3])
+    assert np.array_equal(images[3], broken_images[2])
+    whole, broken = losses(same_captions[2:]), losses(broken_captions[2:])
+    assert whole[0] == whole[1] and broken[0] == broken[1] and whole != broken
+    assert losses(captions[2:]) == [whole[0], broken[0]]
+    assert captions[2].startswith("whole") and captions[3].startswith("altered")
+
+
+def test_the_still_shows_what_each_altered_u_net_predicts(model):
+    widget = UNetBreaker(model, [scene(0, "test")])
+    changes = ({"time": 50}, {"skips": (0, 1, 2, 3)}, {"silent": ["attn1"]}, {"silent": ["attn2"]})
+    expected, figures = [], []
+    for t in (100, 500, 900):
+        images, captions = widget.look(0, t)
+        expected += images[1:3]
+        figures += losses(captions[2:3])
+        for change in changes:
+            images, captions = widget.look(0, t, **change)
+            expected.append(images[3])
+            figures += losses(captions[3:])
+    still = widget.still()
+    assert_shows(still, expected)
+    assert losses(one.replace("\n", " ") for one in words(still) if "loss" in one) == figures
