@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 from torch import nn
 
 from sdlearn.exercises import NotRight, check, helper, hint, progress, solution, store
-from sdlearn.exercises.cards import Card
+from sdlearn.exercises.cards import Card, shortened
 from sdlearn.exercises.carry import Missing, pack, unpack
 from sdlearn.exercises.checking import Result
 from sdlearn.exercises.difference import difference, resemblance
@@ -242,6 +242,21 @@ def test_what_is_printed_is_shown_once_and_shortened():
     lines = result.printed.splitlines()
     assert result.right and lines[0].startswith("line 0 xxx") and lines[-1] == "..." or len(lines) <= 13
     assert len(result.printed) < 2000 and result.printed.count("line 0 ") == 1
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 13, 40])
+def test_printed_output_ends_with_an_ellipsis_where_lines_were_left_out(count):
+    def add_noise(schedule, x0, noise, t):
+        for i in range(count):
+            print("line", i)
+        raise ValueError
+    expected = [f"line {i}" for i in range(min(count, 12))] + (["..."] if count > 12 else [])
+    assert check.run("add_noise", add_noise).printed.splitlines() == expected
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 400])
+def test_a_long_line_of_printed_output_is_cut_with_an_ellipsis(length):
+    assert shortened("a\n" + "x" * length) == "a\n" + "x" * min(length, 100) + (" ..." if length > 100 else "")
 
 
 # --- whatever an answer does ----------------------------------------------------------------------------
@@ -548,6 +563,26 @@ def test_differences(got, expected, said):
     assert found is None if said is None else said in found
 
 
+@pytest.mark.parametrize("make", [
+    lambda x: torch.tensor([x, x / 2]), lambda x: [x], lambda x: {"x": torch.tensor(x)},
+    lambda x: (torch.tensor([x]), 1)])
+def test_the_tolerance_is_relative_to_the_largest_expected_value(make):
+    for expected in (5.0, 1.0, 1e-2, 1e-5, -1e-5):
+        for relative, tol in ((1e-4, 1e-4), (1e-2, 1e-2)):
+            assert difference(make(expected * (1 + 0.9 * relative)), make(expected), tol) is None
+            assert difference(make(expected * (1 + 1.2 * relative)), make(expected), tol) is not None
+    assert difference(make(1e-5), make(0.0)) is not None and difference(make(1e-9), make(0.0)) is not None
+    assert difference(make(1e-11), make(0.0)) is None               # rounding where zero is expected
+    assert difference(make(torch.inf), make(1.0)) is not None and difference(make(torch.nan), make(0.0)) is not None
+
+
+def test_a_tensors_tolerance_is_that_of_its_largest_finite_value():
+    expected = torch.tensor([1e-3, 10.0, torch.inf])
+    assert difference(expected + torch.tensor([9e-4, 0, 0]), expected) is None
+    assert difference(expected + torch.tensor([1.2e-3, 0, 0]), expected) is not None
+    assert difference(torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3])) is not None
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda x: -x, "the negative"), (lambda x: 2.5 * x, "2.5 times"), (lambda x: x.mT, "axes 0 and 1 are swapped"),
     (lambda x: x.reshape(2, 6), "in another shape"), (lambda x: x + 1, None), (lambda x: x.flip(0), None),
@@ -585,6 +620,45 @@ def test_properties_are_told_where_they_do_not_hold():
     ]:
         with pytest.raises(Wrong, match=re.escape(said)):
             call()
+
+
+@pytest.mark.parametrize("got", [
+    [1, 1, 2], [1, 2, 2, 2], [1, 2, 2, 3], [1, 2], [2, 2, 2], [], [1, 2, 3], [1, 2, 2, 2, 1]])
+def test_a_permutation_holds_each_item_as_often(got):
+    for order in ([1, 2, 2], [2, 1, 2], [2, 2, 1]):
+        require_permutation(order, [1, 2, 2], "An item is missing")
+        with pytest.raises(Wrong, match="An item is missing"):
+            require_permutation(got, order, "An item is missing")
+
+
+@pytest.mark.parametrize("off", [2e-4, -2e-4, 0.5, torch.nan])
+def test_a_sum_that_is_off_in_one_place_is_told(off):
+    x = torch.full((3, 4), 0.25)
+    x[1, 2] += off
+    for dim, total in ((1, 1.0), (0, 0.75)):
+        with pytest.raises(Wrong, match=f"Along axis {dim}"):
+            require_sums(x, total, dim, "why?")
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2), (2, 3, 1), (6,), (), (2, 4)])
+def test_a_shape_of_as_many_items_is_another_shape(shape):
+    require_shape(torch.zeros(2, 3), (2, 3))
+    with pytest.raises(Wrong, match=re.escape(f"shape {shape} where it must be (2, 3)")):
+        require_shape(torch.zeros(shape), (2, 3))
+
+
+@pytest.mark.parametrize("weights, said", [
+    ({"weight": torch.ones(2, 2)}, "a parameter `bias`, which must not be there"),
+    ({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, "`bias` has shape (2,) where it must be (3,)"),
+    ({"weight": torch.ones(2, 2), "bias": torch.ones(2), "scale": torch.ones(2)}, "no parameter `scale`"),
+])
+def test_parameters_of_other_names_and_shapes_are_told(weights, said):
+    with pytest.raises(Wrong, match=re.escape(said)):
+        with_weights(nn.Linear(2, 2), weights)
+    with pytest.raises(Wrong, match="must make an nn.Module"):
+        with_weights(lambda x: x, weights)
+    layer = with_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    assert layer(torch.tensor([[2.0, 3.0]])).item() == 6
 
 
 # --- authors ----------------------------------------------------------------------------------------------

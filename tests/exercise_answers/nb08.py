@@ -356,6 +356,20 @@ def a_fresh_unet(unet):
     return wide
 
 
+@wrong("widened", "The base's output has changed")
+def the_base_loses_a_layer(unet):
+    wide = by_state(unet)
+    unet.conv_out.weight.data.zero_()
+    return wide
+
+
+@wrong("widened", "The base's output has changed")
+def the_base_is_scaled_in_place(unet):
+    wide = by_state(unet)
+    unet.conv_in.weight.data.mul_(4 / 9)
+    return wide
+
+
 # --- nine_channels ------------------------------------------------------------------------------------
 
 @right("nine_channels")
