@@ -89,6 +89,37 @@ def test_an_exchanged_unet_begins_without_loras(model):
         model.remove_lora(lora)
 
 
+@pytest.mark.parametrize("part", ["unet", "text"])
+def test_a_replaced_part_has_no_loras_and_takes_new_ones(model, part):
+    """A U-Net or a text encoder; the other part, which stays, keeps the LoRA in its weights."""
+    lora = model.add_lora(lora_for(model))
+    setattr(model, part, getattr(tiny_parts(EPSILON), part))
+    assert model.loras.strengths == {}
+    with pytest.raises(SettingsError, match="not merged"):
+        model.remove_lora(lora)
+    before = {name: tensor.clone() for name, tensor in getattr(model, part).state_dict().items()}
+    model.add_lora(lora)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in getattr(model, part).state_dict().items())
+    model.remove_lora(lora)
+    assert all(torch.equal(before[name], tensor) for name, tensor in getattr(model, part).state_dict().items())
+
+
+def test_loras_stay_known_while_no_part_is_replaced(model):
+    lora = model.add_lora(lora_for(model), 0.5)
+    model.vae = tiny_parts(EPSILON).vae
+    assert model.loras.strengths == {lora: 0.5}
+
+
+def test_a_lora_is_added_at_full_strength_by_default(model):
+    plain = arrays(model.text2img(PROMPT, steps=3))
+    lora = model.add_lora(lora_for(model))
+    default = arrays(model.text2img(PROMPT, steps=3))
+    model.add_lora(lora, 1.0)
+    assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), default)
+    model.add_lora(lora, 0.0)
+    assert np.abs(arrays(model.text2img(PROMPT, steps=3)) - plain).max() <= 1
+
+
 def test_a_lora_for_other_layers_is_told_and_nothing_changes(model, tmp_path):
     lora = lora_for(model, text=False)
     strange = LoRA({f"other.{name}": layer for name, layer in lora.unet.items()})
@@ -121,6 +152,18 @@ def test_a_learned_word_can_be_written_in_prompts(model, tmp_path):
     assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), plain)
     with pytest.warns(UnknownWordWarning, match="'castle'"):
         model.text2img("a <toy> castle", steps=1)
+
+
+def test_a_learned_word_takes_the_name_that_is_given(model, tmp_path):
+    """The user's, of an embedding in memory and of a file; its own name is then no word of the model."""
+    named = StableDiffusion(tiny_parts(EPSILON))
+    named.add_embedding(toy())
+    wanted = arrays(named.text2img("a <toy> cat", steps=3))
+    for i, source in enumerate((toy(), save_embedding(tmp_path / "toy.safetensors", toy()))):
+        assert model.add_embedding(source, f"<mine-{i}>") == f"<mine-{i}>"
+        assert np.array_equal(arrays(model.text2img(f"a <mine-{i}> cat", steps=3)), wanted)
+    with pytest.warns(UnknownWordWarning, match="'toy'"):
+        assert not np.array_equal(arrays(model.text2img("a <toy> cat", steps=3)), wanted)
 
 
 def test_a_learned_word_gives_the_pictures_that_diffusers_gives(model, tmp_path):

@@ -1,6 +1,7 @@
 """Pictures from pictures: img2img, inpainting and ControlNet, the same as diffusers'; and what cannot be."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,6 +225,71 @@ def test_an_image_may_be_a_picture_bytes_or_a_tensor(tiny, kind):
     given = {"picture": image, "bytes": array,
              "tensor": to_tensor([array])}[kind]
     assert np.array_equal(arrays(model.img2img(PROMPT, given, steps=3)), arrays(model.img2img(PROMPT, image, steps=3)))
+
+
+@pytest.mark.parametrize("kind", ["bool", "list of bool", "bool tensor", "uint8", "1-bit image", "float tensor"])
+def test_masks_of_every_kind_mark_the_same_pixels(tiny, kind):
+    white = np.asarray(tiny.mask()) > 127
+    mask = {"bool": white, "list of bool": [white], "bool tensor": torch.from_numpy(white)[None, None],
+            "uint8": np.where(white, 255, 0).astype(np.uint8), "1-bit image": tiny.mask().convert("1"),
+            "float tensor": torch.from_numpy(white)[None, None].float()}[kind]
+    model, image = tiny.model(), tiny.picture()
+    found, wanted = (arrays(model.inpaint(PROMPT, image, one, steps=2)) for one in (mask, tiny.mask()))
+    assert np.array_equal(found, wanted)
+
+
+def test_booleans_are_black_and_white(tiny):
+    """In a mask among others of bytes, in a condition image, and in an image to start from."""
+    model, white, image = tiny.model(), np.asarray(tiny.mask()) > 127, tiny.picture()
+    masks = [white, np.asarray(tiny.mask())]
+    found, wanted = (arrays(model.inpaint(PROMPT, image, given, steps=2, batch=2)) for given in (masks, tiny.mask()))
+    assert np.array_equal(found, wanted)
+    found, wanted = (arrays(model.control(PROMPT, tiny.net, hint, steps=2)) for hint in (white, tiny.mask()))
+    assert np.array_equal(found, wanted)
+    found, wanted = (arrays(model.img2img(PROMPT, start, steps=2)) for start in (white, tiny.mask()))
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("steps, strength", [(5, 0.75), (7, 0.5), (10, 0.29), (10, 0.7), (3, 0.99), (4, 1.0)])
+def test_a_strength_runs_the_steps_that_diffusers_runs(tiny, steps, strength):
+    """The last of them, and their number rounded down."""
+    pipe = SimpleNamespace(scheduler=DDIMScheduler(timestep_spacing="leading", steps_offset=1))
+    pipe.scheduler.set_timesteps(steps)
+    wanted, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
+    found = list(tiny.model().steps(PROMPT, image=tiny.picture(), steps=steps, strength=strength, sampler="ddim",
+                                    spacing="leading", guidance=1.0))
+    assert [step.t for step in found] == wanted.tolist()
+    assert {step.of for step in found} == {len(wanted)}
+
+
+def test_default_strengths_are_those_of_the_tasks(tiny):
+    """0.8 of the noise for an image, all of it for the white part of a mask, and all of it for bare steps."""
+    model, image, mask = tiny.model(), tiny.picture(), tiny.mask()
+    for call, default, other in (
+            (lambda **given: model.img2img(PROMPT, image, steps=5, **given), 0.8, 1.0),
+            (lambda **given: model.inpaint(PROMPT, image, mask, steps=5, **given), 1.0, 0.8),
+            (lambda **given: list(model.steps(PROMPT, image=image, steps=5, **given))[-1].noisy_images(), 1.0, 0.8)):
+        found = arrays(call())
+        assert np.array_equal(found, arrays(call(strength=default)))
+        assert not np.array_equal(found, arrays(call(strength=other)))
+
+
+@pytest.mark.parametrize("low, high, kind", [(-1.0, 1.0, "image"), (0.0, 1.0, "hint")])
+def test_tensors_within_the_range_of_pixels_are_taken_and_others_refused(tiny, low, high, kind):
+    """Pixels of an image are in [-1, 1], those of a condition image in [0, 1]; NaN is in neither."""
+    model, values = tiny.model(), torch.linspace(low, high, 3 * HEIGHT * WIDTH).reshape(1, 3, HEIGHT, WIDTH)
+
+    def start(pixels):
+        if kind == "hint":
+            return model.steps(PROMPT, steps=1, controls=make_control(tiny.net, pixels))
+        return model.steps(PROMPT, steps=1, image=pixels)
+
+    start(values)
+    for wrong in (low - 0.01, high + 0.01, float("nan"), float("inf"), float("-inf")):
+        spoiled = values.clone()
+        spoiled[0, 0, 0, 0] = wrong
+        with pytest.raises(SettingsError, match=f"{kind} has values outside"):
+            start(spoiled)
 
 
 @pytest.mark.parametrize("name, resample", [("nine", 1), ("plain", 1), ("plain", 3)], ids=["nine", "blend", "resample"])

@@ -22,6 +22,7 @@ from sdlearn.checkpoint import CheckpointError, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
 from sdlearn.controlnet import ControlNet
 from sdlearn.finetune import new_lora
+from sdlearn.guidance import predict_x0
 from sdlearn.pipeline import (
     SHIPPED,
     LongPromptWarning,
@@ -33,7 +34,7 @@ from sdlearn.pipeline import (
     unknown_words,
 )
 from sdlearn.pipeline.compiled import FEW_ROWS, CompiledUNet, LinearByOneDNN
-from sdlearn.samplers import SAMPLERS
+from sdlearn.samplers import SAMPLERS, grid_for
 from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
 
 PROMPT = "a red apple to the left of a cat"
@@ -171,6 +172,35 @@ def test_the_negative_prompt_and_every_setting_are_heard(model):
         assert not np.array_equal(arrays(model.text2img(PROMPT, **{"steps": 3, **changed})), plain), changed
 
 
+def final_latent(model, **given):
+    *_, step = model.steps(PROMPT, steps=4, sampler="ddim", **given)          # at timesteps 751, 501, 251, 1
+    return step.latent
+
+
+def test_guidance_applies_within_its_interval_alone(model):
+    without, everywhere = final_latent(model, guidance=1.0), final_latent(model, guidance=5.0)
+    assert not torch.allclose(without, everywhere, atol=0.01)
+    assert torch.equal(final_latent(model, guidance=5.0, interval=(900, 999)), without)
+    assert torch.equal(final_latent(model, guidance=5.0, interval=(0, 999)), everywhere)
+    part = final_latent(model, guidance=5.0, interval=(200, 600))
+    assert torch.equal(final_latent(model, guidance=5.0, interval=(251, 501)), part), "both ends belong to it"
+    assert not torch.allclose(part, without, atol=0.01) and not torch.allclose(part, everywhere, atol=0.01)
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0, 0.0])
+@pytest.mark.parametrize("more", [{}, {"rescale": 0.7}, {"interval": (200, 600)},
+                                  {"rescale": 0.7, "interval": (200, 600)}], ids=str)
+def test_guidance_settings_reach_the_denoiser(model, guidance, more):
+    """The same latent as a sampler gives with the classifier-free guidance of these arguments."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        context, uncond = model.encode([PROMPT, "two cars"])[:, None]
+        denoise = predict_x0(model.unet, model.schedule, context, uncond, scale=guidance, **more)
+        *_, wanted = SAMPLERS["ddim"](denoise, noise, grid_for("ddim", model.schedule, 4), model.schedule)
+    found = final_latent(model, negative_prompt="two cars", latent=noise, guidance=guidance, **more)
+    assert torch.allclose(found, wanted.x, atol=1e-3)
+
+
 def test_zero_terminal_snr_starts_at_the_last_timestep_by_itself():
     assert next(make(ZERO_SNR).steps(PROMPT, steps=4)).t == 999
 
@@ -252,6 +282,21 @@ def test_a_long_prompt_is_cut_and_its_lost_end_quoted(model):
         model.text2img(PROMPT, LONG, steps=1)
 
 
+def test_prompts_that_lose_nothing_give_no_warning(model):
+    """Up to 75 words of one token each; and any number of them in chunks, in either prompt."""
+    long = "apple " * 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.text2img("apple " * 75, "cat " * 75, steps=1)
+        model.text2img(long, long, steps=1, long_prompts="chunks")
+        assert list(model.doubts("apple " * 75, long_prompts="cut")) == list(model.doubts(
+            long, long, long_prompts="chunks")) == []
+    with pytest.warns(LongPromptWarning, match="\"cat\"; long_prompts"):
+        model.text2img("apple " * 75 + "cat", steps=1)
+    kinds = [kind for kind, _ in model.doubts("a dragon " * 50, long_prompts="chunks")]
+    assert kinds == [UnknownWordWarning], "a word that was never taught is reported all the same"
+
+
 @given(prompt=st.text(max_size=30))
 @settings(max_examples=40)
 def test_any_text_makes_a_picture(model, prompt):
@@ -302,6 +347,20 @@ def test_nan_is_told_and_never_a_black_picture():
         model.vae.decoder.conv_out.bias[0] = float("inf")
     with pytest.raises(NotFinite, match="VAE decoded to NaN or infinity"):
         model.text2img(PROMPT, steps=2)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("where, message", [("unet", "latent became NaN or infinite"), ("vae", "VAE decoded to NaN")])
+def test_a_single_value_that_is_not_finite_raises(where, message, value):
+    """Infinity like NaN, and one element of one image of the batch like all of them."""
+    def spoil(module, inputs, output):
+        output[-1, 0, 0, 0] = value
+        return output
+
+    model = make()
+    (model.unet if where == "unet" else model.vae.decoder).conv_out.register_forward_hook(spoil)
+    with pytest.raises(NotFinite, match=message):
+        model.text2img(PROMPT, steps=1, sampler="dpmpp_2m", guidance=1.0, batch=2)
 
 
 def test_guidance_beyond_what_numbers_hold_is_told(model):

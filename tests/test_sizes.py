@@ -213,6 +213,26 @@ def test_a_small_picture_is_one_pass(model):
     assert found[0].tobytes() == model.text2img("a cat", size=16, steps=2)[0].tobytes()
 
 
+@pytest.mark.parametrize("wide, high, passes", [(1, 1, 1), (2, 0.5, 1), (0.25, 4, 1), (1.25, 1, 2), (4, 0.5, 2)])
+def test_the_area_decides_between_one_pass_and_two(model, monkeypatch, wide, high, passes):
+    """That of the model's own images still takes one, in any shape."""
+    own, called = model.config.image_size, []
+    size = int(wide * own), int(high * own)
+    one = model.text2img("a cat", size=size, steps=2)
+    img2img = model.img2img
+    monkeypatch.setattr(model, "img2img", lambda *args, **given: called.append(args) or img2img(*args, **given))
+    found = two_pass(model, "a cat", size, steps=2)
+    assert len(called) == passes - 1 and found[0].size == size
+    assert (found[0].tobytes() == one[0].tobytes()) == (passes == 1)
+
+
+def test_the_second_pass_runs_half_of_the_steps_by_default(model):
+    size = 2 * model.config.image_size
+    found, half, more = (two_pass(model, "a cat", size, steps=4, **given)[0].tobytes()
+                         for given in ({}, {"strength": 0.5}, {"strength": 0.75}))
+    assert found == half != more
+
+
 @pytest.mark.parametrize("size, settings, words", [(63, {}, "not a multiple"), (64, {"strength": 0}, "strength"),
                                                    (64, {"stepz": 2}, "stepz")])
 def test_what_cannot_be_is_told(model, size, settings, words):

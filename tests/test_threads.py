@@ -43,7 +43,12 @@ def test_threads_are_lowered_to_it_and_never_raised(tmp_path, text, before, afte
     assert fit_threads(quota(tmp_path, 2, text)) == after == torch.get_num_threads()
 
 
-def test_the_users_own_choice_stays(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_the_users_own_choice_stays(tmp_path, monkeypatch, name):
+    """Set in either of the variables that PyTorch reads; an empty one is no choice."""
     torch.set_num_threads(6)
-    assert fit_threads(quota(tmp_path, 2, "100000 100000")) == 6
+    root = quota(tmp_path, 2, "100000 100000")
+    monkeypatch.setenv(name, "6")
+    assert fit_threads(root) == 6
+    monkeypatch.setenv(name, "")
+    assert fit_threads(root) == 1
