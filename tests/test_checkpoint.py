@@ -11,10 +11,19 @@ from models import EPSILON, ZERO_SNR, one_thread, randomise, tiny_config, tiny_p
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_folder, save_folder, sentence
+from sdlearn.checkpoint import (
+    CheckpointError,
+    TensorMismatch,
+    configs,
+    load_folder,
+    load_single,
+    save_folder,
+    save_single,
+    sentence,
+)
 from sdlearn.checkpoint import files as checkpoint_files
 from sdlearn.clip import CLIP
-from sdlearn.config import PRESETS, NoiseConfig
+from sdlearn.config import PRESETS, NoiseConfig, SamplingConfig
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
 
@@ -365,6 +374,25 @@ def test_damaged_configs_are_one_sentence_that_names_the_file(folder, file, cont
 def test_a_missing_file_is_named(folder, file):
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=file.rpartition("/")[2]):
+        load_folder(folder)
+
+
+def test_default_sampling_settings_are_stored_with_the_model(tmp_path):
+    parts = tiny_parts(config=replace(PRESETS["tiny"], sampling=SamplingConfig(12, 2.5)))
+    folder = save_folder(tmp_path / "model", parts)
+    assert load_folder(folder).config.sampling == SamplingConfig(12, 2.5)
+    assert load_single(save_single(tmp_path / "model.safetensors", parts)).config.sampling == SamplingConfig(12, 2.5)
+    (folder / "sampling.json").unlink()
+    assert load_folder(folder).config.sampling == SamplingConfig(50, 7.5), "Stable Diffusion's, as in diffusers"
+
+
+@pytest.mark.parametrize("values", [{}, {"num_inference_steps": 0, "guidance_scale": 3},
+                                    {"num_inference_steps": 2.5, "guidance_scale": 3},
+                                    {"num_inference_steps": 20, "guidance_scale": "3"},
+                                    {"num_inference_steps": 20, "guidance_scale": float("nan")}], ids=str)
+def test_damaged_default_sampling_settings_are_reported(folder, values):
+    (folder / "sampling.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="sampling.json"):
         load_folder(folder)
 
 

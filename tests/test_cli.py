@@ -82,6 +82,16 @@ def test_a_picture_is_written_with_its_settings(run, written):
     assert np.array_equal(pixels, np.asarray(wanted))
 
 
+def test_an_image_tells_the_model_s_default_settings_that_it_was_made_with(run, written):
+    sampling = json.loads((written / "sampling.json").read_text(encoding="utf-8"))
+    result = run("generate", PROMPT, "--size", "16", "--out", "apple.png")
+    steps = sampling["num_inference_steps"]
+    assert result.status == 0 and f"{steps}/{steps}" in result.err
+    with Image.open("apple.png") as image:
+        told = json.loads(image.text["sdlearn"])
+    assert (told["steps"], told["guidance"]) == (steps, sampling["guidance_scale"])
+
+
 def test_a_batch_is_numbered_and_each_picture_can_be_made_again_alone(run):
     result = run("generate", PROMPT, "--steps", 2, "--batch", 3, "--seed", 5, "--out", "apple.png")
     assert result.files == ["apple-0.png", "apple-1.png", "apple-2.png"]

@@ -20,6 +20,7 @@ from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F40
 
 from sdlearn.checkpoint import CheckpointError, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
+from sdlearn.config import PRESETS, SamplingConfig
 from sdlearn.controlnet import ControlNet
 from sdlearn.finetune import new_lora
 from sdlearn.guidance import predict_x0
@@ -312,6 +313,20 @@ def test_any_text_makes_a_picture(model, prompt):
             assert image.size == (8, 8)
 
 
+# --- default sampling settings ----------------------------------------------------------------------
+
+def test_steps_and_guidance_default_to_those_of_the_model():
+    other = StableDiffusion(tiny_parts(config=replace(PRESETS["tiny"], sampling=SamplingConfig(3, 2.0))))
+    assert [step.of for step in other.steps(PROMPT)] == [3, 3, 3]
+    [image], [same] = other.text2img(PROMPT), other.text2img(PROMPT, steps=3, guidance=2.0)
+    assert np.array_equal(image, same) and not np.array_equal(image, other.text2img(PROMPT, guidance=7.5)[0])
+    assert other.checked({"steps": 5}).guidance == 2.0 and other.checked({"guidance": 0.0}).steps == 3
+
+
+def test_models_that_store_no_settings_have_stable_diffusions(model):
+    assert (model.checked({}).steps, model.checked({}).guidance) == (50, 7.5)
+
+
 # --- what cannot be ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, told", [
@@ -434,7 +449,7 @@ def test_pictures_of_the_shipped_model_equal_those_of_diffusers(mini, sampler):
     side = model.config.latent_size
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
     theirs = pipe(PROMPT, latents=noise, num_inference_steps=5, guidance_scale=5.0, output_type="np").images
-    ours = model.text2img(PROMPT, latent=noise, sampler=sampler, steps=5, spacing=ours)
+    ours = model.text2img(PROMPT, latent=noise, sampler=sampler, steps=5, guidance=5.0, spacing=ours)
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
 

@@ -5,7 +5,10 @@ way only (SiLU, the order of sine and cosine, ...) is written from a table of fi
 config that asks for anything else is refused with the key's name, never passed over.
 """
 
-from ..config import ControlNetConfig, NoiseConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
+import math
+from numbers import Real
+
+from ..config import ControlNetConfig, NoiseConfig, SamplingConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from .errors import CheckpointError
 
 ATTENDING, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -254,6 +257,21 @@ def noise_from_dict(values: dict) -> NoiseConfig:
         beta_schedule=names[values["beta_schedule"]], prediction=prediction,
         zero_terminal_snr=values.get("rescale_betas_zero_snr", False),
     )
+
+
+# --- default sampling settings: a file of ours, in diffusers' words -----------------------------------
+
+def sampling_to_dict(config: SamplingConfig) -> dict:
+    return {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+
+
+def sampling_from_dict(values: dict) -> SamplingConfig:
+    steps, scale = values["num_inference_steps"], values["guidance_scale"]
+    if type(steps) is not int or steps < 1:
+        raise CheckpointError(f"num_inference_steps is {steps!r}, but must be a whole number from 1")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise CheckpointError(f"guidance_scale is {scale!r}, but must be a finite number")
+    return SamplingConfig(steps, float(scale))
 
 
 def _check_fixed(values: dict, fixed: dict):

@@ -7,10 +7,11 @@
     tokenizer/              vocab.json, merges.txt and what transformers wants beside them
     scheduler/              scheduler_config.json: the noise schedule and what the U-Net predicts
     vision/                 ours: CLIP's vision tower, both projections and the logit scale
+    sampling.json           ours: {"num_inference_steps": n, "guidance_scale": w}, the default sampling settings
     world.json              ours: {"objects": [...], "words": [...]}, what the model was taught
 
-The last two may be missing; diffusers passes over them. Nothing about a model's size is assumed:
-every module is built from the config.json that lies beside its tensors.
+The last three may be missing; diffusers passes over them. Without sampling.json the settings are Stable Diffusion's.
+Nothing about a model's size is assumed: every module is built from the config.json that lies beside its tensors.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from ..clip import CLIP, TextTower
-from ..config import ModelConfig, TextConfig
+from ..config import ModelConfig, SamplingConfig, TextConfig
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -31,8 +32,10 @@ from .files import missing_file, read_json, read_tensors, shapes, write_json, wr
 from .layouts import text_name, vae_name
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+SAMPLING_FILE = "sampling.json"
 PARTS = {"unet": DIFFUSERS_FILE, "vae": DIFFUSERS_FILE, "text_encoder": TRANSFORMERS_FILE}
-OPTIONAL = ("vision/config.json", f"vision/{TRANSFORMERS_FILE}", "world.json", "tokenizer/tokenizer.json")
+OPTIONAL = ("vision/config.json", f"vision/{TRANSFORMERS_FILE}", SAMPLING_FILE, "world.json",
+            "tokenizer/tokenizer.json")
 DIFFUSERS_VERSION = "0.36.0"        # the oldest whose classes take all the keys that are written here
 
 
@@ -110,6 +113,7 @@ def _write_configs(folder: Path, parts: Parts):
     write_json(folder / "vae" / "config.json", configs.vae_to_dict(config.vae, config.image_size))
     write_json(folder / "text_encoder" / "config.json",
                configs.text_to_dict(config.text, tokenizer.start, tokenizer.end))
+    write_json(folder / SAMPLING_FILE, configs.sampling_to_dict(config.sampling))
     if parts.clip is not None:
         write_json(folder / "vision" / "config.json", configs.vision_to_dict(config.vision))
     if parts.world is not None:
@@ -132,7 +136,9 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
                               f"beside it is {text.dim} wide; the parts must come from one model.")
     check_vocabulary(text_file, text, tokenizer)
     side = _read(unet_file, lambda values: int(values["sample_size"])) * vae.factor
-    return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side)
+    sampling_file = folder / SAMPLING_FILE
+    sampling = _read(sampling_file, configs.sampling_from_dict) if sampling_file.exists() else SamplingConfig()
+    return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side, sampling)
 
 
 def check_prediction(source: Path, told: str, asked: str | None):

@@ -27,6 +27,7 @@ def write_header(parts: Parts) -> dict[str, str]:
         "text": configs.text_to_dict(config.text, tokenizer.start, tokenizer.end),
         "vision": configs.vision_to_dict(config.vision) if parts.clip is not None else None,
         "noise": configs.noise_to_dict(config.noise),
+        "sampling": configs.sampling_to_dict(config.sampling),
         "tokenizer": tokenizer_to_dict(tokenizer),
         "world": parts.world,
     }
@@ -49,6 +50,9 @@ def read_header(file: Path, metadata: dict[str, str]) -> tuple[ModelConfig, Toke
             found[part] = from_dict(values[part])
         part = "vision"
         vision = configs.vision_from_dict(values[part]) if values[part] else None
+        part = "sampling"
+        if part in values:                          # older files have none
+            found[part] = configs.sampling_from_dict(values[part])
         part = "image_size"
         config = ModelConfig(file.stem, vision=vision, image_size=int(values[part]), **found)
         part = "world"

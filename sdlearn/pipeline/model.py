@@ -266,11 +266,14 @@ class StableDiffusion:
                 yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
 
     def checked(self, settings: dict) -> Settings:
-        """Settings that this model can make pictures with, or SettingsError; nothing is computed."""
+        """Settings that this model can make pictures with, the model's defaults filled in, or SettingsError; nothing is
+        computed."""
         known = [field.name for field in fields(Settings)]
         if strange := sorted(settings.keys() - set(known)):
             raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join([*known, *TASK])}")
-        chosen = Settings(**settings)
+        chosen, default = Settings(**settings), self.config.sampling
+        chosen = replace(chosen, steps=default.num_inference_steps if chosen.steps is None else chosen.steps,
+                         guidance=default.guidance_scale if chosen.guidance is None else chosen.guidance)
         self.size(chosen.size)
         told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
         told(check_guidance, self.schedule, chosen.guidance, chosen.rescale, chosen.interval)

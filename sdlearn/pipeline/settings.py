@@ -29,9 +29,9 @@ class NotFinite(FloatingPointError):
 class Settings:
     """How a picture is made, beside its prompt. Raises SettingsError for values that cannot be."""
 
-    steps: int = 20
+    steps: int | None = None            # None: the model's default, see config.SamplingConfig
     sampler: str = "dpmpp_2m"           # a key of samplers.SAMPLERS
-    guidance: float = 5.0               # w in u + w (c - u); 1 is no guidance
+    guidance: float | None = None       # w in u + w (c - u), 1 is no guidance; None: the model's default
     rescale: float = 0.0                # of the guided output's contrast, 0...1 (Lin et al. 2023)
     interval: tuple[float, float] | None = None     # timesteps (low, high) between which to guide; None: all
     spacing: str | None = None          # of the timesteps, one of schedule.SPACINGS; None: the sampler's own
@@ -50,9 +50,9 @@ class Settings:
         for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
             if not whole(value := getattr(self, name), low, high):
                 raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
-        if not isinstance(self.guidance, Real) or not math.isfinite(self.guidance):
-            raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, "
-                                "5 for a prompt well heard")
+        if self.guidance is not None and not (isinstance(self.guidance, Real) and math.isfinite(self.guidance)):
+            raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, or leave it out "
+                                "for the model's default")
         if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
             raise SettingsError(f"rescale is {self.rescale}; give a number from 0, off, to 1")
 
