@@ -43,3 +43,46 @@ def test_what_is_found_counts_where_its_middle_lies_within():
     assert found_inside(seen, MASK, ["dog", "dog"]) == 0 == found_inside(seen, MASK, ["bird", "cat"])
     outside = Seen((one("cat", (-40, -20, -20, -10)),), "white")       # a box may reach beyond the picture
     assert found_inside([outside, outside], MASK, ["cat", "cat"]) == 0.5
+
+
+def test_a_middle_is_looked_up_by_its_row_and_its_column():
+    """A hole in the upper right corner: what is upper right lies in it, what is lower left does not."""
+    hole = torch.zeros(1, 1, 16, 16)
+    hole[:, :, :6, 9:] = 1
+    right, left = Detection("cat", (10, 1, 14, 5), 0.9, None), Detection("cat", (1, 10, 5, 14), 0.9, None)
+    assert found_inside([Seen((right,), "white")], hole, ["cat"]) == 1
+    assert found_inside([Seen((left,), "white")], hole, ["cat"]) == 0
+    wide = torch.zeros(1, 1, 8, 32)
+    wide[:, :, :, 20:] = 1
+    assert found_inside([Seen((Detection("cat", (22, 1, 30, 7), 0.9, None),), "white")], wide, ["cat"]) == 1
+
+
+def test_the_middle_decides_and_not_how_much_of_a_box_is_in_the_hole():
+    hole = torch.zeros(1, 1, 32, 32)
+    hole[:, :, 10:20, 10:20] = 1
+
+    def share(*boxes):
+        return found_inside([Seen(tuple(Detection("cat", box, 0.9, None) for box in boxes), "white")], hole, ["cat"])
+
+    assert share((0, 0, 30, 30)) == 1 and share((0, 10, 19, 20)) == 0 and share((10, 0, 20, 19)) == 0
+    assert share((9, 9, 11, 11)) == 1 and share((18, 18, 20, 20)) == 1 and share((19, 19, 21, 21)) == 0
+    assert share((0, 0, 4, 4), (12, 12, 18, 18)) == 1, "one of several is enough"
+
+
+def test_each_picture_has_its_own_hole_and_its_own_object():
+    holes = torch.zeros(3, 1, 16, 16)
+    holes[0, :, :8], holes[1, :, 8:], holes[2] = 1, 1, 1
+    up = Seen((Detection("cat", (4, 0, 8, 4), 0.9, None),), "white")
+    assert found_inside([up, up, up], holes, ["cat", "cat", "dog"]) == pytest.approx(1 / 3)
+    assert found_inside([up, up, up], holes, ["cat", "dog", "cat"]) == pytest.approx(2 / 3)
+
+
+def test_a_seam_is_a_mean_over_both_directions_of_its_border():
+    """A corner of 4 rows and 2 columns has a border of 2 + 4 pairs of neighbours."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[:, :, :4, :2] = 1
+    pixels = torch.zeros(1, 3, 8, 8)
+    pixels[:, 0, 4, :2] = 0.9                           # below the hole, in one of three colours
+    assert seam_jump(pixels, mask) == pytest.approx([0.3 * 2 / 6])
+    pixels[:, :, :4, 2] = 0.6                           # right of it, in all
+    assert seam_jump(pixels, mask) == pytest.approx([(0.3 * 2 + 0.6 * 4) / 6])

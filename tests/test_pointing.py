@@ -1,6 +1,7 @@
 """Peaks of heat maps are counted in the boxes that they lie in."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,3 +69,71 @@ def test_what_cannot_be_counted_is_told(one):
         pointing(torch.rand(2, 77, 4, 4), [one], TOKENIZER)
     assert all(map(math.isnan, pointing(torch.rand(0, 77, 4, 4), [], TOKENIZER)))
     assert Pointing._fields[0] == "own"
+
+
+def moved(one, *boxes):
+    return replace(one, objects=tuple(replace(thing, box=box) for thing, box in zip(one.objects, boxes, strict=True)))
+
+
+def test_a_peak_where_boxes_overlap_is_in_the_objects_own_box_alone(one):
+    both = moved(one, (10, 20, 60, 70), (50, 60, 110, 120))
+    found = pointing(peaks(both, smiling_face=(54, 64), apple=(54, 64), background=(1, 1)), [both], TOKENIZER)
+    assert (found.own, found.other) == (1, 0)
+    found = pointing(peaks(both, smiling_face=(80, 90), apple=(54, 64), background=(54, 64)), [both], TOKENIZER)
+    assert (found.own, found.other, found.ground) == (0.5, 0.5, 0)
+    assert found.ground_by_chance == pytest.approx(1 - (50 * 50 + 60 * 60 - 10 * 10) / both.side**2), "counted once"
+
+
+def test_maps_need_not_be_square(one):
+    """A peak's row is of the picture's height, its column of its width."""
+    apart = moved(one, (0, 96, 128, 128), (96, 0, 128, 64))
+    for height, width in ((8, 16), (16, 8)):
+        maps = torch.zeros(1, 77, height, width)
+        for word, (x, y) in {"smiling face": (4, 120), "apple": (120, 4), "background": (4, 4)}.items():
+            for place in places_of(word, one.caption, TOKENIZER):
+                maps[0, place, y * height // one.side, x * width // one.side] = 1
+        assert pointing(maps, [apart], TOKENIZER)[:3] == (1, 0, 1)
+
+
+def test_a_peak_lies_in_the_middle_of_its_cell(one):
+    """Cells of 32 pixels: the second one's middle is at 48."""
+    maps = torch.zeros(1, 77, 4, 4)
+    maps[:, :, 1, 1] = 1
+    for low, high, own in ((40, 56, 1), (32, 46, 0), (50, 64, 0)):
+        both = moved(one, (low, low, high, high), (low, low, high, high))
+        assert pointing(maps, [both], TOKENIZER).own == own
+
+
+def test_the_maps_of_a_words_tokens_are_added(one):
+    face, apple = (thing.centre for thing in one.objects)
+    places = places_of("smiling face", one.caption, TOKENIZER)
+    assert len(places) > 1
+    maps = peaks(one, smiling_face=face, apple=apple, background=(1, 1))
+    strong = peaks(one, smiling_face=apple)[:, places[:1]]
+    for first, wanted in ((0.5, 1), (len(places) + 0.5, 0.5)):
+        mixed = maps.clone()
+        mixed[:, places[0]] += first * strong[:, 0]
+        assert pointing(mixed, [one], TOKENIZER).own == wanted
+
+
+def test_several_of_an_object_are_one_noun_and_any_of_them_is_its_own(one):
+    two = moved(one, (0, 0, 40, 40), (80, 80, 120, 120))
+    two = replace(two, objects=tuple(replace(thing, name="apple") for thing in two.objects), count=2,
+                  caption="two apples on a blue background")
+    tokenizer = Tokenizer.train([two.caption] * 3, 560)
+    for at, own in ((20, 1), (100, 1), (60, 0)):
+        maps = torch.zeros(1, 77, SIDE, SIDE)
+        maps[0, :, at * SIDE // two.side, at * SIDE // two.side] = 1
+        found = pointing(maps, [two], tokenizer)
+        assert (found.own, found.other, found.ground) == (own, 0, 1 - own)
+        assert found.own_by_chance == pytest.approx(2 * 40 * 40 / two.side**2)
+
+
+def test_captions_without_a_background_are_not_counted_for_it(one):
+    face, apple = (thing.centre for thing in one.objects)
+    without = replace(one, caption="a smiling face to the left of an apple")
+    maps = peaks(one, smiling_face=face, apple=apple, background=face)
+    alone = pointing(maps, [without], TOKENIZER)
+    assert alone.own == 1 and math.isnan(alone.ground) and math.isnan(alone.ground_by_chance)
+    both = pointing(torch.cat([maps, maps]), [without, one], TOKENIZER)
+    assert both.ground == 0 and both.own == 1

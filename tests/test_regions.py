@@ -43,3 +43,45 @@ def test_connected_follows_a_winding_way():
     mask = torch.tensor([[1, 0, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]])[None]
     labels = connected(mask.bool())[0]
     assert len(labels.unique()) == 4 and labels[0, 0] == labels[0, 4] and (labels > 0).eq(mask[0].bool()).all()
+
+
+def test_a_region_counts_from_eight_blocks_on():
+    """Blocks of 4 x 4 pixels: 8 x 16 pixels are eight of them, seven in a row are 4 x 28 pixels."""
+    assert regions([picture((16, 16, 24, 32))]) == regions([picture((16, 16, 32, 24))]) == [[8 * 16]]
+    assert regions([picture((16, 16, 44, 20))]) == regions([picture((16, 16, 20, 44))]) == [[]]
+    assert regions([picture((16, 16, 44, 20))], least=7) == [[4 * 28]]
+    assert regions([picture((16, 16, 24, 32))], least=9) == [[]]
+    assert regions([picture((16, 16, 24, 32), (64, 64, 80, 80))], least=16) == [[16 * 16]]
+
+
+def test_a_region_differs_from_its_ground_by_a_quarter():
+    """Root mean square over the colours, of values in [-1, 1]: a step of one level is 2 / 255."""
+    def found(*by, **options):
+        return regions([picture((16, 16, 48, 48), ground=(100, 100, 100), colour=tuple(100 + one for one in by))],
+                       **options)
+
+    assert found(33, 33, 33) == found(-33, -33, -33) == found(57, 0, 0) == [[32 * 32]]      # 0.259, 0.258
+    assert found(30, 30, 30) == found(-30, 30, -30) == found(0, 52, 0) == [[]]              # 0.235, 0.235
+    assert found(30, 30, 30, jump=0.2) == [[32 * 32]] and found(33, 33, 33, jump=0.3) == [[]]
+
+
+def test_blocks_are_of_the_size_asked_for():
+    small = picture((16, 16, 24, 24))
+    assert regions([small]) == [[]] and regions([small], block=2) == [[8 * 8]]
+    assert regions([small], block=8, least=1) == [[8 * 8]]
+
+
+def test_the_ground_is_each_pictures_own():
+    """The colour that fills most of the picture, whichever it is."""
+    light = picture((0, 0, 128, 40), ground=(250, 250, 250), colour=(20, 20, 20))
+    dark = picture((0, 0, 128, 40), ground=(20, 20, 20), colour=(250, 250, 250))
+    assert regions([light, dark]) == [[128 * 40], [128 * 40]]
+    most = picture((0, 0, 128, 100), ground=(250, 250, 250), colour=(20, 20, 20))
+    assert regions([most]) == [[128 * 28]]
+
+
+def test_regions_of_pictures_that_are_not_square():
+    image = np.full((64, 128, 3), 200, np.uint8)
+    image[8:24, 96:120] = image[40:56, 8:40] = 20
+    assert regions([image, image.copy()]) == [[16 * 32, 16 * 24]] * 2
+    assert regions([image.transpose(1, 0, 2)]) == [[16 * 32, 16 * 24]]
