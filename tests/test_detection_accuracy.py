@@ -18,7 +18,7 @@ def placed(name, box, colour=None, size="medium"):
 
 
 def scene_with(*objects, background="white"):
-    return Scene(0, "test", "", objects, background, (255, 255, 255), None, 1)
+    return Scene(0, "test", "", objects, background, (255, 255, 255), None)
 
 
 def found(name, box, score=0.9, colour=None):

@@ -36,7 +36,7 @@ def relation_of(caption):
     return next((relation for relation, ways in WAYS.items() if any(f" {way} " in caption for way in ways)), None)
 
 
-@pytest.mark.parametrize("of", ["full", "hard"])
+@pytest.mark.parametrize("of", ["full", "hard", "rich"])
 def test_only_objects_that_take_a_tint_have_one(of):
     for drawn in scenes(0, 1500, world=WORLDS[of]):
         for caption in captions_apart(drawn, random.Random(drawn.seed)):
@@ -113,6 +113,15 @@ def test_a_wrong_count_is_another_count_of_the_same_objects(count):
         tints.update(colour for colour, _ in tints_of(wrong) if other == count)
         assert tints_of(wrong) == [("red", "apple")] or other == count, "one thing is wrong, not two"
     assert numbers == {2, 3} and tints == set(COLOURS) - {"red"}
+
+
+def test_counts_are_exchanged_between_kinds():
+    """Two cats and a pig: the wrong caption says a cat and two pigs, or three cats, and the same objects."""
+    drawn = scene_of(["cat", "cat", "pig"])
+    wrong = {re.sub(r"^(a picture|a drawing|an image) of | (on|against|with) a .*", "", wrong.replace("2", "two")
+                    .replace("3", "three").replace("small ", "").replace("large ", ""))
+             for _, wrong in pairs_of(drawn)}
+    assert wrong == {"a cat and two pigs", "three cats and a pig"}
 
 
 def test_another_object_is_one_that_is_not_there():

@@ -116,9 +116,8 @@ def test_the_maps_of_a_words_tokens_are_added(one):
         assert pointing(mixed, [one], TOKENIZER).own == wanted
 
 
-def test_several_of_an_object_are_one_noun_and_any_of_them_is_its_own(one):
-    two = moved(one, (0, 0, 40, 40), (80, 80, 120, 120))
-    two = replace(two, objects=tuple(replace(thing, name="apple") for thing in two.objects), count=2,
+def test_several_of_an_object_are_one_noun_and_any_of_them_is_its_own():
+    two = replace(moved(scene_of(["apple", "apple"], background="blue"), (0, 0, 40, 40), (80, 80, 120, 120)),
                   caption="two apples on a blue background")
     tokenizer = Tokenizer.train([two.caption] * 3, 560)
     for at, own in ((20, 1), (100, 1), (60, 0)):
