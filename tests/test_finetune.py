@@ -234,6 +234,17 @@ def test_a_grown_table_keeps_its_rows_bits(model):
     assert torch.equal(model.text(ids).hidden, hidden)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_grown_table_learns_if_it_did_before(model, learns):
+    model.text.requires_grad_(learns)
+    grow(model.text, 2)
+    assert model.text.embeddings.token_embedding.weight.requires_grad == learns
+    lacking = model.text.config.vocab_size - model.tokenizer.vocab_size
+    add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(lacking + 3, 16)))     # grows it again
+    assert model.text.config.vocab_size == 605
+    assert all(parameter.requires_grad == learns for parameter in model.text.parameters())
+
+
 def test_an_added_word_is_read_as_its_vectors(model):
     vectors = torch.randn(3, 16)
     known = model.tokenizer.vocab_size

@@ -36,6 +36,21 @@ def test_one_word_is_read_as_another_and_the_rest_as_before(model):
     assert (read(model, OLD, weak) - before).abs().max() < 1e-3, "held back, it changes nothing"
 
 
+def test_each_of_the_other_texts_is_read_as_before(model):
+    """With several of them none is left out: each is held by all together as well as by itself alone."""
+    others, rank = ["", "two small green cars", "a large blue star above a tree"], model.config.text.dim
+    together, none, *alone = (word_swap(model, OLD, NEW, some, rank=rank, ridge=1e-9)
+                              for some in (others, [], *([one] for one in others)))
+
+    def moved(text, lora):
+        return (read(model, [text], lora) - read(model, [text])).abs().mean().item()
+
+    for text, own in zip(others, alone, strict=True):
+        assert moved(text, together) < 0.5 * moved(text, none)
+        rest = [moved(text, lora) for lora in alone if lora is not own]
+        assert moved(text, together) < min(rest) and moved(text, own) < min(rest)
+
+
 def test_it_changes_what_reads_the_text_and_has_the_rank(model):
     lora = word_swap(model, OLD, NEW, [], rank=3)
     assert lora.unet and not lora.text and all(name.endswith(READERS) for name in lora.unet)

@@ -1,5 +1,6 @@
 """One new thing, taught at full length: two stages of training, stored beside the base that alone can use them."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from recipes import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
 from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
 from sdlearn.finetune import Embedding, new_lora
+from sdlearn.pictures import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training import adapters, concept, stages
 from sdlearn.training.loop import fit, load_state, save_state
@@ -25,6 +27,12 @@ def config():
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
     return untrained_base(config, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def recipes(config, run):
+    """Both stages' recipes, for tests that leave them as they are."""
+    return {stage: stages.STAGES[stage].make(config, run) for stage in stages.CONCEPTS}
 
 
 @pytest.fixture
@@ -58,18 +66,66 @@ def test_what_learns_learns_and_everything_else_keeps_its_bits(config, run, stag
     assert all(0 <= value <= 1 for value in figures.values())
 
 
-def test_half_of_a_loras_pictures_are_of_the_class(config, run):
-    recipe = stages.STAGES["lora"].make(config, run)
+def test_half_of_a_loras_pictures_are_of_the_class(recipes):
+    recipe = recipes["lora"]
     seen = recipe.rows(torch.Generator().manual_seed(0))
     assert (seen < concept.TAUGHT).sum() == (seen >= concept.TAUGHT).sum() == recipe.batch_size // 2
     said = [recipe.caption(row) for row in seen.tolist()]
     assert sum(concept.RARE in caption for caption in said) == recipe.batch_size // 2
     assert all(concept.CLASS in caption for caption in said)
     assert len(recipe.latents) == concept.TAUGHT + concept.PRIOR
-    word = stages.STAGES["word"].make(config, run)
+    word = recipes["word"]
     assert len(word.latents) == concept.TAUGHT and concept.WORD in word.caption(0)
     assert concept.RARE not in word.caption(0)
     assert torch.equal(word.latents, recipe.latents[:concept.TAUGHT])
+
+
+@pytest.mark.parametrize("stage", ["word", "lora"])
+@pytest.mark.parametrize("draws, high", [
+    (lambda learnt, background: concept.THING if learnt else concept.CLASS, {"fidelity", "fidelity elsewhere",
+                                                                             "class kept"}),
+    (lambda learnt, background: concept.CLASS, {"class kept"}),
+    (lambda learnt, background: concept.THING, {"fidelity", "fidelity elsewhere"}),
+    (lambda learnt, background: concept.THING if learnt and background == concept.GROUND else concept.CLASS,
+     {"fidelity", "class kept"}),
+], ids=["all learnt", "nothing learnt", "class forgotten", "learnt on one background alone"])
+def test_figures_tell_what_was_learnt_and_what_was_forgotten(recipes, monkeypatch, stage, draws, high):
+    """Pictures of what a model would draw, which knows the new thing and the class or takes one for the other."""
+    recipe = recipes[stage]
+
+    def drawn(prompts):
+        shown = []
+        for seed, prompt in enumerate(prompts):
+            [background] = [word for word in (concept.GROUND, concept.ELSEWHERE) if word in prompt]
+            name = draws(recipe.words in prompt, background)
+            shown.append(concept.pictures_of(name, 1, 10 * seed, background)[0].image)
+        return to_tensor(shown)
+
+    monkeypatch.setattr(recipe, "drawn", drawn)
+    figures, *_ = recipe.looked_at(recipe.model, count=2)
+    assert {name for name, value in figures.items() if value > 0.85} == high
+    assert all(value < 0.7 for name, value in figures.items() if name not in high)
+
+
+@pytest.mark.parametrize("stage", ["word", "lora"])
+def test_figures_are_of_pictures_that_the_averaged_weights_draw(recipes, monkeypatch, stage):
+    """Not of those of the model that is being trained: drawn while the averaged ones are in place, and only then."""
+    recipe = recipes[stage]
+    averaged = copy.deepcopy(recipe.model)
+    for value in averaged.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+
+    def outputs(prompts):
+        with torch.no_grad():
+            context = recipe.text(recipe.tokenizer([prompts[0]])).hidden
+            return recipe.unet(torch.ones(1, 4, 16, 16), torch.tensor([500]), context)
+
+    found = []
+    monkeypatch.setattr(recipe, "drawn", lambda prompts: found.append(outputs(prompts)) or torch.zeros(3, 3, 32, 32))
+    *_, prompts = recipe.looked_at(averaged, count=1)
+    with recipe.in_place(averaged):
+        wanted = outputs(prompts)
+    assert torch.equal(found[0], wanted) and not torch.equal(outputs(prompts), wanted)
 
 
 def test_a_words_vectors_are_pulled_nowhere_but_by_the_loss(config, run, tmp_path):

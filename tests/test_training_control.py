@@ -232,6 +232,74 @@ def test_edges_may_be_one_pixel_off_and_no_more():
     assert 0.6 < edge_f1(image, edges * (np.arange(32) < 16)) < 0.8, "half of them: precision 1/2, recall 1"
 
 
+def test_shuffled_hint_losses_are_of_other_scenes_hints_alone(config, run):
+    """Networks that know the answer, and miss it by 1 where the hint is another scene's, by 2 without any."""
+    recipe = make("edges", config, run, first=0, capacity=4)
+    drawn = [scene(1000 + seed, "test", CORE) for seed in range(4)]
+    noisy, t, contexts, target = recipe.probe(drawn, 700)
+    hints, = recipe.given(drawn)
+
+    def unet(x, t, context, residuals=None):
+        assert torch.equal(x, noisy) and torch.equal(context, contexts) and (t == 700).all()
+        if residuals is None:
+            return target + 2
+        return target + (residuals != hints).any(dim=(1, 2, 3)).float()[:, None, None, None]
+
+    recipe.unet = unet
+    found = recipe.listening(lambda x, t, context, hints: hints, count=4)
+    assert found == pytest.approx({"right@700": 0, "wrong@700": 1, "without@700": 4}, abs=1e-5)
+
+
+def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(config, run):
+    """A network that misses the answer by 1 for another scene's caption, by 2 for another's surroundings, and by 100
+    outside of the hole."""
+    recipe = make("inpaint", config, run, first=0, capacity=4, first_masks=0)
+    drawn = [scene(1000 + seed, "test", CORE) for seed in range(4)]
+    noisy, _, contexts, target = recipe.probe(drawn, 700)
+    masks, masked = recipe.given(drawn)
+
+    def unet(x, t, context, *rest):
+        assert torch.equal(x[:, :4], noisy) and torch.equal(x[:, 4:5], masks) and (t == 700).all()
+        caption, around = ((a != b).flatten(1).any(dim=1).float()[:, None, None, None]
+                           for a, b in ((context, contexts), (x[:, 5:], masked)))
+        return target + caption + 2 * around + 100 * (1 - masks)
+
+    found = recipe.listening(unet, count=4)
+    assert found == pytest.approx({"right@700": 0, "wrong@700": 1, "unseen@700": 4}, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["edges", "depth"])
+def test_agreement_compares_each_kind_of_picture_with_its_own_scenes_hint(config, run, stage):
+    recipe = make(stage, config, run, first=0, capacity=4)
+    agree = {"edges": edge_f1, "depth": covered_iou}[stage]
+    drawn = [scene(seed, "test", CORE) for seed in range(4)]
+    others = [scene(100 + seed, "test", CORE).image for seed in range(4)]
+    through = to_images(recipe.vae.to_pixels(recipe.vae.to_latent(to_tensor([one.image for one in drawn]))))
+    wanted = {name: np.mean([agree(image, recipe.hint_of(one)) for image, one in zip(images, drawn, strict=True)])
+              for name, images in (("with_hint", [one.image for one in drawn]), ("without", others),
+                                   ("ceiling", through))}
+    found = recipe.agreement(drawn, np.stack([one.image for one in drawn]), np.stack(others))
+    assert found == pytest.approx({f"{agree.__name__}_{name}": value for name, value in wanted.items()})
+    assert wanted["with_hint"] > 0.7 > wanted["without"] + 0.1
+
+
+def test_a_report_tells_pictures_with_the_hint_from_those_without(config, run, monkeypatch):
+    """A ControlNet that gives the scenes themselves, on a U-Net that gives flat grey."""
+    monkeypatch.setattr(control, "SHOWN", 3)
+    recipe = make("edges", config, run, first=0, capacity=4)
+    drawn = [scene(seed, "test", CORE) for seed in range(3)]
+
+    def sample(network, prompts, steps=20):
+        assert prompts == [one.caption for one in drawn]
+        return np.stack([np.full_like(one.image, 200) if network is recipe.unet else one.image for one in drawn])
+
+    recipe.sample, recipe.listening = sample, partial(recipe.listening, count=2)
+    found = recipe.report(recipe.model, run, 7)
+    assert found["edge_f1_with_hint"] > 0.95 and found["edge_f1_without"] == 0
+    losses = recipe.listening(recipe.model)
+    assert {name: found[name] for name in losses} == pytest.approx(losses)
+
+
 # --- masks ------------------------------------------------------------------------------------------
 
 def test_masks_are_never_empty_and_of_every_kind():
@@ -393,6 +461,16 @@ def test_moments_are_those_of_every_layers_inputs(config, run, stage):
     middle = found["conv_in.weight"].diagonal().reshape(-1, 3, 3)[:4, 1, 1]
     torch.testing.assert_close(middle, noisy.square().mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not any(layer._forward_pre_hooks for layer in network.modules())
+    # Layers that read the text get one in four without a caption, at every timestep.
+    texts = []
+    for i in range(6):
+        drawn = [scene(10**6 + 4 * i + j, world=CORE) for j in range(4)]
+        texts += [recipe.empty, recipe.text(recipe.tokenizer([one.caption for one in drawn[1:]])).hidden]
+    tokens = torch.cat(texts).flatten(0, 1)
+    readers = [name for name in found if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    assert readers
+    for name in readers:
+        torch.testing.assert_close(found[name], tokens.T @ tokens / len(tokens), rtol=1e-3, atol=1e-4)
 
 
 def test_a_control_comes_back_whole_with_room_and_nearly_without(folder, config):
@@ -555,6 +633,48 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
         torch.testing.assert_close(again["average"][name], value, atol=1e-3, rtol=1e-2)
     other = replace(config, unet=replace(config.unet, channels=(4, 8)))
     assert stages.start_from(out, tmp_path / "other", other) == ["vae", "clip"], "another U-Net starts from nothing"
+
+
+@pytest.mark.parametrize("stage", ["edges", "inpaint"])
+def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folder, stage, monkeypatch):
+    """Stored with too few bytes: the figures are those of the weights that anybody can load, and what they were before
+    storing is said apart."""
+    monkeypatch.setitem(adapters.BUDGETS, stage, {"edges": 280_000, "inpaint": 40_000}[stage])
+    monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=2))
+    recipe = make(stage, config, run, first=0, capacity=4, **({"first_masks": 0} if stage == "inpaint" else {}))
+    # What is drawn shows which network drew it, and depends on all of its weights.
+    recipe.sample = lambda network, prompts, steps=20: drawn_by(recipe, network, prompts)
+    base = load_folder(folder).unet
+    fresh = ControlNet.from_unet(base, hint_widths=hint_widths(8)) if stage == "edges" else widened(base)
+    whole = moved(fresh, far=0.05)
+    figures = adapters.ship_one(recipe, whole.state_dict(), folder, 2)
+
+    drawn = [scene(seed, "test", CORE) for seed in range(2)]
+    stored = load_shipped_control(folder, "edges") if stage == "edges" else load_inpaint(folder).unet
+    recipe.unet = base
+
+    def measured(network):
+        if stage == "edges":
+            free = recipe.sample(base, [one.caption for one in drawn])
+            return recipe.agreement(drawn, recipe.led(network, drawn), free) | recipe.listening(network, 2)
+        return recipe.kept(drawn, recipe.filled(network, drawn)) | recipe.listening(network, 2)
+
+    wanted, before = measured(stored), measured(whole)
+    different = {name for name in wanted if wanted[name] != before[name]}
+    assert different >= ({"edge_f1_with_hint", "right@700", "wrong@700"} if stage == "edges" else
+                         {"known_psnr", "right@700", "wrong@700", "unseen@700"})
+    assert {name: figures[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    found = {name: value for name, value in figures.items() if name.endswith(" before storing")}
+    assert found == pytest.approx({f"{name} before storing": before[name] for name in different}, rel=1e-5)
+
+
+def drawn_by(recipe, network, prompts):
+    """A picture for each prompt of one pass of a network over noise, uint8 (B, 128, 128, 3)."""
+    context = recipe.text(recipe.tokenizer(prompts)).hidden
+    noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return to_images(network(noise, 500, context)[:, :3].repeat_interleave(
+            8, dim=2).repeat_interleave(8, dim=3).clamp(-1, 1))
 
 
 def test_reshipping_a_base_removes_what_belonged_to_another(config, run, tmp_path, capsys):
