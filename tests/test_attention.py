@@ -428,6 +428,14 @@ def test_attention_is_open_up_to_a_map_of_that_size(fused_calls, largest, opened
     assert len(fused_calls) == (not opened)
 
 
+@pytest.mark.parametrize("tokens, opened", [(512, True), (513, False)])
+def test_self_attention_is_eager_up_to_512_tokens_unless_a_limit_is_given(fused_calls, tokens, opened):
+    layer = CrossAttention(2, heads=1)
+    with open_attention(layer), torch.no_grad():
+        layer(torch.randn(1, tokens, 2))
+    assert len(fused_calls) == (not opened)
+
+
 def test_leaving_a_nested_eager_context_restores_the_outer_one(fused_calls):
     """Also when the inner one has another limit, or ends in an error."""
     layer, x, context = CrossAttention(8, 8, heads=2), torch.randn(1, 6, 8), torch.randn(1, 5, 8)

@@ -252,6 +252,14 @@ def test_bad_numbers_are_told_in_a_sentence_before_anything_runs(options, words)
         check_guidance(SCHEDULE, **{"scale": 7.5, **options})
 
 
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": -3.0}, {"rescale": 0.0}, {"rescale": 1.0},
+                                     {"interval": (0, 999)}, {"interval": (500, 500)}, {"interval": (999, 999)}])
+def test_the_ends_of_each_range_are_accepted(options):
+    check_guidance(SCHEDULE, **{"scale": 7.5, **options})
+    made = predict_x0(Network(), SCHEDULE, CONTEXT, UNCOND, **{"scale": 7.5, **options})(X, 500)
+    assert made.isfinite().all()
+
+
 @pytest.mark.parametrize("uncond, words", [
     (None, "guidance scale 7.5 needs uncond"),
     (torch.zeros(2, 7, 5), r"uncond is \(2, 7, 5\) but context \(2, 7, 6\)"),

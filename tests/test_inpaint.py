@@ -149,6 +149,8 @@ def test_a_mask_that_the_latent_cannot_show_is_told():
     mask[:, :, 3, 3] = 1
     with pytest.raises(ValueError, match="too thin for the latent, whose cells are 8 x 8 pixels"):
         latent_mask(mask, 8)
+    with pytest.raises(ValueError, match="too thin"):                       # also if only one of a batch is
+        latent_mask(torch.cat([torch.ones_like(mask), mask]), 8)
     with pytest.raises(ValueError, match="the mask is 15 x 16 pixels .* multiples of 8"):
         latent_mask(mask[:, :, 1:], 8)
 

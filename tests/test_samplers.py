@@ -450,6 +450,16 @@ def test_steps_are_told_in_order_and_nothing_given_is_changed(name, config):
     assert all(torch.equal(a.x, b.x) for a, b in zip(steps, again, strict=True))
 
 
+@pytest.mark.parametrize("name, calls", [("heun", 10), ("pndm", 6)])
+def test_the_floor_of_alpha_counts_as_no_signal(name, calls):
+    """Six steps: Heun calls twice but in the last, PNDM twice in the first; neither does where x holds no signal."""
+    for floor in (0.0, ALMOST_ZERO):
+        schedule, seen = NoiseSchedule(MINI, floor=floor), []
+        list(SAMPLERS[name](lambda x, t, seen=seen: seen.append(t) or 0.3 * x, noise(), timesteps(schedule, 6),
+                            schedule))
+        assert len(seen) == calls
+
+
 @pytest.mark.parametrize("config", [NoiseConfig(), MINI])
 @pytest.mark.parametrize("name, draws", [(name, {"ddpm": 5, "euler_ancestral": 5}.get(name, 0)) for name in SAMPLERS])
 def test_noise_of_deviation_0_is_not_drawn(name, draws, config):

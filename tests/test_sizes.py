@@ -59,6 +59,7 @@ def test_multiples_of_the_even_step_halve_without_a_rest(preset):
 def test_a_size_is_fitted():
     assert fitted((256, 128), 128, 32) == (192, 96) and fitted((256, 256), 128, 32) == (128, 128)
     assert fitted((128, 256), 128, 8) == (88, 184) and fitted((2000, 10), 128, 32)[1] == 32
+    assert fitted((10, 2000), 128, 32)[0] == 32
 
 
 def test_buckets_are_those_of_sdxl():
@@ -176,11 +177,11 @@ def test_native_size_changes_nothing_and_single_tokens_are_left_alone():
 def test_few_keys_per_training_key_leave_attention_unscaled():
     """Where training had fewer than two keys there is no entropy to preserve; from two on the scale applies."""
     layer = torch.nn.ModuleDict({"attn1": CrossAttention(8, heads=2)})
-    for tokens, scaled in ((2, False), (7, False), (8, True)):              # at area 4: 0.5, 1.75 and 2 in training
+    for tokens, area, scaled in ((2, 4, False), (7, 4, False), (8, 4, True), (2, 0.5, True), (1, 0.25, False)):
         x = torch.randn(1, tokens, 8)
         with torch.no_grad():
             before = layer["attn1"](x)
-            with scaled_attention(layer, area=4):
+            with scaled_attention(layer, area):
                 after = layer["attn1"](x)
         assert torch.equal(after, before) is not scaled
 

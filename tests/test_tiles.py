@@ -75,6 +75,24 @@ def test_tiles_are_blended_over_all_pixels_of_their_overlap(factor, across):
     assert torch.allclose(found[3] if across else found[:, 3], expected)
 
 
+def test_tiles_are_of_64_cells_and_share_16_unless_given():
+    """112 columns take exactly two of them; the first is alone in columns 0 to 47, the second in 64 to 111."""
+    sizes, values = [], iter((0.0, 1.0))
+
+    def decode(part):
+        sizes.append(tuple(part.shape[2:]))
+        return torch.full((1, 3, *part.shape[2:]), next(values))
+    found = decode_tiled(decode, torch.zeros(1, 4, 3, 112), factor=1)[0, 0, 0]
+    assert sizes == [(3, 64), (3, 64)]
+    assert found[:48].eq(0).all() and found[64:].eq(1).all() and found[48:64].diff().gt(0).all()
+
+
+def test_tiles_are_put_together_on_the_latents_device():
+    """On the meta device, where mixing devices raises."""
+    found = decode_tiled(local, torch.empty(1, 4, 5, 7, device="meta"), factor=2, tile=4, overlap=2)
+    assert found.device.type == "meta" and found.shape == (1, 3, 10, 14)
+
+
 def test_one_tile_is_the_whole_picture():
     vae = tiny_parts(config=tiny_config()).vae
     latent = torch.randn(1, 4, 6, 5)

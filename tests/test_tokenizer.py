@@ -322,6 +322,20 @@ def test_awkward_prompts_make_rows(mini, text):
     assert row.shape == (77,) and row[0] == mini.start and mini.end in row and row.max() < mini.vocab_size
 
 
+def test_half_a_character_is_decoded_as_the_replacement_character(mini):
+    ids = mini.encode("\U0001F642")
+    assert mini.decode(ids) == "\U0001F642"
+    assert mini.decode(ids[:1]) == "\ufffd"
+
+
+def test_the_smallest_row_and_the_smallest_vocabulary(mini):
+    """Start and end alone, and the bytes, start and end without any merge."""
+    assert mini("a cat", length=2).tolist() == [[mini.start, mini.end]] and mini.truncated("a cat", 2) == "a cat"
+    bytes_only = Tokenizer.train(["a cat"], 514)
+    assert bytes_only.vocab_size == 514 and bytes_only.merges == []
+    assert bytes_only.tokens(bytes_only.encode("a cat")) == ["a</w>", "c", "a", "t</w>"]
+
+
 # ---------------------------------------------------------------------------- added tokens
 
 def test_an_added_token_stands_for_its_ids(clip):
@@ -389,6 +403,14 @@ def test_a_saved_folder_opens_here_and_in_transformers(mini, tmp_path, pad_with_
     texts = texts if pad_with_end else [text for text in texts if "!" not in text]      # see above
     theirs = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert torch.equal(again(texts), theirs)
+
+
+def test_a_tokenizer_is_saved_into_new_folders_and_over_an_earlier_one(mini, tmp_path):
+    folder = tmp_path / "model" / "tokenizer"
+    for tokenizer in (mini, Tokenizer(mini.merges[:5], pad_with_end=False)):
+        tokenizer.save(folder)
+        again = Tokenizer.load(folder)
+        assert (again.vocab, again.merges, again.pad) == (tokenizer.vocab, tokenizer.merges, tokenizer.pad)
 
 
 @pytest.mark.parametrize("saved", [True, False])
