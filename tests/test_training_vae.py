@@ -47,6 +47,18 @@ def test_noise_on_the_latent_is_relative_to_its_deviation_and_differs_between_im
     assert torch.equal(VAERecipe(config, latent_noise=0.0).with_noise(latents), latents)
 
 
+def test_larger_latents_are_no_way_out_of_the_noise(config):
+    recipe = VAERecipe(config, latent_noise=0.15)
+    scale = torch.tensor(1.0, requires_grad=True)
+    latents = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    noisy = recipe.with_noise(scale * latents)
+    relative = (noisy / scale.detach() - latents).square().sum()             # what a decoder sees after rescaling
+    torch.manual_seed(0)
+    exact = (recipe.with_noise(scale * latents) / scale - latents).square().sum()
+    assert torch.autograd.grad(exact, scale)[0].abs() < 1e-4 * relative.detach()
+
+
 def test_the_decoder_learns_from_noisy_latents(config, monkeypatch):
     recipe = VAERecipe(config)
     pixels = to_tensor([scene(0).image])

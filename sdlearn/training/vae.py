@@ -119,9 +119,13 @@ class VAERecipe:
         return loss, {"l1": absolute, "mse": squared, "kl": kl}
 
     def with_noise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, Z, h, w) with noise of a deviation that is drawn for each image."""
+        """Latents (B, Z, h, w) with noise of a deviation that is drawn for each image.
+
+        The deviation of the batch is part of the gradient: with a constant in its place the encoder would learn to
+        make latents ever larger, which outgrows the noise of one step and gains nothing.
+        """
         share = torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        return latents + share * self.latent_noise * latents.detach().std() * torch.randn_like(latents)
+        return latents + share * self.latent_noise * latents.std() * torch.randn_like(latents)
 
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
