@@ -199,3 +199,8 @@ def test_detections_come_by_falling_score_and_from_the_threshold_on():
     logits = [1.0, 3.0, -0.7, -1.0]                     # scores 0.73, 0.95, 0.33, 0.27
     found = names_and_centres(*[(*place, 20.0, 20.0, logit) for place, logit in zip(at, logits, strict=True)])
     assert [name for name, _ in found] == ["dog", "cat", "pig"]
+
+
+def test_a_detection_is_compared_with_all_that_are_kept():
+    near, far, again = ("cat", 4, 4, 40.0, 40.0, 4.0), ("dog", 24, 24, 40.0, 40.0, 3.0), ("pig", 6, 4, 40.0, 40.0, 2.0)
+    assert [name for name, _ in names_and_centres(near, far, again)] == ["cat", "dog"]

@@ -128,6 +128,20 @@ def test_several_of_an_object_are_one_noun_and_any_of_them_is_its_own():
         assert found.own_by_chance == pytest.approx(2 * 40 * 40 / two.side**2)
 
 
+def test_each_kind_of_object_is_named_by_its_own_count():
+    """Two apples and a cat: the plural of the one, the singular of the other, and each counts once."""
+    drawn = replace(moved(scene_of(["apple", "apple", "cat"]), (0, 0, 40, 40), (80, 80, 120, 120), (80, 0, 120, 40)),
+                    caption="two apples and a cat")
+    tokenizer = Tokenizer.train([drawn.caption] * 3, 560)
+    maps = torch.zeros(1, 77, SIDE, SIDE)
+    for word, (x, y) in {"apples": (100, 100), "cat": (20, 20)}.items():
+        for place in places_of(word, drawn.caption, tokenizer):
+            maps[0, place, y * SIDE // drawn.side, x * SIDE // drawn.side] = 1
+    found = pointing(maps, [drawn], tokenizer)
+    assert (found.own, found.other) == (0.5, 0.5)
+    assert found.own_by_chance == pytest.approx((2 + 1) * 40 * 40 / 2 / drawn.side**2)
+
+
 def test_captions_without_a_background_are_not_counted_for_it(one):
     face, apple = (thing.centre for thing in one.objects)
     without = replace(one, caption="a smiling face to the left of an apple")

@@ -36,10 +36,10 @@ def pointing(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> Poi
         raise ValueError(f"there are maps of {len(heat)} captions for {len(scenes)} scenes: give one for each")
     nouns, grounds = [], []                             # rows of (in own, in other, own's share of the picture)
     for one, maps in zip(scenes, heat, strict=True):
-        for name in dict.fromkeys(thing.name for thing in one.objects):
+        for name, count in {group.name: group.count for group in one.groups}.items():
             own = boxes_of(one, lambda thing, name=name: thing.name == name)
             other = boxes_of(one, lambda thing, name=name: thing.name != name) & ~own
-            at = peak(maps, OBJECTS[name].noun(one.count), one, tokenizer)
+            at = peak(maps, OBJECTS[name].noun(count), one, tokenizer)
             nouns.append((own[at], other[at], own.mean()))
         if GROUND in one.caption:
             free = ~boxes_of(one, lambda thing: True)
