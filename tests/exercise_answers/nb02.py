@@ -95,7 +95,9 @@ def popped(symbols, pair):
     return symbols
 
 
-wrong("merge", "where it must give a list of strings")(lambda symbols, pair: "".join(symbols))
+for answer in (lambda symbols, pair: "".join(symbols), lambda symbols, pair: tuple(merge(symbols, pair)),
+               lambda symbols, pair: [[one] for one in merge(symbols, pair)]):
+    wrong("merge", "where it must give a list of strings")(answer)
 
 
 # --- learn_merges -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from exercise_answers import right, wrong
+from sdlearn.exercises.exercise import find
 from sdlearn.samplers import Step
 
 # --- add_noise ----------------------------------------------------------------------------------------
@@ -564,3 +565,50 @@ def no_end(denoise, x, grid, schedule):
         h = math.log(ap / sp) - math.log(a / s)
         x = sp / s * x - ap * math.expm1(-h) * x0
         yield Step(i, t, x, x0)
+
+
+# --- what is asked of every sampler -------------------------------------------------------------------
+
+def reporting(name, change, *, look=lambda denoise: denoise):
+    """The package's sampler; `change(place, steps, x)` makes what is yielded at a place of all its steps."""
+    [sample, *_] = find(name).solutions
+
+    def sampler(denoise, x, grid, schedule, **settings):
+        steps = list(sample(look(denoise), x, grid, schedule, **settings))
+        for i in range(len(steps)):
+            yield from change(i, steps, x)
+    return sampler
+
+
+def twice(denoise):
+    def look(x, t):
+        denoise(x, t)
+        return denoise(x, t)
+    return look
+
+
+def as_it_is(i, steps, x):
+    yield steps[i]
+
+
+def at(name, value):
+    """With another value of one part of each step."""
+    def change(i, steps, x):
+        yield steps[i]._replace(**{name: value(i, steps, x)})
+    return change
+
+
+for name in ("ddpm", "ddim", "euler", "heun", "dpmpp_2m"):
+    for words, change in [
+        ("yields 5 steps where the grid has 6", lambda i, steps, x: steps[i:i + 1] if i else []),
+        ("yields 12 steps where the grid has 6", lambda i, steps, x: [steps[i]] * (2 if len(steps) > 3 else 1)),
+        ("`yield` after the step is made", at("x", lambda i, steps, x: steps[i - 1].x if i else x)),
+        ("says that its index is 1: it counts from 0", at("index", lambda i, steps, x: i + 1)),
+        ("where it started from", at("t", lambda i, steps, x: steps[min(i + 1, len(steps) - 1)].t)),
+        ("x0 of a step has shape", at("x0", lambda i, steps, x: steps[i].x0[0])),
+        ("It must yield Step(index, t, x, x0)", lambda i, steps, x: [tuple(steps[i])[:3]]),
+        ("is another one than `denoise(x, t)` gave", at("x0", lambda i, steps, x: steps[-1].x0)),
+    ]:
+        wrong(name, words)(reporting(name, change))
+for name in ("ddpm", "dpmpp_2m"):
+    wrong(name, "It calls `denoise` 12 times for 6 steps")(reporting(name, as_it_is, look=twice))

@@ -61,6 +61,38 @@ for words, answer in [
     wrong("zero_conv", words)(answer)
 
 
+@wrong("zero_conv", "Its parameters are frozen")
+def frozen(channels):
+    conv = nn.Conv2d(channels, channels, 1).requires_grad_(False)
+    for one in conv.parameters():
+        one.zero_()
+    return conv
+
+
+@wrong("zero_conv", "No gradient reaches its weight and bias")
+class WithoutItsParameters(nn.Conv2d):
+    """Zero whatever its weights are, as long as they are its first ones."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return super().forward(x) if self.weight.any() else 0 * super().forward(x)
+
+
+@wrong("zero_conv", "not W x + b of each cell")
+class Transposed(nn.Conv2d):
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.transpose(0, 1), self.bias)
+
+
 @wrong("zero_conv", "returns None: is a `return` missing?")
 def silent(channels):
     by_init(channels)

@@ -363,6 +363,18 @@ def the_base_loses_a_layer(unet):
     return wide
 
 
+@wrong("widened", "No gradient reaches some of the new channels")
+def which_reads_four(unet):
+    wide = by_state(unet)
+    wide.conv_in.forward = lambda x: F.conv2d(x[:, :4], wide.conv_in.weight[:, :4], wide.conv_in.bias, padding=1)
+    return wide
+
+
+@wrong("widened", "It must return a U-Net")
+def weights_alone(unet):
+    return by_state(unet).state_dict()
+
+
 @wrong("widened", "The base's output has changed")
 def the_base_is_scaled_in_place(unet):
     wide = by_state(unet)

@@ -303,6 +303,21 @@ for words, parts in [
     wrong("LoRALinear", words)(type("LoRALinear", (Straight,), parts))
 
 
+@wrong("LoRALinear", "What learns is down: it must be down and up")
+class UpIsFrozen(Straight):
+    def __init__(self, base, rank, alpha=None):
+        super().__init__(base, rank, alpha)
+        self.up.requires_grad = False
+
+
+@wrong("LoRALinear", "here it is the other way round")
+class ZeroBelow(Straight):
+    def __init__(self, base, rank, alpha=None):
+        super().__init__(base, rank, alpha)
+        nn.init.zeros_(self.down)
+        nn.init.normal_(self.up)
+
+
 # --- merged_weight ------------------------------------------------------------------------------------
 
 @right("merged_weight")

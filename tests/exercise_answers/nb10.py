@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from exercise_answers import right, wrong
+from sdlearn.exercises.exercise import find
 from sdlearn.sizes import even_step, fitted
 from sdlearn.tiles import ramp, tile_starts
 
@@ -269,6 +270,21 @@ for words, answer in [
         size, list(reversed(sizes)))),
 ]:
     wrong("nearest_bucket", words)(answer)
+
+
+@wrong("nearest_bucket", "For an empty list, what it raises")
+def the_size_itself(size, buckets):
+    return find("nearest_bucket").solutions[0](size, buckets) if buckets else size
+
+
+@wrong("nearest_bucket", "Of two that are equally near, the result")
+def the_last_of_equals(size, buckets):
+    return find("nearest_bucket").solutions[0](size, buckets[::-1])
+
+
+@wrong("shifted_time", "where timesteps go from 0 to 999")
+def in_thousands(*given):
+    return 1000 + find("shifted_time").solutions[0](*given)
 
 
 # --- decode_tiled -------------------------------------------------------------------------------------
