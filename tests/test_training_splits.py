@@ -1,0 +1,112 @@
+"""Training draws scenes of the training split, and whatever is measured is measured on scenes of the test split, in the
+world that a stage is given."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import one_thread  # noqa: F401
+from recipes import scene_config, untrained_base
+
+from sdlearn.data import CORE, FULL, WORLDS
+from sdlearn.data import scene as scene_of_seed
+from sdlearn.training import card, stages
+from sdlearn.training.clip import read_rightly, retrieval, told_apart
+from sdlearn.training.unet import UNetRecipe, fixed_prompts
+from sdlearn.training.vae import measure_scaling
+
+HARD = WORLDS["hard"]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return scene_config()
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    return untrained_base(config, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The (split, world) of every scene that any module draws by its seed."""
+    found = []
+
+    def recorded(seed, split="train", world=FULL):
+        found.append((split, world))
+        return scene_of_seed(seed, split, world)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sdlearn") and getattr(module, "scene", None) is scene_of_seed:
+            monkeypatch.setattr(module, "scene", recorded)
+    return found
+
+
+SMALL = {"vae": {}, "clip": {}, **dict.fromkeys(("unet", "edges", "depth"), {"first": 4, "capacity": 60}),
+         "inpaint": {"first": 4, "capacity": 60, "first_masks": 1, "masks": 1}}
+
+
+@pytest.mark.parametrize("stage", SMALL)
+def test_batches_are_of_the_training_split_in_the_stages_world(config, run, tmp_path, asked, stage):
+    stages.trained_vae(config, run)                             # measures its scaling factor at the first call
+    asked.clear()
+    recipe = stages.STAGES[stage].make(config, run, world=HARD, batch_size=4, **SMALL[stage])
+    recipe.batch(torch.Generator().manual_seed(0))
+    assert set(asked) == {("train", HARD)}
+
+
+@pytest.mark.parametrize("stage", ["unet", "edges", "inpaint"])
+def test_losses_of_reports_are_of_the_test_split(config, run, asked, stage):
+    recipe = stages.STAGES[stage].make(config, run, world=HARD, batch_size=4, **SMALL[stage])
+    asked.clear()
+    network = stages.trained_unet(config, run) if stage == "unet" else recipe.model
+    recipe.listening(network, count=2)
+    assert asked == [("test", HARD)] * 2
+
+
+def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
+    vae = stages.trained_vae(config, run)
+    clip = stages.make_clip(config, run, batch_size=2)
+    towers, tokenizer = clip.model, clip.tokenizer
+    for measure in (
+        lambda: stages.make_vae(config, run, world=HARD).report(vae, tmp_path, 1),
+        lambda: fixed_prompts(4, HARD),
+        lambda: retrieval(towers, tokenizer, count=3, world=HARD),
+        lambda: told_apart(towers, tokenizer, count=3, world=HARD),
+        lambda: read_rightly(towers, tokenizer, count=3, world=HARD),
+        lambda: card.autoencoder_psnr(vae, count=3, world=HARD),
+        lambda: card.autoencoder_by_size(vae, count=1, world=HARD),
+        lambda: card.chosen_rightly(towers, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"], others=3,
+                                    world=HARD),
+    ):
+        asked.clear()
+        measure()
+        assert {split for split, _ in asked} == {"test"} and asked.count(("test", HARD)) >= 3
+
+
+def test_the_scaling_factor_and_the_tokenizer_are_of_the_training_split(config, run, asked, tmp_path):
+    measure_scaling(stages.trained_vae(config, run), count=16)
+    stages.train_tokenizer(config, tmp_path, captions=5)
+    assert len(asked) >= 21 and set(asked) == {("train", FULL)}
+
+
+def test_a_card_tells_drawn_pictures_from_real_scenes(config, run, monkeypatch, tmp_path):
+    """The choice among captions is of what the U-Net draws, then of the prompts' own scenes through the autoencoder."""
+    prompts, seen = fixed_prompts(3, CORE), []
+    for name in ("retrieval", "autoencoder_psnr", "autoencoder_by_size", "reconstruction_under_noise"):
+        monkeypatch.setattr(card, name, lambda *_: {}, raising=False)
+    monkeypatch.setattr(card, "chosen_rightly", lambda clip, tokenizer, images, prompts, world:
+                        seen.append((np.stack(list(images)), list(prompts), world)) or float(len(seen)))
+    monkeypatch.setattr(UNetRecipe, "listening", lambda *_: {})
+    parts, figures, images = card.measure(config, run, prompts, CORE)
+    (drawn, asked_for, world), (through, captions, same) = seen
+    assert np.array_equal(drawn, np.stack(images)) and asked_for == prompts and world == same == CORE
+    assert captions == prompts[1:]                              # the first prompt is no scene's
+    real = [scene_of_seed(seed, "test", CORE) for seed in range(2)]
+    assert [one.caption for one in real] == captions
+    wanted = card.to_images(torch.cat([parts.vae.decode(parts.vae.encode(card.to_tensor([one.image])).mode())
+                                       for one in real]))
+    assert np.array_equal(through, wanted)
+    assert [value for name, value in figures.items() if "prompts" in name] == [1.0, 2.0]
