@@ -52,7 +52,7 @@ def test_rows_hold_the_scenes_of_their_seeds_and_no_seed_comes_twice(parts, tmp_
 
 
 def test_processes_learn_from_scenes_of_their_own(parts, tmp_path, monkeypatch):
-    seen = []
+    seen, recipes = [], []
     for process in (0, 1, 2):
         monkeypatch.setitem(vars(PartialState()), "process_index", process)
         recipe = UNetRecipe(parts.config, parts.vae, parts.text, parts.tokenizer, tmp_path, batch_size=2, fresh=2,
@@ -60,7 +60,9 @@ def test_processes_learn_from_scenes_of_their_own(parts, tmp_path, monkeypatch):
         for _ in range(3):
             recipe.batch(torch.Generator().manual_seed(0))
         seen.append(recipe.cache.seeds(np.arange(4)).tolist())
-        assert holds(recipe.cache, seen[-1], parts)
+        recipes.append(recipe)
+    for recipe, seeds in zip(recipes, seen, strict=True):
+        assert holds(recipe.cache, seeds, parts), "none writes into another's cache"
     assert len({seed for seeds in seen for seed in seeds}) == 12 and sorted(seen[0]) == [2, 3, 4, 5]
 
 
