@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
@@ -221,6 +222,12 @@ def test_the_slider_is_linked_in_the_browser_so_that_it_works_while_python_is_bu
         ((slider.slider, "index"), (slider.frames, "selected_index"))]
 
 
+def test_a_sliders_still_shows_what_the_network_predicted_in_each_step(steps):
+    still = StepSlider(steps).still()
+    assert_shows(still, [step.images()[0] for step in steps])
+    assert [one for one in words(still) if one.startswith("step ")] == [f"step {i + 1}" for i in range(len(steps))]
+
+
 def test_a_slider_needs_steps():
     with pytest.raises(ValueError, match="no steps"):
         StepSlider([])
@@ -259,6 +266,8 @@ def test_the_button_draws_what_is_set_and_keeps_what_was_there(model, explorer):
     assert explorer.progress.value == explorer.progress.max == 3 and not explorer.button.disabled
     assert len(explorer.earlier.children) == 2 and "seed 7" in explorer.earlier.children[0].children[1].value
     assert "a cat" in " ".join(words(explorer.still()))
+    expected = model.text2img("a cat", **explorer.settings())
+    assert_shows(explorer.still(), expected)            # the newest, and not the first
 
 
 def test_only_the_latest_pictures_are_kept(explorer):

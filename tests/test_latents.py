@@ -1,10 +1,12 @@
 """Figures and widget of notebook 01: spectra add up, low-pass pictures lose what is fast, edits do what they say."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from drawings import assert_shows
 from matplotlib.text import Text
 from models import one_thread, randomise  # noqa: F401
 
@@ -252,6 +254,9 @@ def test_it_carries_a_picture_for_pages_without_widgets(vae, drawn):
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
     assert sizes["image/png"]["width"] <= WIDTH and widget.edit() == Edit()
     assert "with noise of 0.5" in " ".join(words(widget.still())).replace("\n", " ")
+    edit = widget.edit()
+    edits = [edit, *(replace(edit, **one) for one in ({"mix": 0.5}, {"noise": 0.5}, {"lost": 0}, {"text": "latent"}))]
+    assert_shows(widget.still(), [image for one in edits for image in widget.row(one)[0]])
 
 
 def test_fewer_than_two_scenes_are_refused(vae):
