@@ -37,6 +37,10 @@ def test_the_shuffled_caption_gap_has_another_scenes_caption_for_every_scene():
     for step in (999, 700):
         first, second = (x for t, x in asked if t[0] == step)
         assert torch.equal(first, second), "the same noise for both"
+    before = [x for _, x in asked]
+    asked.clear()
+    assert unet_training.listening(network, schedule, latents, captions) == found
+    assert all(torch.equal(x, again) for x, (_, again) in zip(before, asked, strict=True)), "and at every call"
 
 
 # --- agreement with hints -----------------------------------------------------------------------------
