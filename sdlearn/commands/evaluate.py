@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..evaluation.command import FIGURES, Plan
 from ..evaluation.command import run as measure
-from ..evaluation.keeping import keep
+from ..evaluation.keeping import FEWEST_PROMPTS, check_prompts, keep
 from ..pipeline import SettingsError, StableDiffusion, shipped
 from ..samplers import SAMPLERS
 
@@ -15,22 +15,28 @@ from ..samplers import SAMPLERS
 def add_arguments(parser: argparse.ArgumentParser):
     plan = Plan()
     parser.add_argument("--model", default="mini", help=f"{', '.join(shipped())} or a model folder (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=plan.prompts, help="of each of the seven tasks (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=plan.prompts, help="of each of the eight tasks (%(default)s)")
     parser.add_argument("--seeds", type=int, default=plan.seeds, help="pictures of each prompt (%(default)s)")
-    parser.add_argument("--guidance", type=float, nargs="+", default=list(plan.guidance), metavar="SCALE",
-                        help="one or more, each a column of the table (5)")
-    parser.add_argument("--steps", type=int, default=plan.steps, help="of the sampler (%(default)s)")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE",
+                        help="one or more, each a column of the table (the model's default: 3 for mini)")
+    parser.add_argument("--steps", type=int, help="of the sampler (the model's default: 20 for mini)")
     parser.add_argument("--sampler", default=plan.sampler, help=f"{', '.join(SAMPLERS)} (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda ... (a GPU where there is one)")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="FOLDER",
                         help=f"for {FIGURES} and sheets of failures (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="put the figures into the model's own folder, too")
+    parser.add_argument("--keep", action="store_true",
+                        help=f"put the figures into the model's own folder; {FEWEST_PROMPTS} prompts a task or more")
+    parser.add_argument("--allow-few-prompts", action="store_true",
+                        help=f"keep figures of fewer than {FEWEST_PROMPTS} prompts a task: for tests of the command")
 
 
 def run(args: argparse.Namespace):
+    fewest = 1 if args.allow_few_prompts else FEWEST_PROMPTS
     try:
-        plan = Plan(prompts=args.prompts, seeds=args.seeds, guidance=tuple(args.guidance), steps=args.steps,
-                    sampler=args.sampler)
+        if args.keep:
+            check_prompts(args.prompts, fewest)             # before hours of work, not after
+        plan = Plan(prompts=args.prompts, seeds=args.seeds, guidance=args.guidance and tuple(args.guidance),
+                    steps=args.steps, sampler=args.sampler)
         model = StableDiffusion.load(args.model, device=args.device)
         told = measure(model, plan, args.out, watch=tqdm)
     except ValueError as error:                 # of the rooms below, which know no settings
@@ -38,4 +44,4 @@ def run(args: argparse.Namespace):
     print(told)
     print(args.out)
     if args.keep:
-        print(keep(args.out, args.model))
+        print(keep(args.out, args.model, fewest=fewest))

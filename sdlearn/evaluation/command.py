@@ -2,22 +2,36 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoint import write_json, written_beside
 from ..data import SIDE
+from .autoencoder import SCENES, autoencoder_psnr
 from .card import known_figures
 from .judge import Judge, load_judge
 from .metrics import frechet_distance, vision_features
-from .report import Column, circumstances, column, failure_sheet, figure, line, results, table, told, worst
+from .report import (
+    Column,
+    circumstances,
+    column,
+    failure_sheet,
+    figure,
+    in_captions_words,
+    line,
+    results,
+    table,
+    told,
+    worst,
+)
 from .sampling import Judged, evaluate, evaluate_scenes, scene_for
-from .tasks import PER_TASK, TASKS, Prompt, prompts_for
+from .tasks import PER_TASK, Prompt, in_caption_wording, prompts_for
 
 FIGURES = "evaluation.json"
 FRECHET = "Fréchet distance to scenes"
+DEFAULTS, AUTOENCODER = "model's defaults", "autoencoder on unseen scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +40,8 @@ class Plan:
 
     prompts: int = PER_TASK             # of each task
     seeds: int = 4                      # pictures of each prompt
-    guidance: tuple[float, ...] = (5.0,)
-    steps: int = 20
+    guidance: tuple[float, ...] | None = None       # None: the model's default scale alone
+    steps: int | None = None            # None: the model's default
     sampler: str = "dpmpp_2m"
 
     def __post_init__(self):
@@ -35,15 +49,16 @@ class Plan:
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a whole number from 1 to {most}")
 
-    @property
-    def pictures(self) -> int:
-        """That the model makes for each guidance scale."""
-        return len(TASKS) * self.prompts * self.seeds
+    def for_model(self, model) -> "Plan":
+        """The plan with the model's default settings where there were none."""
+        default = model.config.sampling
+        return replace(self, steps=default.num_inference_steps if self.steps is None else self.steps,
+                       guidance=(default.guidance_scale,) if self.guidance is None else self.guidance)
 
 
 def check(model, plan: Plan, out: Path):
     """Raises ValueError for a plan, a model or a folder with which nothing could be measured or kept."""
-    for scale in plan.guidance:
+    for scale in plan.for_model(model).guidance:
         model.checked({"steps": plan.steps, "sampler": plan.sampler, "guidance": scale})
     if model.world is None:
         raise ValueError(f"'{model.config.name}' does not say which objects it was taught, so it cannot be asked for "
@@ -61,23 +76,29 @@ def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
     and `evaluate` raise; nothing is written then.
     """
     check(model, plan, out)
+    plan = plan.for_model(model)
     judge = judge or load_judge(device=model.device)
-    prompts = prompts_for(model.world["objects"], count=plan.prompts)
+    objects = model.world["objects"]
+    drawn = prompts_for(objects, count=plan.prompts)
+    prompts = [*drawn, *in_caption_wording(drawn)]
     figures = {"model": model.config.name, **circumstances(), "settings": asdict(plan),
+               DEFAULTS: asdict(model.config.sampling),
+               AUTOENCODER: autoencoder_psnr(model.vae, objects, count=min(SCENES, 5 * plan.prompts)),
                "judge on unseen scenes": (known_figures() or {}).get("unseen scenes"), "columns": {}, "pictures": {}}
     columns, features, sees = [], {}, sees_pictures(model)
     for title, judged, kept in passes(model, plan, prompts, judge):
-        judged = list(watch(judged, total=plan.pictures, desc=title))
+        judged = list(watch(judged, total=len(prompts) * plan.seeds, desc=title))
         columns.append(column(title, judged, model.clip))
-        figures["columns"][title] = told(columns[-1], plan.prompts)
+        figures["columns"][title] = told(columns[-1])
         if sees:
-            features[title] = vision_features(model.clip, [one.image for one in judged])
+            features[title] = vision_features(model.clip, [one.image for one in in_captions_words(judged)])
         if kept:
             figures["pictures"][title] = results(judged)
         write(out, figures, worst(judged) if kept else [], title)
-    if not sees or plan.pictures < 2:
+    plain = [prompt for prompt in prompts if prompt.kind is None]
+    if not sees or len(plain) * plan.seeds < 2:
         return table(columns)
-    figures[FRECHET] = distances(features, floor_of(model, plan, prompts))
+    figures[FRECHET] = distances(features, floor_of(model, plan, plain))
     write(out, figures, [], "")
     return table(columns) + "\n" + frechet_lines(figures[FRECHET], columns)
 

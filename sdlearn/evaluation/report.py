@@ -14,8 +14,9 @@ from PIL import Image
 from .accuracy import detection_sheet, words
 from .metrics import by_prompt, clipped_share, feature_diversity, pixel_diversity, saturation
 from .sampling import Judged, scores_of
-from .scoring import Scores, mean
+from .scoring import Scores, count_confusion, mean
 from .tasks import GENEVAL
+from .wordings import compare_wordings
 
 WORST = 28              # failures on the sheet
 
@@ -27,20 +28,32 @@ class Column:
     title: str
     scores: Scores
     measures: dict[str, float]
+    counts: dict[int, dict[int, int]]           # see `scoring.count_confusion`
+    wordings: dict[str, dict[str, float]]       # see `wordings.compare_wordings`
 
 
 def column(title: str, judged: Sequence[Judged], clip=None) -> Column:
-    """Scores and measures of pictures. clip: the model's towers, if it has any that see pictures of this size."""
-    groups = [group for group in by_prompt([one.image for one in judged], [one.prompt for one in judged]).values()
+    """Scores of pictures, and measures of those of prompts in the captions' words.
+
+    clip: the model's towers, if it has any that see pictures of this size.
+    """
+    plain = in_captions_words(judged)
+    groups = [group for group in by_prompt([one.image for one in plain], [one.prompt for one in plain]).values()
               if len(group) > 1]
-    images = [one.image for one in judged]
+    images = [one.image for one in plain]
     measures = {"saturation": float(saturation(images).mean()), "clipped": float(clipped_share(images).mean())}
     if groups:
         measures["diversity, pixels"] = mean([pixel_diversity(group) for group in groups])
     side = clip.vision_model.config.image_size if clip is not None else None
     if groups and images[0].shape[:2] == (side, side):
         measures["diversity, features"] = mean([feature_diversity(clip, group) for group in groups])
-    return Column(title, scores_of(judged), measures)
+    counts = count_confusion([one.prompt for one in judged], [one.verdict for one in judged])
+    return Column(title, scores_of(judged), measures, counts, compare_wordings(judged))
+
+
+def in_captions_words(judged: Sequence[Judged]) -> list[Judged]:
+    """Those of the seven tasks whose prompts are drawn."""
+    return [one for one in judged if one.prompt.kind is None]
 
 
 def table(columns: Sequence[Column]) -> str:
@@ -70,19 +83,19 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def told(one: Column, prompts: int) -> dict:
-    """A column for JSON. The standard error takes a task's prompts as independent, and the pictures of one prompt
-    as one: the true error is no larger."""
-    return {"tasks": one.scores.tasks, "standard error": {task: one.scores.error(task, prompts)
-                                                          for task in one.scores.tasks},
-            "overall": one.scores.overall, "background": one.scores.background,
-            "more than was asked for": one.scores.duplicates, "pictures": one.scores.pictures, **one.measures}
+def told(one: Column) -> dict:
+    """A column for JSON; the standard errors are clustered by prompt."""
+    return {"tasks": one.scores.tasks, "standard error": one.scores.errors,
+            "overall": one.scores.overall, "standard error of overall": one.scores.overall_error,
+            "background": one.scores.background, "more than was asked for": one.scores.duplicates,
+            "pictures": one.scores.pictures, **one.measures, "counts": one.counts, "wordings": one.wordings}
 
 
 def results(judged: Sequence[Judged]) -> list[dict]:
     """Every picture for JSON: what was asked, what the judge saw, and the verdict."""
-    return [{"task": one.prompt.task, "prompt": one.prompt.text, "seed": one.seed, "right": one.verdict.right,
-             "wrong": list(one.verdict.wrong), "background": one.verdict.background, "seen": words(one.verdict.seen)}
+    return [{"task": one.prompt.task, "kind": one.prompt.kind, "prompt": one.prompt.text, "seed": one.seed,
+             "right": one.verdict.right, "wrong": list(one.verdict.wrong), "background": one.verdict.background,
+             "seen": words(one.verdict.seen)}
             for one in judged]
 
 

@@ -38,17 +38,18 @@ def scores_of(judged: Sequence[Judged]) -> Scores:
 
 
 @torch.no_grad()
-def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, sampler: str = "dpmpp_2m",
-           guidance: float = 5.0) -> list[Image.Image]:
+def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None, sampler: str = "dpmpp_2m",
+           guidance: float | None = None) -> list[Image.Image]:
     """One picture for each text and seed, in one batch: the one that `generate TEXT --seed SEED` gives, up to the
-    rounding of arithmetic on a batch. Raises what `StableDiffusion.steps` raises."""
+    rounding of arithmetic on a batch. steps, guidance: the model's defaults unless given. Raises what
+    `StableDiffusion.steps` raises."""
     chosen = model.checked({"steps": steps, "sampler": sampler, "guidance": guidance, "batch": len(texts)})
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = model.latent_shape(chosen)[1:]
     noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(model.device)   # (B, C, h, w)
     context = model.encode([*texts, ""])                                              # (B + 1, M, T)
-    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=guidance)
-    grid = grid_for(sampler, model.schedule, steps)
+    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=chosen.guidance)
+    grid = grid_for(sampler, model.schedule, chosen.steps)
     for step in get_sampler(sampler)(denoise, noise, grid, model.schedule, generator=generators):
         latent = step.x
     return model.decode(latent)
@@ -58,7 +59,7 @@ def evaluate(model, prompts: Sequence[Prompt], *, seeds: int | Sequence[int] = 4
              at_once: int = AT_ONCE, **settings) -> Iterator[Judged]:
     """Pictures of the prompts, judged, one after the other as their batches are done: all seeds of a prompt together.
 
-        results = list(evaluate(model, prompts_for(model.world["objects"], count=25), guidance=5))
+        results = list(evaluate(model, prompts_for(model.world["objects"], count=25), guidance=3))
         scores_of(results).overall
 
     seeds: how many, from 0 on, or which. settings: steps, sampler, guidance, as in `sample`. Raises ValueError for an

@@ -5,7 +5,7 @@ detections with the highest scores; a relation is read off the centres of the bo
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,30 +75,66 @@ class Scores:
     """Shares of right pictures."""
 
     tasks: dict[str, float]
+    errors: dict[str, float | None]     # standard errors of these, clustered by prompt; None of a single prompt
     overall: float | None           # mean of GenEval's six tasks; None unless all six are there
     background: float | None        # share of right backgrounds where one was asked for
     duplicates: float               # share of pictures with more of a thing than was asked for
     pictures: int
 
-    def error(self, task: str, each: int) -> float:
-        """Standard error of a task's share, from `each` pictures that are taken as independent."""
-        share = self.tasks[task]
-        return math.sqrt(share * (1 - share) / each)
+    @property
+    def overall_error(self) -> float | None:
+        """Standard error of `overall`, the tasks being independent of each other; None where one is not known."""
+        errors = [self.errors.get(task) for task in GENEVAL]
+        return None if None in errors else math.hypot(*errors) / len(errors)
 
 
 def scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
-    """The shares over pictures; one prompt for each verdict. Raises ValueError when there is none."""
+    """The shares over pictures; one prompt for each verdict. Raises ValueError when there is none.
+
+    Backgrounds and duplicates are those of the prompts in the captions' words, as far as there are any.
+    """
     if not verdicts or len(prompts) != len(verdicts):
         raise ValueError(f"scores need one verdict for each prompt, and one at least, not {len(verdicts)} verdicts "
                          f"for {len(prompts)} prompts")
-    right = defaultdict(list)
+    right = defaultdict(lambda: defaultdict(list))          # by task, and by prompt
     for prompt, one in zip(prompts, verdicts, strict=True):
-        right[prompt.task].append(one.right)
-    tasks = {task: mean(some) for task, some in right.items()}
-    grounds = [one.background for one in verdicts if one.background is not None]
-    return Scores(tasks, mean([tasks[task] for task in GENEVAL]) if GENEVAL.keys() <= tasks.keys() else None,
-                  mean(grounds) if grounds else None, duplicate_rate(prompts, [one.seen for one in verdicts]),
-                  len(verdicts))
+        right[prompt.task][prompt.text].append(one.right)
+    tasks = {task: mean([value for group in some.values() for value in group]) for task, some in right.items()}
+    pairs = list(zip(prompts, verdicts, strict=True))
+    pairs = [pair for pair in pairs if pair[0].kind is None] or pairs
+    grounds = [one.background for _, one in pairs if one.background is not None]
+    return Scores(tasks, {task: clustered_error(list(some.values())) for task, some in right.items()},
+                  mean([tasks[task] for task in GENEVAL]) if GENEVAL.keys() <= tasks.keys() else None,
+                  mean(grounds) if grounds else None,
+                  duplicate_rate([prompt for prompt, _ in pairs], [one.seen for _, one in pairs]), len(verdicts))
+
+
+def clustered_error(groups: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of the mean of all values, where those of one group depend on each other.
+
+    Cluster-robust: sqrt(G / (G - 1) * sum over the G groups of (sum of a group's deviations from the mean)^2) / N.
+    The images of one prompt are a group, since an easy prompt is right with every seed. None for a single group.
+    Cameron and Miller 2015, "A practitioner's guide to cluster-robust inference", section II.
+    """
+    if len(groups) < 2:
+        return None
+    values = [value for group in groups for value in group]
+    centre = mean(values)
+    squares = sum(sum(value - centre for value in group) ** 2 for group in groups)
+    return math.sqrt(len(groups) / (len(groups) - 1) * squares) / len(values)
+
+
+def count_confusion(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[int, dict[int, int]]:
+    """How many images have m objects where n were asked for, as {n: {m: images}}.
+
+    Of the tasks that ask for one kind of object in any colour: one object, and counting.
+    """
+    table = defaultdict(Counter)
+    for prompt, one in zip(prompts, verdicts, strict=True):
+        if prompt.task in ("one object", "counting"):
+            [thing] = prompt.wanted.things
+            table[thing.count][thing.count + more(thing, one.seen)] += 1
+    return {n: dict(sorted(table[n].items())) for n in sorted(table)}
 
 
 def duplicate_rate(prompts: Sequence[Prompt], seen: Sequence[Seen]) -> float:

@@ -1,12 +1,15 @@
-"""What a model is asked for: GenEval's six tasks in the world of the scenes, and the held-out combinations.
+"""What a model is asked for: GenEval's six tasks in the world of the scenes, held-out combinations, other wordings.
 
 Ghosh et al. 2023, "GenEval": each prompt asks for things that a detector can count, locate and colour, so a picture
-is right or wrong. The prompts are fixed: the same objects give the same prompts, on every machine.
+is right or wrong. The prompts are fixed: the same objects give the same prompts, on every machine. Those of the
+first seven tasks are drawn at random and worded as captions are; those of the eighth are written by hand.
 """
 
 import random
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..data import BACKGROUNDS, COLOURS, OBJECTS
 from ..data.captions import GROUNDS, NUMERALS, OPENINGS, WAYS, with_article
@@ -54,6 +57,7 @@ class Prompt:
     task: str
     text: str
     wanted: Wanted
+    kind: str | None = None             # of its wording, where that is not the captions'
 
 
 class TooFewObjects(ValueError):
@@ -113,22 +117,47 @@ GENEVAL: dict[str, Callable[[Sequence[str], random.Random], Wanted]] = {
     "position": position, "colour binding": colour_binding,
 }
 HELD_OUT = "held out"
-TASKS = {**GENEVAL, HELD_OUT: held_out}
+DRAWN = {**GENEVAL, HELD_OUT: held_out}
+OTHER_WORDINGS, CAPTION_WORDING = "other wordings", "the same in captions' words"
+TASKS = (*DRAWN, OTHER_WORDINGS)
+WORDINGS = Path(__file__).parent / "other_wordings.toml"
 
 
 def prompts_for(objects: Sequence[str], *, count: int = PER_TASK, seed: int = 0,
-                tasks: Sequence[str] = tuple(TASKS)) -> list[Prompt]:
+                tasks: Sequence[str] = TASKS) -> list[Prompt]:
     """`count` prompts of each task about these objects; a smaller count gives the first of a larger one.
 
-    The six tasks ask for combinations that training may show, "held out" for those that it never does. Raises
-    ValueError for an object or a task that does not exist, TooFewObjects where a task cannot be made.
+    The six tasks ask for combinations that training may show, "held out" for those that it never does. Of "other
+    wordings" there are as many as `other_wordings` gives, whatever the count and the seed. Raises ValueError for an
+    object or a task that does not exist, TooFewObjects where a task cannot be made.
     """
     objects = sorted(set(objects))
     if strange := [name for name in objects if name not in OBJECTS]:
         raise ValueError(f"the judge does not know {', '.join(strange)}; its objects are {', '.join(OBJECTS)}")
     if strange := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"there is no task '{strange[0]}'; the tasks are {', '.join(TASKS)}")
-    return [prompt for task in tasks for prompt in _of_task(task, objects, count, seed)]
+    return [prompt for task in tasks for prompt in (
+        other_wordings(objects)[:count] if task == OTHER_WORDINGS else _of_task(task, objects, count, seed))]
+
+
+def other_wordings(objects: Sequence[str]) -> list[Prompt]:
+    """The prompts of `other_wordings.toml` that ask for these objects alone; the kinds of wording take turns.
+
+    Raises TooFewObjects where there is none.
+    """
+    prompts = [Prompt(OTHER_WORDINGS, one["text"], Wanted(tuple(Thing(**thing) for thing in one["objects"]),
+                                                          one.get("relation"), one.get("background")), one["kind"])
+               for one in tomllib.loads(WORDINGS.read_text(encoding="utf-8"))["prompts"]]
+    found = [prompt for prompt in prompts if {thing.name for thing in prompt.wanted.things} <= set(objects)]
+    if not found:
+        raise _too_few(OTHER_WORDINGS, objects)
+    return found
+
+
+def in_caption_wording(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """For each prompt in another wording one that asks for the same scene in the captions' words."""
+    return [replace(prompt, task=CAPTION_WORDING, text=worded(prompt.wanted, random.Random(f"sdlearn {prompt.text}")))
+            for prompt in prompts if prompt.task == OTHER_WORDINGS]
 
 
 def _of_task(task: str, objects: list[str], count: int, seed: int) -> list[Prompt]:
@@ -155,20 +184,25 @@ def _drawn(task: str, objects: list[str], rng: random.Random) -> Prompt:
 def _wanted(task: str, objects: list[str], rng: random.Random) -> Wanted:
     for _ in range(TRIES):
         try:
-            wanted = TASKS[task](objects, rng)
+            wanted = DRAWN[task](objects, rng)
         except (ValueError, IndexError):            # a sample of more than there are, a choice from nothing
             break
         if wanted.held_out == (task == HELD_OUT):
             return wanted
-    raise TooFewObjects(f"the task '{task}' cannot be made of {len(objects)} objects ({', '.join(objects[:8])} ...); "
-                        "give more of them, or leave the task out")
+    raise _too_few(task, objects)
+
+
+def _too_few(task: str, objects: Sequence[str]) -> TooFewObjects:
+    return TooFewObjects(f"the task '{task}' cannot be made of {len(objects)} objects ({', '.join(objects[:8])} ...); "
+                         "give more of them, or leave the task out")
 
 
 def worded(wanted: Wanted, rng: random.Random) -> str:
     """A text that asks for it, in the words of captions."""
     things = [_phrase(thing, rng) for thing in wanted.things]
     joint = f" {rng.choice(WAYS[wanted.relation])} " if wanted.relation else " and "
-    text = rng.choice(OPENINGS) + joint.join(things)
+    phrase = joint.join(filter(None, (", ".join(things[:-1]), things[-1])))
+    text = rng.choice(OPENINGS) + phrase
     if wanted.background:
         ground = rng.choice(GROUNDS).replace("a {}", with_article(wanted.background))
         text = f"{text} {ground}"
