@@ -50,6 +50,8 @@ OTHERWISE = {
 # Tests of step "shape" that ask for a type, or compare in a way that broadcasts: later ones see another shape.
 ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "zero_conv": ["one_cell_at_a_time"],
              "level_sizes": ["one_pair_for_each_level"], "two_pass": ["pictures_of_the_size"]}
+# Tests of step "shape" that count the tensors of a result, and leave the shape of each to later ones.
+AS_MANY = {"both_halves": ["two_outputs"]}
 # Tests of step "shape" that count calls and steps.
 COUNTED = {"repaint": ["a_step_for_each_pair", "as_many_calls"], "dreambooth_loss": ["one_run"]}
 
@@ -190,12 +192,15 @@ def test_a_single_result_of_another_shape_or_type_is_rejected(name):
             continue
         changes = [repr] if test.run.__name__ in ANY_SHAPE.get(name, []) else [repr, reshaped]
         for of in exercise.names:
-            for call, _ in enumerate(results(exercise, index, of)):
-                rejected = [not passes(exercise, index, of, Spoiler(call, change)) for change in changes]
+            for call, value in enumerate(results(exercise, index, of)):
+                tensors = type(value) in (list, tuple) and all(isinstance(one, Tensor) for one in value)
+                each = tensors and reshaped in changes and test.run.__name__ not in AS_MANY.get(name, [])
+                more = [lambda value: type(value)(map(reshaped, value))] if each else []
+                rejected = [not passes(exercise, index, of, Spoiler(call, change)) for change in [*changes, *more]]
                 assert all(rejected), (test.run.__name__, of, call, rejected)
 
 
 def test_the_exceptions_are_tests_that_exist():
-    for table in (PARTLY, OTHERWISE, ANY_SHAPE, COUNTED):
+    for table in (PARTLY, OTHERWISE, ANY_SHAPE, AS_MANY, COUNTED):
         for name, tests in table.items():
             assert set(tests) <= {test.run.__name__ for test in find(name).tests}, name
