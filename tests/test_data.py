@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
 
 def test_what_a_caption_says_can_be_answered():
     relations, counts = set(), set()
-    for one in [*scenes(0, 300), *scenes(0, 100, world=RICH)]:
+    for one in [*scenes(0, 300), *scenes(0, 100, world=replace(RICH, grammar=0.0))]:
         relation, *rest = [answers[i] for answers, i in zip(ANSWERS, answers_of(one.caption, one), strict=True)]
         numbers, names, tints = rest[:3], rest[3:6], rest[6:]
         said = next((of for of, ways in WAYS.items() if any(f" {way} " in one.caption for way in ways)), None)

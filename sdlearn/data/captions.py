@@ -3,7 +3,9 @@
 import random
 import re
 
-from .description import Description, Group, change_an_object, change_one_thing, describe
+from .description import OPPOSITE, Description, Group, change_an_object, change_one_thing, describe, with_article
+from .grammar import SYNONYMS, grammar_phrases, word_freely
+from .held_out import is_held_out_text
 from .world import BACKGROUNDS, COLOURS, COUNTS, OBJECTS, RELATIONS, SIZES
 
 OPENINGS = ("", "", "", "", "a picture of ", "a drawing of ", "an image of ")
@@ -19,12 +21,23 @@ MOST_KINDS = 3          # of objects in a scene
 # second and the third kind of object that it names.
 ANSWERS: tuple[tuple, ...] = ((None, *RELATIONS), *[(None, 1, *COUNTS)] * MOST_KINDS, *[(None, *OBJECTS)] * MOST_KINDS,
                               *[(None, *COLOURS)] * MOST_KINDS)
+DIRECTIONS = re.compile(r"\b(left|right|above|over|at the top|below|under|beneath|underneath)\b")
 NUMERALS = {2: ("two", "two", "2"), 3: ("three", "three", "3")}
 
 
-def caption_for(scene, rng: random.Random) -> str:
-    """A caption of `scene`. Sizes and the background are sometimes left unsaid; tints and counts never are."""
-    return word_plainly(describe(scene), rng)
+def caption_for(scene, rng: random.Random, grammar: float = 0.0) -> str:
+    """A caption of `scene`. Sizes and the background are sometimes left unsaid; tints and counts never are.
+
+    grammar: the share of captions in the wordings of `grammar`; the others are in the simplest one.
+    """
+    description = describe(scene)
+    while is_held_out_text(text := _word(description, rng, grammar)):
+        pass
+    return text
+
+
+def _word(description: Description, rng: random.Random, grammar: float) -> str:
+    return word_freely(description, rng) if grammar and rng.random() < grammar else word_plainly(description, rng)
 
 
 def word_plainly(description: Description, rng: random.Random) -> str:
@@ -41,30 +54,46 @@ def word_plainly(description: Description, rng: random.Random) -> str:
     return text
 
 
-def captions_apart(scene, rng: random.Random) -> tuple[str, str]:
+def captions_apart(scene, rng: random.Random, grammar: float = 0.0) -> tuple[str, str]:
     """A true caption of `scene`, and a hard negative that differs from it in one thing and in no other word.
 
     The opposite relation, counts or tints exchanged, another tint, another count; where the caption says none of
     these, another object. So which is true shows in how the words belong together, not in which words are there.
     """
-    true, wording = describe(scene), rng.random()
+    true = describe(scene)
+    while True:
+        wording = rng.random()
 
-    def word(description: Description) -> str:
-        return word_plainly(description, random.Random(wording))
-    wrong = [word(other) for other in change_one_thing(true, rng) if word(other) != word(true)]
-    return word(true), rng.choice(wrong or [word(change_an_object(true, rng))])
+        def word(description: Description, wording: float = wording) -> str:
+            return _word(description, random.Random(wording), grammar)
+        wrong = [word(other) for other in change_one_thing(true, rng) if word(other) != word(true)]
+        pair = word(true), rng.choice(wrong or [word(change_an_object(true, rng))])
+        if not any(map(is_held_out_text, pair)):
+            return pair
 
 
 def answers_of(caption: str, scene) -> list[int]:
     """What `caption` says of its `scene`: for each tuple of `ANSWERS` the place of the right one.
 
-    None, the first answer, where it says nothing, as of the relation in "a cat and a dog".
+    Kinds of objects are asked for in the order in which the caption names them, and the relation of the first to the
+    second. None, the first answer, where it says nothing, as of the relation in "a cat and a dog".
     """
-    groups, unused = scene.groups, [None] * (MOST_KINDS - len(scene.groups))
-    said = any(f" {way} " in caption for way in WAYS.get(scene.relation, ()))
-    right = (scene.relation if said else None, *(group.count for group in groups), *unused,
-             *(group.name for group in groups), *unused, *(group.colour for group in groups), *unused)
+    text = caption.lower()
+    groups = sorted(scene.groups, key=lambda group: _first_place(text, group))
+    relation = scene.relation if DIRECTIONS.search(text.replace("one above the other", "")) else None
+    if relation and groups[0] != scene.groups[0]:
+        relation = OPPOSITE[relation]
+    unused = [None] * (MOST_KINDS - len(groups))
+    right = (relation, *(group.count for group in groups), *unused, *(group.name for group in groups), *unused,
+             *(group.colour for group in groups), *unused)
     return [answers.index(one) for answers, one in zip(ANSWERS, right, strict=True)]
+
+
+def _first_place(text: str, group: Group) -> int:
+    """Where a caption names a group of its objects for the first time."""
+    nouns = [OBJECTS[group.name].noun(group.count), *(some[group.count > 1] for some in SYNONYMS.get(group.name, ()))]
+    found = [re.search(rf"\b{re.escape(noun)}\b", text) for noun in nouns]
+    return min(match.start() for match in found if match)
 
 
 def _phrase(group: Group, rng: random.Random) -> str:
@@ -74,15 +103,15 @@ def _phrase(group: Group, rng: random.Random) -> str:
     return phrase if number else with_article(phrase)
 
 
-def with_article(phrase: str) -> str:
-    """`phrase` with "a" or "an" before it."""
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+def vocabulary(objects=tuple(OBJECTS), *, grammar: bool = False) -> frozenset[str]:
+    """Every word that a caption can hold in a world of these objects (all by default), in lower case.
 
-
-def vocabulary(objects=tuple(OBJECTS)) -> frozenset[str]:
-    """Every word that a caption can hold in a world of these objects (all by default), in lower case."""
+    grammar: whether some of the captions are in the wordings of `grammar`.
+    """
     phrases = [*OPENINGS, *GROUNDS, *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS.values(), "an and"]
     phrases += [way for ways in WAYS.values() for way in ways]
     phrases += [word for words in NUMERALS.values() for word in words]
     phrases += [OBJECTS[name].noun(count) for name in objects for count in (1, 2)]
-    return frozenset(re.findall(r"[a-z0-9]+", " ".join(phrases))) - {"medium"}
+    if grammar:
+        phrases += [re.sub(r"\{[^}]*\}", " ", phrase) for phrase in grammar_phrases(objects)]
+    return frozenset(re.findall(r"[a-z0-9]+", " ".join(phrases).lower())) - {"medium"}

@@ -90,3 +90,8 @@ def _exchange(description: Description, what: str, values: list) -> Description:
     """Each group with this property of the next one."""
     return replace(description, groups=tuple(replace(group, **{what: value}) for group, value in
                                              zip(description.groups, values[1:] + values[:1], strict=True)))
+
+
+def with_article(phrase: str) -> str:
+    """`phrase` with "a" or "an" before it."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

@@ -149,7 +149,7 @@ def scene(seed: int, split: str = "train", world: World = FULL) -> Scene:
     while True:
         drawn = _draw(rng, seed, split, world)
         if drawn.held_out == (split == "held_out"):
-            return replace(drawn, caption=caption_for(drawn, rng))
+            return replace(drawn, caption=caption_for(drawn, rng, world.grammar))
 
 
 def scenes(start: int, count: int, split: str = "train", world: World = FULL):

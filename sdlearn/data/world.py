@@ -162,17 +162,20 @@ class World:
     tinted: float = 0.6         # share of the objects that take a tint which have one
     colourful: float = 0.0      # share of scenes in which every object takes a tint
     composition: float = 0.0    # three or four objects of two or three kinds, each kind with a count of its own
+    grammar: float = 0.0        # share of captions in the wordings of `grammar`; the others are in the simplest one
 
 
 FULL = World()
 CORE = World(objects=CORE_OBJECTS, single=0.5, count=0.1, pair=0.4, triple=0.0)
 # What is hard to learn, often: counts, places, and two tints at once, which only one in fifty scenes of `CORE` has.
 HARD = World(objects=CORE_OBJECTS, single=0.2, count=0.2, pair=0.6, triple=0.0, tinted=0.85, colourful=0.5)
-# The hard scenes, and compositions among them: "two red stars and a green heart".
-RICH = replace(HARD, single=0.18, count=0.16, pair=0.48, composition=0.18)
+# The hard scenes, and compositions among them ("two red stars and a green heart"), captioned as people write.
+RICH = replace(HARD, single=0.18, count=0.16, pair=0.48, composition=0.18, grammar=0.6)
+# The same of all objects, single ones more often: what the text encoder and its tokenizer learn from.
+RICH_FULL = replace(FULL, single=0.3, count=0.15, pair=0.4, triple=0.0, composition=0.15, colourful=0.2, grammar=0.6)
 # One thing at a time, of four that look nothing alike: what a small U-Net learns within a lesson.
 CLASSROOM = World(objects=("apple", "star", "tree", "sun"), single=1.0, count=0.0, pair=0.0, triple=0.0)
-WORLDS = {"classroom": CLASSROOM, "core": CORE, "hard": HARD, "rich": RICH, "full": FULL}
+WORLDS = {"classroom": CLASSROOM, "core": CORE, "hard": HARD, "rich": RICH, "full": FULL, "rich-full": RICH_FULL}
 
 
 def name_of(world: World) -> str:

@@ -9,10 +9,10 @@ import random
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..data import BACKGROUNDS, COLOURS, OBJECTS
 from ..data.captions import GROUNDS, NUMERALS, OPENINGS, WAYS, with_article
+from ..data.held_out import OTHER_WORDINGS_FILE
 from ..data.world import COUNTS, HELD_OUT_COLOURS, HELD_OUT_COUNTS, HELD_OUT_PAIRS, RELATIONS, is_held_out
 from .detector import look
 
@@ -120,7 +120,6 @@ HELD_OUT = "held out"
 DRAWN = {**GENEVAL, HELD_OUT: held_out}
 OTHER_WORDINGS, CAPTION_WORDING = "other wordings", "the same in captions' words"
 TASKS = (*DRAWN, OTHER_WORDINGS)
-WORDINGS = Path(__file__).parent / "other_wordings.toml"
 
 
 def prompts_for(objects: Sequence[str], *, count: int = PER_TASK, seed: int = 0,
@@ -141,13 +140,13 @@ def prompts_for(objects: Sequence[str], *, count: int = PER_TASK, seed: int = 0,
 
 
 def other_wordings(objects: Sequence[str]) -> list[Prompt]:
-    """The prompts of `other_wordings.toml` that ask for these objects alone; the kinds of wording take turns.
+    """The prompts of `data/other_wordings.toml` that ask for these objects alone; the kinds of wording take turns.
 
     Raises TooFewObjects where there is none.
     """
     prompts = [Prompt(OTHER_WORDINGS, one["text"], Wanted(tuple(Thing(**thing) for thing in one["objects"]),
                                                           one.get("relation"), one.get("background")), one["kind"])
-               for one in tomllib.loads(WORDINGS.read_text(encoding="utf-8"))["prompts"]]
+               for one in tomllib.loads(OTHER_WORDINGS_FILE.read_text(encoding="utf-8"))["prompts"]]
     found = [prompt for prompt in prompts if {thing.name for thing in prompt.wanted.things} <= set(objects)]
     if not found:
         raise _too_few(OTHER_WORDINGS, objects)

@@ -13,7 +13,7 @@ from ..checkpoint import Parts, save_folder
 from ..checkpoint.shipped import SHIPPED, remove_old_evaluation
 from ..clip import CLIP
 from ..config import ModelConfig
-from ..data import CORE, FULL, World, contact_sheet, scene, vocabulary
+from ..data import CORE, FULL, WORLDS, World, contact_sheet, scene, vocabulary
 from ..data.world import SIZES
 from ..pictures import psnr, ssim, to_images, to_tensor
 from ..unet import UNet
@@ -88,7 +88,8 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world, first=0)
     unet = averaged(UNet(config.unet), run, "unet")
     images = list(recipe.sample(unet, prompts, steps=25))
-    words = sorted(vocabulary(world.objects))
+    grammar = any(WORLDS[name].grammar for name in states["unet"].get("worlds", []) if name in WORLDS)
+    words = sorted(vocabulary(world.objects, grammar=grammar))
     parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
                   {"objects": sorted(world.objects), "words": words})
     real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]

@@ -5,8 +5,8 @@ dog" and "a cat to the right of a dog" come out much alike, and what a frozen to
 hardly learns. Two things are done about it:
 
 - each scene has, beside its own caption, one that is wrong in one thing alone (Yuksekgonul et al. 2023, "NegCLIP");
-- the text tower's pooled vector is asked what the caption says: which relation, how many, and name and tint of each
-  object in turn. A linear layer answers, which is thrown away after training.
+- the text tower's pooled vector is asked what the caption says: which relation, and count, name and tint of each
+  kind of object in turn. A linear layer answers, which is thrown away after training.
 
 By contrast alone relations stayed a guess, whether the wrong captions were there or not: where things are has to be
 learnt by both towers at once, and neither begins. Reading needs no picture, and is learnt in some hundred steps.
@@ -56,7 +56,7 @@ def told_apart(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: Wor
     for first in range(0, count, 100):
         drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
         images = clip.encode_image(to_tensor([s.image for s in drawn]).to(device))
-        pairs = [captions_apart(s, random.Random(s.seed)) for s in drawn]
+        pairs = [captions_apart(s, random.Random(s.seed), world.grammar) for s in drawn]
         ids = shortest(tokenizer([caption for pair in zip(*pairs, strict=True) for caption in pair]), tokenizer.end)
         true, wrong = clip.encode_text(ids.to(device)).chunk(2)
         right += int(((images * true).sum(dim=1) > (images * wrong).sum(dim=1)).sum())
@@ -118,7 +118,7 @@ class CLIPRecipe:
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(2**40, (self.batch_size,), generator=generator).tolist()
         drawn = [scene(seed, world=self.world) for seed in seeds]
-        true, wrong = zip(*(captions_apart(s, random.Random(s.seed)) for s in drawn), strict=True)
+        true, wrong = zip(*(captions_apart(s, random.Random(s.seed), self.world.grammar) for s in drawn), strict=True)
         answers = torch.tensor([answers_of(caption, s) for caption, s in zip(true, drawn, strict=True)])
         return (to_tensor([s.image for s in drawn]), shortest(self.tokenizer([*true, *wrong]), self.tokenizer.end),
                 answers)

@@ -15,7 +15,7 @@ from ..checkpoint import CheckpointError, load_folder
 from ..checkpoint.shipped import DIFFERENCE_FILE, INPAINT, load_inpaint, load_shipped_control, shipped_controls
 from ..clip import CLIP, TextTower
 from ..config import ModelConfig
-from ..data import scene
+from ..data import WORLDS, scene
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -71,7 +71,7 @@ def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> T
     folder = run / "tokenizer"
     if not folder.exists():
         english = (Path(__file__).parent.parent / "data" / "english.txt").read_text(encoding="utf-8").split()
-        texts = [scene(seed).caption for seed in range(captions)]
+        texts = [scene(seed, world=WORLDS["rich-full"]).caption for seed in range(captions)]
         Tokenizer.train([*texts, *english], config.text.vocab_size).save(folder)
     return Tokenizer.load(folder)
 

@@ -120,8 +120,9 @@ class LatentCache:
         return all(bool(array[:made].reshape(made, -1).any(axis=1).all()) for array in self.arrays.values() if made)
 
     def _fingerprint(self) -> str:
-        """Of everything the rows depend on: the two frozen models and the world."""
-        digest = hashlib.sha256(repr((self.world, self.tokenizer.vocab_size)).encode())
+        """Of everything the rows depend on: the two frozen models, the world, and how its captions are worded."""
+        captions = [scene(seed, world=self.world).caption for seed in range(64)]
+        digest = hashlib.sha256(repr((self.world, self.tokenizer.vocab_size, captions)).encode())
         for model in (self.vae.encoder, self.text):
             for parameter in model.parameters():
                 digest.update(parameter.detach().cpu().numpy().tobytes())
