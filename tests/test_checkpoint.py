@@ -1,15 +1,23 @@
 """Model folders: what is written is read back, libraries agree on it, and damage is told in a sentence."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from models import EPSILON, ZERO_SNR, one_thread, randomise, tiny_config, tiny_parts  # noqa: F401
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from sdlearn.checkpoint import (
     CheckpointError,
@@ -23,7 +31,8 @@ from sdlearn.checkpoint import (
 )
 from sdlearn.checkpoint import files as checkpoint_files
 from sdlearn.clip import CLIP
-from sdlearn.config import PRESETS, NoiseConfig, SamplingConfig
+from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig, SamplingConfig
+from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
 
@@ -86,29 +95,128 @@ def test_zero_terminal_snr_is_written_for_a_scheduler_that_starts_at_the_last_ti
     assert configs.noise_to_dict(EPSILON)["_class_name"] == "PNDMScheduler"
 
 
+# The values in the config.json files published with SD 1.5 and SD 2.1.
+UNET_15 = {"act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
+           "center_input_sample": False, "cross_attention_dim": 768,
+           "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
+           "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+           "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
+           "sample_size": 64, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
+UNET_21 = UNET_15 | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+                     "num_class_embeds": None, "only_cross_attention": False, "use_linear_projection": True,
+                     "sample_size": 96}
+VAE_15 = {"act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types":
+          ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+          "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+          "up_block_types": ["UpDecoderBlock2D"] * 4}
+TEXT_15 = {"attention_dropout": 0.0, "hidden_act": "quick_gelu", "hidden_size": 768, "initializer_factor": 1.0,
+           "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+           "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
+           "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408}
+SCHEDULER_15 = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+                "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+
+
 def test_published_configs_of_sd_give_the_presets():
-    """The values in the config.json files published with SD 1.5 and SD 2.1; keys they left out take defaults."""
-    attending, plain = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-    unet = {"act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-            "center_input_sample": False, "cross_attention_dim": 768, "down_block_types": attending,
-            "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4,
-            "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
-            "out_channels": 4, "sample_size": 64, "up_block_types": plain}
-    assert configs.unet_from_dict(unet) == PRESETS["sd15"].unet
-    newer = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
-             "num_class_embeds": None, "only_cross_attention": False, "upcast_attention": True,
-             "use_linear_projection": True, "sample_size": 96}
-    assert configs.unet_from_dict(unet | newer) == PRESETS["sd21"].unet
-    vae = {"act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types":
-           ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
-           "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-           "up_block_types": ["UpDecoderBlock2D"] * 4}
-    assert configs.vae_from_dict(vae) == PRESETS["sd15"].vae
-    scheduler = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-                 "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
-                 "steps_offset": 1, "trained_betas": None, "clip_sample": False}
-    assert configs.noise_from_dict(scheduler) == PRESETS["sd15"].noise
-    assert configs.noise_from_dict(scheduler | {"prediction_type": "v_prediction"}) == PRESETS["sd21"].noise
+    """Keys they left out take defaults."""
+    assert configs.unet_from_dict(UNET_15) == PRESETS["sd15"].unet
+    assert configs.unet_from_dict(UNET_21 | {"upcast_attention": True}) == PRESETS["sd21"].unet
+    assert configs.vae_from_dict(VAE_15) == PRESETS["sd15"].vae
+    assert configs.text_from_dict(TEXT_15) == PRESETS["sd15"].text
+    assert configs.noise_from_dict(SCHEDULER_15) == PRESETS["sd15"].noise
+    assert configs.noise_from_dict(SCHEDULER_15 | {"prediction_type": "v_prediction"}) == PRESETS["sd21"].noise
+
+
+@pytest.mark.parametrize("published, written", [
+    (UNET_15, configs.unet_to_dict(PRESETS["sd15"].unet, 64)),
+    (UNET_21, configs.unet_to_dict(PRESETS["sd21"].unet, 96)),
+    (VAE_15, configs.vae_to_dict(PRESETS["sd15"].vae, 512)),
+    (TEXT_15, configs.text_to_dict(PRESETS["sd15"].text)),
+    (SCHEDULER_15, configs.noise_to_dict(PRESETS["sd15"].noise)),
+    (SCHEDULER_15 | {"prediction_type": "v_prediction"}, configs.noise_to_dict(PRESETS["sd21"].noise)),
+], ids=["SD 1.5 U-Net", "SD 2.1 U-Net", "autoencoder", "text encoder", "scheduler", "SD 2.1 scheduler"])
+def test_the_presets_of_sd_are_written_as_they_were_published(published, written):
+    assert {key: written.get(key, "missing") for key in published} == published
+
+
+@pytest.mark.parametrize("noise", [
+    NoiseConfig(), NoiseConfig(steps=500, prediction="v_prediction"), NoiseConfig(prediction="sample"), ZERO_SNR,
+    NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02), NoiseConfig(beta_schedule="cosine"),
+], ids=str)
+def test_diffusers_makes_the_same_noise_schedule_of_our_config(noise):
+    values = configs.noise_to_dict(noise)
+    scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
+    assert torch.allclose(scheduler.alphas_cumprod.double(), NoiseSchedule(noise).alphas_cumprod, atol=1e-6)
+    assert scheduler.config.prediction_type == noise.prediction
+    scheduler.set_timesteps(10)
+    assert (scheduler.timesteps[0] == noise.steps - 1) == noise.zero_terminal_snr
+    assert int(scheduler.timesteps[-1]) == (noise.steps // 10 - 1 if noise.zero_terminal_snr else 1)
+
+
+@pytest.mark.parametrize("counts, heads, head_dim", [
+    (8, 8, None), ([8, 8, 8, 8], 8, None), ([5, 10, 20, 20], None, 64), ([10, 20, 40, 40], None, 32)], ids=str)
+def test_counts_of_heads_are_one_number_or_one_width(counts, heads, head_dim):
+    """As diffusers builds them, and written again as they were read."""
+    found = configs.unet_from_dict(UNET_15 | {"attention_head_dim": counts})
+    assert (found.heads, found.head_dim) == (heads, head_dim)
+    assert [found.heads_at(width) for width in found.channels] == (counts if isinstance(counts, list) else [counts] * 4)
+    assert configs.unet_from_dict(configs.unet_to_dict(found, 64)) == found
+    newer = UNET_15 | {"attention_head_dim": 3, "num_attention_heads": counts}
+    assert configs.unet_from_dict(newer) == found, "where both are given, the number of heads counts"
+
+
+def test_heads_left_out_are_eight():
+    """As in diffusers."""
+    assert inspect.signature(UNet2DConditionModel.__init__).parameters["attention_head_dim"].default == 8
+    without = {key: value for key, value in UNET_15.items() if key != "attention_head_dim"}
+    assert configs.unet_from_dict(without) == configs.unet_from_dict(UNET_15)
+
+
+@pytest.mark.parametrize("counts", [[5, 10, 20, 10], [10, 10, 20, 20], [4, 8, 8, 8]], ids=str)
+def test_heads_without_one_number_or_one_width_are_refused(counts):
+    with pytest.raises(CheckpointError, match="attention_head_dim is"):
+        configs.unet_from_dict(UNET_15 | {"attention_head_dim": counts})
+
+
+# What diffusers' networks can do beyond ours, by the key that asks for it.
+ENCODER_OTHER = {
+    "act_fn": "gelu", "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "mid_block_scale_factor": 2,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "norm_eps": 1e-6, "num_class_embeds": 10,
+    "class_embed_type": "timestep", "addition_embed_type": "text", "encoder_hid_dim": 64,
+    "transformer_layers_per_block": 2, "resnet_time_scale_shift": "scale_shift", "only_cross_attention": True}
+OTHER = {
+    "unet": ENCODER_OTHER | {"center_input_sample": True, "dual_cross_attention": True, "conv_in_kernel": 1,
+                             "conv_out_kernel": 1, "time_embedding_type": "fourier"},
+    "controlnet": ENCODER_OTHER | {"encoder_hid_dim_type": "text_proj", "global_pool_conditions": True,
+                                   "controlnet_conditioning_channel_order": "bgr"},
+    "vae": {"act_fn": "gelu", "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False,
+            "shift_factor": 0.1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+}
+FORMS = {
+    "unet": (UNet2DConditionModel, configs.unet_from_dict, configs.unet_to_dict(PRESETS["tiny"].unet, 16)),
+    "controlnet": (ControlNetModel, configs.controlnet_from_dict, configs.controlnet_to_dict(
+        ControlNetConfig(PRESETS["tiny"].unet))),
+    "vae": (AutoencoderKL, configs.vae_from_dict, configs.vae_to_dict(PRESETS["tiny"].vae, 32)),
+}
+
+
+@pytest.mark.parametrize("part, key", [(part, key) for part, keys in OTHER.items() for key in keys])
+def test_what_our_networks_do_in_one_way_is_written_out_and_nothing_else_read(part, key):
+    """The value that is written is diffusers' default, so a config without the key means the same."""
+    theirs, read, values = FORMS[part]
+    assert key in values and values[key] == inspect.signature(theirs.__init__).parameters[key].default
+    with pytest.raises(CheckpointError, match=f"{key} is .* can be read"):
+        read(values | {key: OTHER[part][key]})
+    assert read({name: value for name, value in values.items() if name != key}) == read(values)
+
+
+@pytest.mark.parametrize("part", FORMS)
+def test_diffusers_knows_every_key_that_is_written(part):
+    theirs, _, values = FORMS[part]
+    known = set(inspect.signature(theirs.__init__).parameters) | {"_class_name"}
+    assert set(values) <= known
+    assert values["_class_name"] == theirs.__name__
 
 
 @pytest.mark.parametrize("read, part, key, value", [
@@ -227,6 +335,25 @@ def test_padding_is_kept(parts, tmp_path, pad_with_end):
     own.tokenizer.pad_with_end = pad_with_end
     again = load_folder(save_folder(tmp_path / "tiny", own))
     assert again.config.text.pad_with_end == again.tokenizer.pad_with_end == pad_with_end
+
+
+@pytest.mark.parametrize("pad_with_end", [True, False])
+def test_transformers_reads_the_ids_of_start_end_and_padding(tmp_path, pad_with_end):
+    """The same from the text encoder's config as from the tokenizer: SD 1.x pads with the end, SD 2.x with id 0."""
+    own = tiny_parts(config=replace(tiny_config(), text=replace(tiny_config().text, pad_with_end=pad_with_end)))
+    own.tokenizer.pad_with_end = pad_with_end
+    folder = save_folder(tmp_path / "tiny", own)
+    config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    assert (config.bos_token_id, config.eos_token_id) == (words.bos_token_id, words.eos_token_id)
+    assert config.pad_token_id == words.pad_token_id == (words.eos_token_id if pad_with_end else 0)
+    assert words("a cat", padding="max_length").input_ids == own.tokenizer("a cat", 77).tolist()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_transformers_computes_in_float32_whatever_the_files_are(parts, tmp_path, dtype):
+    folder = save_folder(tmp_path / "tiny", parts, dtype=dtype)
+    assert CLIPTextModel.from_pretrained(folder / "text_encoder").dtype == torch.float32
 
 
 def test_text_towers_are_read_in_all_spellings(folder):
@@ -411,6 +538,18 @@ def test_parts_of_different_models_are_told_before_any_tensor_is_read(folder):
     edit(folder / "unet" / "config.json", cross_attention_dim=16)
     edit(folder / "text_encoder" / "config.json", vocab_size=520)
     with pytest.raises(CheckpointError, match="room for 520 tokens"):
+        load_folder(folder)
+
+
+def test_a_tokenizer_must_fit_into_the_text_encoders_vocabulary(folder):
+    """To the token: one more is refused, as many fit."""
+    file = folder / "text_encoder" / "config.json"
+    known = load_folder(folder).tokenizer.vocab_size
+    edit(file, vocab_size=known - 1)
+    with pytest.raises(CheckpointError, match=f"room for {known - 1} tokens, but the tokenizer .* knows {known}"):
+        load_folder(folder)
+    edit(file, vocab_size=known)
+    with pytest.raises(TensorMismatch):         # the vocabulary is large enough, the file's tensor is not
         load_folder(folder)
 
 

@@ -462,6 +462,25 @@ def test_every_wrong_tensor_is_named(own, older, tiny_file, words, tmp_path):
     assert all(f": {name}" in str(error) for name in gone)
 
 
+@pytest.mark.parametrize("name, shape", [
+    (f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (32, 1024)),
+    (f"{UNET}input_blocks.1.1.proj_in.weight", (32, 32)),
+    (f"{UNET}input_blocks.1.0.in_layers.2.bias", (96,)),
+    (f"{VAE_PREFIX}encoder.down.0.block.0.conv1.bias", (48,)),
+    (f"{HF}encoder.layers.0.layer_norm1.bias", (96,)),
+    (f"{HF}encoder.layers.0.mlp.fc1.bias", (96,)),
+])
+def test_a_single_tensor_of_another_shape_does_not_change_what_the_others_tell(older, words, tmp_path, name, shape):
+    """Sizes are read off the shapes of all tensors of a kind; so the wrong one is named, though it comes first."""
+    assert name in older.tensors
+    file = tmp_path / "model.ckpt"
+    torch.save({name: torch.zeros(shape), **{key: one for key, one in older.tensors.items() if key != name}}, file)
+    with pytest.raises(TensorMismatch) as caught:
+        load_single(file, tokenizer=words)
+    error = caught.value
+    assert [wrong for wrong, _, _ in error.misshaped] == [name] and not error.missing and not error.unexpected
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_every_tensor_that_is_not_finite_is_named(older, newer, words, tmp_path, suffix):
     file = tmp_path / f"model{suffix}"
