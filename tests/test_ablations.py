@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.commands import ablate
 from sdlearn.config import PRESETS, VAEConfig
 from sdlearn.data import CORE, FULL, scene, scene_of
 from sdlearn.data.world import CLASSROOM
@@ -550,6 +552,27 @@ def test_the_command_runs_resumes_and_writes(base, tmp_path, monkeypatch, capsys
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob(RECORD)}
     assert main(args) == 0 and len(before) == 4
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob(RECORD)} == before
+
+
+@pytest.mark.parametrize("device, scale", [("cpu", 1), ("cuda", 1 / 6)])
+def test_minutes_are_shared_out_among_all_ablations(base, tmp_path, monkeypatch, device, scale):
+    """In proportion to what each takes by itself; one alone has all of them, and without a number its own."""
+    given = {}
+    monkeypatch.setattr(ablate, "planned", lambda one, base, folder, minutes: given.update({one.name: minutes}))
+    monkeypatch.setattr(ablate, "carry_out", lambda *_: iter(()))
+    monkeypatch.setattr(ablate, "publish", lambda *_: "")
+    monkeypatch.setattr(ablate, "measures", lambda device: base.measures)
+    model = SimpleNamespace(parts=base.parts, device=torch.device(device))
+    monkeypatch.setattr(ablate.StableDiffusion, "load", lambda *_, **__: model)
+    args = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main(["ablate", "all", "--minutes", "10", *args]) == 0
+    assert set(given) == set(ABLATIONS) and sum(given.values()) == pytest.approx(10)
+    own = sum(one.minutes for one in ABLATIONS.values())
+    assert given == pytest.approx({name: 10 * one.minutes / own for name, one in ABLATIONS.items()})
+    assert sum(usual_minutes(one, model.device) for one in ABLATIONS.values()) == pytest.approx(scale * own)
+    given.clear()
+    assert main(["ablate", "steps", "--minutes", "10", *args]) == 0 and given == {"steps": pytest.approx(10)}
+    assert main(["ablate", "all", *args]) == 0 and set(given.values()) == {None}
 
 
 @pytest.mark.parametrize("args, told", [

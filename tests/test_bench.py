@@ -17,6 +17,7 @@ from sdlearn.bench.machine import PEAKS
 from sdlearn.bench.roofline import least_seconds_of_run
 from sdlearn.commands.bench import table
 from sdlearn.config import PRESETS
+from sdlearn.costs import step_flops
 from sdlearn.pipeline import SettingsError
 from sdlearn.pipeline.compiled import compiler_settings
 
@@ -48,6 +49,27 @@ def test_a_ratio_is_that_of_turns(no_processes, monkeypatch):
     assert result["time of sdlearn to that of"]["diffusers"] == 0.5
     assert result["contenders"]["sdlearn"]["seconds"] == 3.0
     assert "0.50 of it" in table(result)
+
+
+def test_a_faster_side_has_a_ratio_below_one_and_more_of_everything_a_second():
+    times, same = {"sdlearn": [1.0], "diffusers": [4.0]}, dict.fromkeys(PAIR, np.zeros((2, 2, 2, 3), np.uint8))
+    result = bench.report(Race(preset="tiny", steps=8, batch=2), PAIR, times, same, dict.fromkeys(PAIR, 1.0))
+    assert result["time of sdlearn to that of"] == {"diffusers": 0.25}
+    fast, slow = (result["contenders"][name] for name in PAIR)
+    assert (fast["pictures a second"], slow["pictures a second"]) == (2.0, 0.5)
+    assert (fast["guided steps a second"], slow["guided steps a second"]) == (8.0, 2.0)
+    assert fast["TFLOP/s of the U-Net"] == pytest.approx(4 * slow["TFLOP/s of the U-Net"])
+
+
+def test_guidance_takes_two_passes_of_the_network_and_none_takes_one():
+    same, told = dict.fromkeys(PAIR, np.zeros((2, 2, 2, 3), np.uint8)), {}
+    for guidance in (1.0, 5.0):
+        race = Race(preset="tiny", steps=8, batch=2, guidance=guidance)
+        result = bench.report(race, PAIR, dict.fromkeys(PAIR, [1.0]), same, dict.fromkeys(PAIR, 1.0))
+        told[guidance] = result["contenders"]["sdlearn"]["TFLOP/s of the U-Net"] * 1e12
+    config = PRESETS["tiny"]
+    assert told[1.0] == pytest.approx(2 * 8 * step_flops(config.unet, config.latent_size))
+    assert told[5.0] == pytest.approx(2 * told[1.0])
 
 
 @pytest.mark.parametrize("device, gpu, known", [("cuda", "NVIDIA H100 80GB HBM3", True), ("cuda", "Some GPU", False),

@@ -20,6 +20,7 @@ from PIL import Image
 from sdlearn.__main__ import COMMANDS, main
 from sdlearn.checkpoint import save_folder
 from sdlearn.commands import files as command_files
+from sdlearn.data import WORLDS, contact_sheet, scenes
 from sdlearn.pipeline import PromptWarning, StableDiffusion
 
 PROMPT = "a red apple"
@@ -126,6 +127,17 @@ def test_what_will_not_be_heard_is_noted_once_and_the_picture_made(run):
     assert "note: the prompt is empty, so the picture is unconditional" in result.err
     result = run("generate", PROMPT, "--steps", 1, "--out", "quiet.png")
     assert "note:" not in result.err
+
+
+def test_a_long_prompt_in_chunks_is_read_to_its_end_without_a_note(run):
+    prompts = ["apple " * 100 + end for end in ("cat", "star")]
+    for i, prompt in enumerate(prompts):
+        result = run("generate", prompt, "--negative", prompts[0], "--steps", 1, "--long-prompts", "chunks",
+                     "--out", f"{i}.png")
+        assert result.status == 0 and "note:" not in result.err
+    with Image.open("0.png") as one, Image.open("1.png") as other:
+        assert one.tobytes() != other.tobytes()
+        assert json.loads(one.text["sdlearn"])["long_prompts"] == "chunks"
 
 
 @pytest.mark.parametrize("prompt", ["🦊 ❤️ 👨‍👩‍👧", "a\x00red\x1b[31m\x7fapple\t\n\r", "\u202eelppa"], ids=ascii)
@@ -265,6 +277,26 @@ def test_scenes_are_drawn_on_a_sheet(run):
     with Image.open("sheet.png") as image:
         assert image.width > 5 * 128 and image.height > 128
         assert json.loads(image.text["sdlearn"]) == {"seed": 3, "count": 5, "split": "test", "world": "full"}
+
+
+@pytest.mark.parametrize("seed, count, split, world", [
+    (0, 2, "train", "full"), (0, 2, "test", "full"), (5, 1, "test", "full"), (0, 2, "train", "core")])
+def test_a_sheet_holds_the_scenes_of_its_seed_split_and_world(run, seed, count, split, world):
+    options = ("--seed", seed, "--count", count, "--split", split, "--world", world)
+    assert run("scenes", *options, "--out", "sheet.png").status == 0
+    wanted = list(scenes(seed, count, split, WORLDS[world]))
+    with Image.open("sheet.png") as image:
+        sheet = contact_sheet([one.image for one in wanted], [one.caption for one in wanted])
+        assert np.array_equal(np.asarray(image), np.asarray(sheet))
+
+
+def test_the_splits_and_worlds_of_a_sheet_differ(run):
+    sheets = []
+    for i, options in enumerate(((), ("--split", "test"), ("--world", "core"), ("--seed", 1))):
+        run("scenes", "--count", 2, *options, "--out", f"{i}.png")
+        with Image.open(f"{i}.png") as image:
+            sheets.append((image.size, image.tobytes()))
+    assert len(set(sheets)) == len(sheets)
 
 
 @pytest.mark.parametrize("args, told", [

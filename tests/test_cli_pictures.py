@@ -81,6 +81,39 @@ def test_an_image_is_changed_by_four_fifths_unless_told_otherwise(run, written, 
     assert np.array_equal(pixels("out.png")[0], np.asarray(wanted))
 
 
+@pytest.mark.parametrize("given, strength, steps", [
+    (["--mask", "{}/mask.png"], 1.0, 5), (["--mask", "{}/mask.png", "--strength", "0.8"], 0.8, 4),
+    ([], 0.8, 4), (["--strength", "1"], 1.0, 5)], ids=["mask", "mask, 0.8", "image", "image, 1"])
+def test_without_a_strength_a_mask_is_inpainted_from_noise(run, written, files, given, strength, steps):  # noqa: F811
+    """As in the pipeline: 1 with a mask, 0.8 without one, and the strength that is given in either case."""
+    result = run("generate", PROMPT, "--steps", 5, "--out", "out.png", "--image", files / "in.png",
+                 *(one.replace("{}", str(files)) for one in given))
+    assert result.status == 0 and f"{steps}/{steps}" in result.err
+    model, image = StableDiffusion.load(written, device="cpu"), Image.open(files / "in.png")
+    task = {"image": image, **({"mask": Image.open(files / "mask.png")} if "--mask" in given else {})}
+    [wanted] = list(model.steps(PROMPT, steps=5, strength=strength, **task))[-1].noisy_images()
+    found, told = pixels("out.png")
+    assert np.array_equal(found, np.asarray(wanted))
+    assert told.get("strength") == (float(given[-1]) if "--strength" in given else None)
+
+
+def test_numbers_and_words_left_out_are_one_and_the_files_own(run, written, files):  # noqa: F811
+    """The strength of a LoRA and of a ControlNet, and the name of an embedding; a word that is given replaces it."""
+    def made(prompt, *options):
+        assert run("generate", prompt, "--steps", 2, "--size", "24x32", "--out", "out.png", *options).status == 0
+        return pixels("out.png")[0]
+
+    lora, control = ("--lora", files / "lora.safetensors"), ("--control", files / "net", files / "in.png")
+    word = ("--embedding", files / "toy.safetensors")
+    for options in (lora, control):
+        default = made(PROMPT, *options)
+        assert np.array_equal(default, made(PROMPT, *options, 1))
+        assert not np.array_equal(default, made(PROMPT, *options, 0.5))
+    own = made("a <toy> cat", *word)
+    assert np.array_equal(own, made("a <mine> cat", *word, "<mine>"))
+    assert not np.array_equal(own, made("a <toy> cat", *word, "<mine>"))
+
+
 @pytest.mark.parametrize("args, told", [
     (["--image", "{}/none.png"], "none.png is not a picture that can be read: No such file"),
     (["--image", "{}/text.png"], "text.png is not a picture"),

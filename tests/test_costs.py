@@ -69,6 +69,25 @@ def test_a_fleet_is_the_cheapest_that_is_in_time():
         fleet(10, seconds, 0.9)
 
 
+def test_the_first_image_of_a_batch_waits_for_the_others():
+    """(batch - 1) / rate, and then for the batch: at one image a second the last of four comes three seconds later."""
+    seconds = {1: 0.5, 4: 0.5}
+    assert fleet(1, seconds, 3.4, busy=0.25) == (1, 2)
+    assert fleet(1, seconds, 3.5, busy=0.25) == (4, 1), "just in time"
+    assert fleet(100, seconds, 0.53, busy=0.25) == (4, 50), "a fast stream fills a batch at once"
+    with pytest.raises(ValueError, match="no batch is ready within 3.4 s"):
+        fleet(1, {4: 0.5}, 3.4)
+    with pytest.raises(ValueError, match="no batch is ready within 0.4 s"):
+        fleet(1000, {1: 0.5}, 0.4)
+
+
+def test_a_fleet_is_whole_chips_that_are_busy_for_a_part_of_the_time():
+    assert fleet(7, {1: 1.0}, 2, busy=1.0) == (1, 7) and fleet(7.1, {1: 1.0}, 2, busy=1.0) == (1, 8)
+    assert fleet(7, {1: 1.0}, 2, busy=0.5) == (1, 14)
+    assert fleet(7, {1: 1.0}, 2) == fleet(7, {1: 1.0}, 2, busy=0.7) == (1, 10)
+    assert fleet(8, {4: 4.0, 2: 2.0, 8: 8.0}, 20, busy=1.0) == (2, 8), "of equal fleets the smallest batch"
+
+
 def test_views_start_nothing():
     for device in ("cpu", "meta"):
         x = torch.ones(4, 6, device=device)

@@ -62,6 +62,39 @@ def test_small_steps_that_add_up_are_told():
     assert ladder.from_first(first, replace(third, rung=Rung("one", dtype="bfloat16")))["the first's picture"]
 
 
+def ready(value=100, **rung):
+    return ladder.Ready(Rung("one", **rung), None, None, None, np.full((1, 8, 8, 3), value, np.uint8), None)
+
+
+def test_a_ratio_is_of_the_time_to_that_of_the_rung_before():
+    """Below 1 is faster. The median of the ratios turn by turn, not the ratio of the medians."""
+    seconds = [[2.0, 4.0, 30.0], [1.0, 4.0, 3.0]]                # of the rung before, and of this one
+    assert ladder.compared([ready(), ready()], seconds)["of the rung before"] == 0.5
+    assert ladder.compared([ready(), ready()], seconds[::-1])["of the rung before"] == 2
+    assert ladder.compared([ready()], [[3.0, 5.0]])["of the rung before"] == 1, "the first one has none before it"
+
+
+def test_a_rung_that_takes_half_the_time_has_half_the_ratio(monkeypatch):
+    """Through the whole run, with a clock that is given: a second for each rung, halved from one to the next."""
+    rungs = rungs_for("cpu", steps=2, fewer=2, compiled=False)[:3]
+    made, taken = ladder.painter, {}
+
+    def painter(rung, model, guidance):
+        paint = made(rung, model, guidance)
+        taken[id(paint)] = 8 * 0.5 ** rungs.index(rung)
+        return paint
+
+    monkeypatch.setattr(ladder, "painter", painter)
+    monkeypatch.setattr(ladder, "timed", lambda race, paint, given: taken.get(id(paint), 1.0))
+    told = climb(replace(QUICK, rounds=3, batch=1), rungs)["ladder"]
+    assert [one["seconds"] for one in told] == [8, 4, 2]
+    assert [one["of the rung before"] for one in told] == [1, 0.5, 0.5]
+    assert [one["of the first"] for one in told] == [1, 0.5, 0.25]
+    assert [one["guided steps a second"] for one in told] == [0.25, 0.5, 1]
+    lines = table({"ladder": told, "seconds to decode": 1.0}).splitlines()
+    assert lines[0].split()[2:4] == ["before", "first"] and lines[3].split()[4:6] == ["0.50", "0.25"]
+
+
 def test_a_rung_that_drifts_off_ends_the_command(monkeypatch, capsys):
     made = ladder.from_first
     monkeypatch.setattr(ladder, "from_first", lambda first, ready: made(first, ready) | {
