@@ -115,6 +115,12 @@ def test_a_wrong_count_is_another_count_of_the_same_objects(count):
     assert numbers == {2, 3} and tints == set(COLOURS) - {"red"}
 
 
+def test_where_only_a_count_can_be_wrong_it_always_is():
+    for true, wrong in pairs_of(scene_of(["cat", "cat"])):
+        assert names_of(true) == names_of(wrong) == {"cat"}
+        assert re.search(r"\b(two|2)\b", true) and re.search(r"\b(three|3)\b", wrong)
+
+
 def test_counts_are_exchanged_between_kinds():
     """Two cats and a pig: the wrong caption says a cat and two pigs, or three cats, and the same objects."""
     drawn = scene_of(["cat", "cat", "pig"])
