@@ -8,11 +8,12 @@ from collections import Counter
 
 import pytest
 
-from sdlearn.data import BACKGROUNDS, COLOURS, OBJECTS, held_out, scene, scenes, vocabulary
+from sdlearn.data import BACKGROUNDS, COLOURS, OBJECTS, grammar, held_out, scene, scenes, vocabulary
 from sdlearn.data.captions import ANSWERS, answers_of, caption_for, captions_apart
 from sdlearn.data.description import describe
 from sdlearn.data.grammar import MOODS, SYNONYMS, word_freely
-from sdlearn.data.world import COMPOSITIONS, RICH, RICH_FULL, WORLDS
+from sdlearn.data.world import COMPOSITIONS, CORE, RICH, RICH_FULL, WORLDS
+from sdlearn.training.card import words_of
 
 TINTS, GROUNDS = "|".join(COLOURS), "|".join([*BACKGROUNDS, "gray"])
 GROUND_PHRASES = [      # each holds the background's colour once
@@ -27,7 +28,7 @@ NOUNS = {noun: (name, several) for name in OBJECTS for several in (False, True)
 NOUN = "|".join(map(re.escape, sorted(NOUNS, key=len, reverse=True)))
 SIZE_OF = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
 SIZES, NUMERALS = "|".join(SIZE_OF), {"two": 2, "2": 2, "pair": 2, "couple": 2, "three": 3, "3": 3, "trio": 3}
-OPINIONS = "nice|lovely|beautiful|wonderful|charming|great|perfect|simple"
+OPINIONS = "|".join(grammar.OPINIONS)
 OBJECT = re.compile(rf"""\b(?:(?P<number>two|three|2|3|pair|couple|trio)\ (?:of\ )?)?(?:(?:{OPINIONS})\ )?
     (?:(?P<size>{SIZES})\ )?(?:(?P<tint>{TINTS})(?:-colou?red)?\ )?(?P<noun>{NOUN})\b
     (?:\ (?:that|which)\ (?:is|are)(?:\ (?P<size_after>{SIZES})\b)?(?:\ and\b(?=\ (?:{TINTS})\b))?
@@ -281,3 +282,11 @@ def test_prompts_in_other_wordings_are_held_out():
              tomllib.loads(held_out.OTHER_WORDINGS_FILE.read_text(encoding="utf-8"))["prompts"]]
     assert len(texts) > 100 and all(map(held_out.is_held_out_text, texts))
     assert not any(held_out.is_held_out_text(one.caption) for one in scenes(0, 5000, world=RICH))
+
+
+def test_a_model_knows_the_words_of_the_captions_it_was_trained_on():
+    """So the warning of unknown words fits the weights, whichever captions the package words by now."""
+    plain, free = words_of(CORE, ["core", "hard"]), words_of(CORE, ["core", "hard", "rich"])
+    assert plain == sorted(vocabulary(CORE.objects)) and "kitten" not in plain and "beside" not in plain
+    assert free == sorted(vocabulary(CORE.objects, grammar=True)) and {"kitten", "beside"} < set(free)
+    assert words_of(CORE, ["another"]) == plain

@@ -99,6 +99,12 @@ def test_a_cache_is_regenerated_when_anything_that_it_depends_on_has_changed(par
         assert json.loads(cache.meta_file.read_text())["made"] == 3
 
 
+def test_a_cache_is_regenerated_when_captions_are_worded_in_another_way(parts, tmp_path, monkeypatch):
+    make(parts, tmp_path).refresh(3)
+    monkeypatch.setattr("sdlearn.data.captions.OPENINGS", ("a view of ",))
+    assert make(parts, tmp_path).meta["made"] == 0
+
+
 def test_the_shuffled_caption_gap_of_a_run_is_of_unseen_scenes(parts, tmp_path):
     """Of the test split in the run's world, whatever the run has learnt from."""
     recipe = UNetRecipe(parts.config, parts.vae, parts.text, parts.tokenizer, tmp_path, first=0, capacity=4)

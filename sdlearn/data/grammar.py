@@ -33,7 +33,13 @@ SYNONYM_SHARE = 0.15
 SIZE_SHARE = 0.4
 SIZE_WORDS = ({"small": "small", "large": "large"}, {"small": "small", "large": "big"},
               {"small": "little", "large": "big"}, {"small": "tiny", "large": "huge"})
-OPINIONS = ("",) * 56 + ("nice", "lovely", "beautiful", "wonderful", "charming", "great", "perfect", "simple")
+# Harmless in front of any noun: so that a word which says nothing about the image changes nothing in it.
+OPINIONS = ("nice", "lovely", "beautiful", "wonderful", "charming", "great", "perfect", "simple", "adorable", "amazing",
+            "awesome", "brilliant", "classic", "cool", "cute", "decent", "delightful", "elegant", "fabulous", "famous",
+            "fancy", "fantastic", "friendly", "funny", "gorgeous", "important", "interesting", "lucky", "magnificent",
+            "marvellous", "neat", "ordinary", "pleasant", "precious", "regular", "remarkable", "special", "splendid",
+            "stylish", "superb", "sweet", "typical", "unusual")
+OPINION_SHARE = 0.12
 NUMBERS = ({2: "two", 3: "three"},) * 5 + ({2: "2", 3: "3"},) * 2 + (
     {2: "a pair of", 3: "a trio of"}, {2: "a pair of", 3: "a group of three"}, {2: "a couple of", 3: "a set of three"},
     {2: "exactly two", 3: "exactly three"})
@@ -200,13 +206,14 @@ def _word_objects(description: Description, mood: Mood, clause: bool, rng: rando
 def _noun_phrase(group: Group, articles: str, alone: bool, rng: random.Random) -> tuple[str, bool]:
     """Number or article, adjectives and noun ("a small star that is red", "the two cats"); and whether the templates
     that were chosen have a relative clause, which depends on no property of the group."""
-    number, opinion, sizes, sized = _pick(rng, NUMBERS), _pick(rng, OPINIONS), _pick(rng, SIZE_WORDS), rng.random()
+    number, sizes, sized = _pick(rng, NUMBERS), _pick(rng, SIZE_WORDS), rng.random()
+    opinion, valued = _pick(rng, OPINIONS), rng.random() < OPINION_SHARE
     other_noun, which = rng.random() < SYNONYM_SHARE, rng.random()
     coloured, plain = _pick(rng, ALONE if alone else COLOURED), _pick(rng, PLAIN)
     mixed = _pick(rng, (A, THE, ONE))
     article = mixed if articles == MIXED else articles
     size = sizes.get(group.size, "") if sized < SIZE_SHARE else ""
-    opinion = opinion if article != BARE else ""
+    opinion = opinion if valued and article != BARE else ""
     form = coloured if group.colour else plain if size and article != BARE else PLAIN[0]
     if form == plain and " that " in form or "{s and c}" in form:
         size = size.replace("little", "small")              # nobody says "a cat that is little"

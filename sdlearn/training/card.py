@@ -80,6 +80,11 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
+def words_of(world: World, trained_on: list[str]) -> list[str]:
+    """The words that a U-Net knows of a world's objects: those of the captions in the worlds it was trained on."""
+    return sorted(vocabulary(world.objects, grammar=any(WORLDS[name].grammar for name in trained_on if name in WORLDS)))
+
+
 def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) -> tuple[Parts, dict, list]:
     """The parts of a run, its figures, and the pictures of `prompts`."""
     states = {stage: load_state(run / f"{stage}-state.pt")["progress"] for stage in ("vae", "clip", "unet")}
@@ -88,8 +93,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world, first=0)
     unet = averaged(UNet(config.unet), run, "unet")
     images = list(recipe.sample(unet, prompts, steps=25))
-    grammar = any(WORLDS[name].grammar for name in states["unet"].get("worlds", []) if name in WORLDS)
-    words = sorted(vocabulary(world.objects, grammar=grammar))
+    words = words_of(world, states["unet"].get("worlds", []))
     parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
                   {"objects": sorted(world.objects), "words": words})
     real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]
