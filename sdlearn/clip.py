@@ -121,7 +121,7 @@ class TextOutput(NamedTuple):
     raw: Tensor                     # (B, L, D)
 
 
-class TextTower(nn.Module):
+class TextEncoder(nn.Module):
     """CLIP's text tower: a causal transformer, in which a token sees itself and those before it."""
 
     def __init__(self, config: TextConfig):
@@ -194,7 +194,7 @@ class VisionOutput(NamedTuple):
     pooled: Tensor                  # (B, D), the class token after the last LayerNorm
 
 
-class VisionTower(nn.Module):
+class ImageEncoder(nn.Module):
     """CLIP's vision tower, a ViT: every patch sees every other."""
 
     def __init__(self, config: VisionConfig):
@@ -231,8 +231,8 @@ class CLIP(nn.Module):
         if text.projection_dim != vision.projection_dim:
             raise ValueError(f"the towers cannot meet: text projects to {text.projection_dim} channels, "
                              f"vision to {vision.projection_dim}; make projection_dim equal")
-        self.text_model = TextTower(text)
-        self.vision_model = VisionTower(vision)
+        self.text_model = TextEncoder(text)
+        self.vision_model = ImageEncoder(vision)
         self.text_projection = nn.Linear(text.dim, text.projection_dim, bias=False)
         self.visual_projection = nn.Linear(vision.dim, vision.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))      # learned, as a logarithm

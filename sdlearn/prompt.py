@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .clip import TextTower
+from .clip import TextEncoder
 from .tokenizer import LENGTH, Tokenizer
 
 MAX_WEIGHT = 10.0
@@ -166,7 +166,7 @@ def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) ->
     return made
 
 
-def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, tower: TextTower, *, long: str = "cut",
+def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, tower: TextEncoder, *, long: str = "cut",
            restore_mean: bool = True) -> Tensor:
     """What the U-Net attends to: the tower's hidden states of a prompt or several, (B, M, T), on its device.
 

@@ -19,7 +19,7 @@ from sdlearn.data import CORE, FULL, scene, scene_of
 from sdlearn.data.world import CLASSROOM
 from sdlearn.evaluation.metrics import ssim
 from sdlearn.finetune.loop import Diverged
-from sdlearn.pictures import to_tensor
+from sdlearn.images import to_tensor
 from sdlearn.training import ablations
 from sdlearn.training.ablations import (
     ABLATIONS,

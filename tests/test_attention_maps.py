@@ -20,8 +20,8 @@ from sdlearn.explore.attention_maps import (
     by_place,
     cells_asking,
     finest,
+    image_rows,
     overlay,
-    picture_rows,
     places,
     short_name,
     word_maps,
@@ -131,7 +131,7 @@ def test_word_maps_have_a_row_for_each_picture_and_tell_the_highest_weight():
 def test_rows_of_pictures_keep_their_order():
     levels = [[0, 80], [160, 240]]
     rows = {f"row {i}": [np.full((8, 8, 3), level, np.uint8) for level in row] for i, row in enumerate(levels)}
-    drawing = picture_rows(rows, ["left", "right"], title="Rows")
+    drawing = image_rows(rows, ["left", "right"], title="Rows")
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in drawing.axes] == [0, 80, 160, 240]
     assert words(drawing) == ["Rows", "row 0", "row 1", "left", "right"]
 

@@ -11,7 +11,7 @@ import torch._inductor.graph
 from torch import nn
 
 from sdlearn.__main__ import main
-from sdlearn.bench import PicturesDiffer, Race, fastest, run
+from sdlearn.bench import ImagesDiffer, Race, fastest, run
 from sdlearn.bench import race as bench
 from sdlearn.bench.machine import PEAKS
 from sdlearn.bench.roofline import least_seconds_of_run
@@ -153,7 +153,7 @@ def test_different_pictures_get_no_ratio(no_processes, monkeypatch, tmp_path, ca
     assert main(["bench", "--preset", "tiny", "--steps", "2", "--rounds", "1", "--out", str(out)]) == 2
     assert "no ratio" in capsys.readouterr().err
     assert json.loads(out.read_text())["alike"] is False
-    assert issubclass(PicturesDiffer, FloatingPointError)
+    assert issubclass(ImagesDiffer, FloatingPointError)
 
 
 def test_the_command_measures_and_writes(tmp_path, capsys):

@@ -19,7 +19,7 @@ from transformers import (
     CLIPVisionModel,
 )
 
-from sdlearn.clip import CLIP, TextTower, VisionTower, contrastive_loss, quick_gelu, similarity_logits
+from sdlearn.clip import CLIP, ImageEncoder, TextEncoder, contrastive_loss, quick_gelu, similarity_logits
 from sdlearn.config import PRESETS, TextConfig, VisionConfig
 
 KEYS = json.loads((Path(__file__).parent / "data" / "keys_vae_text.json").read_text())
@@ -83,9 +83,9 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def tower() -> TextTower:
+def tower() -> TextEncoder:
     torch.manual_seed(0)
-    return randomise(TextTower(TEXT["tiny"]))
+    return randomise(TextEncoder(TEXT["tiny"]))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def clip() -> CLIP:
 def test_text_tower_equal_to_transformers(name, length):
     config = TEXT[name]
     theirs = randomise(CLIPTextModel(text_config(config)))
-    ours = TextTower(config)
+    ours = TextEncoder(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ids = sentences(config, length)
     expected = theirs(ids, output_hidden_states=True)
@@ -120,7 +120,7 @@ def test_text_tower_equal_to_transformers(name, length):
 def test_vision_tower_equal_to_transformers(name):
     config = VISION[name]
     theirs = randomise(CLIPVisionModel(vision_config(config)))
-    ours = VisionTower(config)
+    ours = ImageEncoder(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     pixels = torch.rand(3, 3, config.image_size, config.image_size) * 2 - 1
     expected, output = theirs(pixels), ours(pixels)
@@ -162,7 +162,7 @@ def test_clip_logits_loss_and_gradients_equal_to_transformers(text, vision):
 ])
 def test_full_size_text_towers_are_stable_diffusions(preset, keys, count):
     with torch.device("meta"):
-        model = TextTower(PRESETS[preset].text)
+        model = TextEncoder(PRESETS[preset].text)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == dict(KEYS[keys])
     assert sum(p.numel() for p in model.parameters()) == count
@@ -235,7 +235,7 @@ def test_pooled_is_hidden_at_the_first_end(tower):
 def test_added_words_have_larger_ids_than_the_end():
     config = replace(TEXT["tiny"], vocab_size=603)          # three words added behind 599, the end
     theirs = randomise(CLIPTextModel(text_config(config, eos_token_id=599)))
-    ours = TextTower(config)
+    ours = TextEncoder(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ids = torch.tensor([[598, 7, 602, 599, 599], [598, 600, 601, 4, 599]])
     expected = theirs(ids).pooler_output
@@ -253,7 +253,7 @@ def test_order_of_words_matters(tower):
 
 @torch.no_grad()
 def test_layers_behind_the_chosen_one_are_not_run():
-    tower = TextTower(TEXT["reduced_sd1"])
+    tower = TextEncoder(TEXT["reduced_sd1"])
     ids = sentences(tower.config, 10)
     expected = tower(ids, layer=-2)
     for parameter in tower.encoder.layers[-1].parameters():
@@ -285,11 +285,11 @@ def test_a_layer_that_is_not_there(tower, layer):
 
 def test_configs_that_cannot_be_built():
     with pytest.raises(ValueError, match="unknown activation 'relu'.*quick_gelu, gelu"):
-        TextTower(replace(TEXT["tiny"], activation="relu"))
+        TextEncoder(replace(TEXT["tiny"], activation="relu"))
     with pytest.raises(ValueError, match="16 channels do not split into 3 heads"):
-        TextTower(replace(TEXT["tiny"], heads=3))
+        TextEncoder(replace(TEXT["tiny"], heads=3))
     with pytest.raises(ValueError, match="patches of 7 pixels do not tile 32"):
-        VisionTower(replace(VISION["tiny"], patch_size=7))
+        ImageEncoder(replace(VISION["tiny"], patch_size=7))
     with pytest.raises(ValueError, match="text projects to 16 channels, vision to 24"):
         CLIP(TEXT["tiny"], replace(VISION["tiny"], projection_dim=24))
 

@@ -12,7 +12,7 @@ from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 from sdlearn.data import scenes
 from sdlearn.explore.conditioning import NEAREST, PromptReader, matrices, merges_of, pairings, read, token_strip
 from sdlearn.explore.figures import WIDTH
-from sdlearn.pictures import to_tensor
+from sdlearn.images import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.tokenizer import WORD_END
 

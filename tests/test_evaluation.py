@@ -430,7 +430,7 @@ def test_real_scenes_are_judged_right(judge):
     assert [one.prompt for one in judged] == asked
     told = scores_of(judged)
     assert told.overall > 0.85 and told.background > 0.9
-    shuffled = ev.judge_pictures([one.image for one in judged], asked[1:] + asked[:1], judge)
+    shuffled = ev.judge_images([one.image for one in judged], asked[1:] + asked[:1], judge)
     assert sum(one.right for one in shuffled) < 0.3 * len(asked), "another's prompt does not fit"
 
 
@@ -712,7 +712,7 @@ def test_every_prompt_gets_its_pictures(tiny, any_judge):
     assert np.abs(again[1].image.astype(int) - judged[5].image).max() <= 2
     assert scores_of(judged).pictures == 24
     with pytest.raises(ValueError, match="one prompt for each"):
-        ev.judge_pictures([one.image for one in judged], asked, any_judge)
+        ev.judge_images([one.image for one in judged], asked, any_judge)
 
 
 def test_a_model_that_cannot_be_evaluated_is_told(tiny, tmp_path, any_judge):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sdlearn.checkpoint import configs
-from sdlearn.clip import CLIP, TextTower
+from sdlearn.clip import CLIP, TextEncoder
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig
 from sdlearn.controlnet import Control, ControlNet, controlled
 from sdlearn.guidance import predict_x0
@@ -181,7 +181,7 @@ def sentence(config):
 @cache
 @torch.no_grad()
 def text_difference(config):
-    ours = on_meta(lambda: TextTower(config))
+    ours = on_meta(lambda: TextEncoder(config))
     weights = random_weights(shapes(ours), seed=6)
     theirs = on_meta(lambda: CLIPTextModel(CLIPTextConfig(**configs.text_to_dict(config))))
     inner = getattr(theirs, "text_model", theirs)       # older versions of transformers have one level more
@@ -253,7 +253,7 @@ def openclip_difference(config):
     theirs = on_meta(OpenCLIPText)
     weights = random_weights(shapes(theirs), seed=7)
     theirs = filled(theirs, weights)
-    mine = on_meta(lambda: TextTower(config))
+    mine = on_meta(lambda: TextEncoder(config))
     mine.load_state_dict(as_ours(weights), strict=True, assign=True)
     return difference(mine(sentence(config)).hidden, theirs(sentence(config)))
 

@@ -7,7 +7,7 @@ import torch
 
 from sdlearn.evaluation.holes import found_inside, known_psnr, seam_jump
 from sdlearn.evaluation.judge import Detection, Seen
-from sdlearn.pictures import psnr
+from sdlearn.images import psnr
 
 MASK = torch.zeros(2, 1, 12, 16)
 MASK[0, :, 3:9, 4:12] = MASK[1, :, :6] = 1

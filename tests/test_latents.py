@@ -32,7 +32,7 @@ from sdlearn.explore.latents import (
     spectrum,
     written,
 )
-from sdlearn.pictures import to_images, to_tensor
+from sdlearn.images import to_images, to_tensor
 from sdlearn.vae import VAE, Gaussian
 
 

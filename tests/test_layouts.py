@@ -24,7 +24,7 @@ from ldm_names import (
 from models import one_thread  # noqa: F401
 
 from sdlearn.checkpoint import CheckpointError, detect, layouts, shapes
-from sdlearn.clip import TextTower
+from sdlearn.clip import TextEncoder
 from sdlearn.config import PRESETS, ControlNetConfig, UNetConfig, VAEConfig
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE as Autoencoder
@@ -73,7 +73,7 @@ def test_every_tensor_of_the_autoencoder_has_its_published_name_and_shape():
 
 
 def test_every_tensor_of_open_clip_is_covered_once():
-    ours = shapes(meta(TextTower, PRESETS["sd2_base"].text))
+    ours = shapes(meta(TextEncoder, PRESETS["sd2_base"].text))
     places = layouts.open_clip_places(ours)
     found = {}
     for name, place in sorted(places.items(), key=lambda item: item[1].third or 0):
@@ -137,7 +137,7 @@ def test_autoencoders_of_any_depth_are_named_as_diffusers_reads_them(levels, lay
 
 def test_open_clip_s_thirds_are_those_that_diffusers_takes():
     config = replace(PRESETS["tiny"].text, layers=3)
-    tower = TextTower(config)
+    tower = TextEncoder(config)
     ours = tower.state_dict()
     places = layouts.open_clip_places(ours)
     there = layouts.single_tensors(ours, places)

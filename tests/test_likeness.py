@@ -6,7 +6,7 @@ import torch
 
 from sdlearn.data import OBJECTS, UNTAUGHT, scene_of
 from sdlearn.data.likeness import SIDE, cutouts, kinds, likeness
-from sdlearn.pictures import to_tensor
+from sdlearn.images import to_tensor
 
 
 def scenes_of(name, count=4, ground="blue"):

@@ -21,7 +21,7 @@ from PIL import Image
 from sdlearn.checkpoint import load_folder, save_folder
 from sdlearn.checkpoint.control import save_controlnet
 from sdlearn.controlnet import Control, ControlNet
-from sdlearn.pictures import to_tensor
+from sdlearn.images import to_tensor
 from sdlearn.pipeline import SHIPPED, SettingsError, StableDiffusion, make_control, shipped
 from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
 from sdlearn.unet import UNet

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from models import CAPTIONS, one_thread, randomise  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdlearn.clip import TextTower
+from sdlearn.clip import TextEncoder
 from sdlearn.config import PRESETS
 from sdlearn.prompt import Piece, encode, lost, parse, plain, rows, weigh, weighted
 from sdlearn.tokenizer import Tokenizer
@@ -46,8 +46,8 @@ def reference() -> CLIPTextModel:
 
 
 @pytest.fixture(scope="module")
-def tower(reference) -> TextTower:
-    tower = TextTower(CONFIG).eval()
+def tower(reference) -> TextEncoder:
+    tower = TextEncoder(CONFIG).eval()
     tower.load_state_dict(reference.state_dict(), strict=True)
     return tower.requires_grad_(False)
 
@@ -406,7 +406,7 @@ def test_a_mean_of_zero_stays_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types_are_kept(dtype, tokenizer, tower):
-    twin = TextTower(CONFIG).eval()
+    twin = TextEncoder(CONFIG).eval()
     twin.load_state_dict(tower.state_dict())
     text = "a (red:1.3) apple and a (cat:0.7)"
     ours = encode(text, tokenizer, twin.to(dtype))
@@ -420,7 +420,7 @@ def test_types_are_kept(dtype, tokenizer, tower):
 
 def test_nothing_waits_for_the_device(tokenizer):
     """On the meta device, which has no values, reading one raises, and so does mixing devices."""
-    tower = TextTower(CONFIG).to("meta")
+    tower = TextEncoder(CONFIG).to("meta")
     context = encode(["a (red:1.3) cat", "cat " * 80], tokenizer, tower, long="chunks")
     assert context.device.type == "meta" and context.shape == (2, 2 * LENGTH, CONFIG.dim)
 
@@ -430,7 +430,7 @@ def test_added_words_are_weighed_and_kept_whole(long):
     tokenizer, n = with_toy(4), 4
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(0)
-    tower = TextTower(config).eval().requires_grad_(False)
+    tower = TextEncoder(config).eval().requires_grad_(False)
     first = tokenizer.vocab_size - n
     toy = list(range(first, first + n))
     cat = tokenizer.encode("cat")
@@ -459,7 +459,7 @@ def test_bad_input_is_told_in_a_sentence(arguments, settings, words, tokenizer, 
 
 def test_a_word_without_an_embedding_is_told():
     tokenizer = with_toy()
-    tower = TextTower(replace(CONFIG, vocab_size=tokenizer.vocab_size - 3))
+    tower = TextEncoder(replace(CONFIG, vocab_size=tokenizer.vocab_size - 3))
     assert encode("a cat", tokenizer, tower).isfinite().all()
     with pytest.raises(ValueError, match=r"knows \d+ ids, and '<toy>' has one past them: add its embedding"):
         encode("a <toy>", tokenizer, tower)
@@ -468,7 +468,7 @@ def test_a_word_without_an_embedding_is_told():
 def test_ids_are_known_up_to_the_size_of_the_embedding():
     """Ids begin at 0, so the first one without an embedding equals the number of embeddings."""
     tokenizer = with_toy(n=1)
-    short, exact = (TextTower(replace(CONFIG, vocab_size=tokenizer.vocab_size - less)) for less in (1, 0))
+    short, exact = (TextEncoder(replace(CONFIG, vocab_size=tokenizer.vocab_size - less)) for less in (1, 0))
     assert encode("a <toy>", tokenizer, exact).isfinite().all()
     with pytest.raises(ValueError, match="'<toy>' has one past them"):
         encode("a <toy>", tokenizer, short)
@@ -476,7 +476,7 @@ def test_ids_are_known_up_to_the_size_of_the_embedding():
 
 def test_weights_can_be_learnt_through(tokenizer, tower):
     """The hidden states are not cut off from what made them, as textual inversion needs it."""
-    twin = TextTower(CONFIG)
+    twin = TextEncoder(CONFIG)
     twin.load_state_dict(tower.state_dict())
     encode("a (red:1.3) cat", tokenizer, twin).square().sum().backward()
     assert math.isfinite(twin.embeddings.token_embedding.weight.grad.abs().sum().item())

@@ -15,7 +15,7 @@ PACKAGE = "sdlearn"
 
 RANKS = {
     "config": 0, "tokenizer": 0, "attention": 0, "layers": 0, "schedule": 0,
-    "pictures": 0,
+    "images": 0,
     "clip": 1, "vae": 1, "unet": 1, "samplers": 1, "guidance": 1, "inpaint": 1,
     "sizes": 1, "tiles": 1,
     "controlnet": 2, "finetune": 2, "prompt": 2, "costs": 2,

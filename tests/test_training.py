@@ -22,10 +22,18 @@ from sdlearn.config import PRESETS
 from sdlearn.data import CORE, WORLDS, World
 from sdlearn.data.captions import ANSWERS
 from sdlearn.data.world import name_of
-from sdlearn.pictures import psnr, to_images, to_tensor
+from sdlearn.images import psnr, to_images, to_tensor
 from sdlearn.training import command, stages
 from sdlearn.training.card import ship
-from sdlearn.training.clip import CLIPRecipe, Towers, loss_with_wrong, read_rightly, retrieval, shortest, told_apart
+from sdlearn.training.clip import (
+    CLIPRecipe,
+    CLIPWithClassifier,
+    loss_with_wrong,
+    read_rightly,
+    retrieval,
+    shortest,
+    told_apart,
+)
 from sdlearn.training.loop import (
     Average,
     Progress,
@@ -670,7 +678,7 @@ def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
 
 
 def test_what_training_alone_needs_is_not_shipped_and_not_asked_for(config):
-    towers, plain = Towers(config), CLIP(config.text, config.vision)
+    towers, plain = CLIPWithClassifier(config), CLIP(config.text, config.vision)
     torch.nn.init.normal_(towers.scaffold.answer.weight)
     before = towers.scaffold.answer.weight.clone()
     load_weights(towers, plain.state_dict())                    # a run that starts from shipped weights

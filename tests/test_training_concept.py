@@ -13,7 +13,7 @@ from recipes import scene_config, untrained_base
 from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
 from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
 from sdlearn.finetune import Embedding, new_lora
-from sdlearn.pictures import to_tensor
+from sdlearn.images import to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training import adapters, concept, stages
 from sdlearn.training.loop import fit, load_state, save_state

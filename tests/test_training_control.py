@@ -35,8 +35,8 @@ from sdlearn.clip import CLIP
 from sdlearn.config import PRESETS
 from sdlearn.controlnet import ControlNet
 from sdlearn.data import CORE, scene
+from sdlearn.images import to_images, to_tensor
 from sdlearn.inpaint import latent_mask, masked_pixels
-from sdlearn.pictures import to_images, to_tensor
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training import adapters, card, classroom, command, control, inpaint, stages
 from sdlearn.training.control import HINTS, ControlRecipe, covered_iou, edge_f1, hint_tensor, hint_widths

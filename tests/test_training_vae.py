@@ -5,7 +5,7 @@ import torch
 from recipes import scene_config
 
 from sdlearn.data import CORE, scene
-from sdlearn.pictures import psnr, to_tensor
+from sdlearn.images import psnr, to_tensor
 from sdlearn.training.vae import (
     VAERecipe,
     chroma,

@@ -5,6 +5,6 @@
 """
 
 from .ladder import Rung, climb, rungs_for
-from .race import CONTENDERS, SAMPLERS, PicturesDiffer, Race, run
+from .race import CONTENDERS, SAMPLERS, ImagesDiffer, Race, run
 
-__all__ = ["CONTENDERS", "SAMPLERS", "PicturesDiffer", "Race", "Rung", "climb", "run", "rungs_for"]
+__all__ = ["CONTENDERS", "SAMPLERS", "ImagesDiffer", "Race", "Rung", "climb", "run", "rungs_for"]

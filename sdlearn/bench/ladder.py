@@ -24,7 +24,7 @@ from ..attention import open_attention
 from ..config import PRESETS
 from ..costs import step_flops
 from ..guidance import both_halves, guided, guided_passes, predict_x0, shared_halves
-from ..pictures import to_images
+from ..images import to_images
 from ..pipeline import StableDiffusion
 from ..pipeline.compiled import CompiledUNet
 from ..samplers import SAMPLERS, grid_for

@@ -20,7 +20,7 @@ import torch
 
 from ..checkpoint import Parts, load_folder, save_folder
 from ..checkpoint.shipped import SHIPPED, shipped_models
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..config import PRESETS
 from ..costs import step_flops
 from ..pipeline import SettingsError, StableDiffusion
@@ -41,7 +41,7 @@ CONTENDERS = ("sdlearn", "sdlearn compiled", "diffusers", "diffusers compiled")
 ROUNDING = {"float32": (2, 0.1), "bfloat16": (128, 3.0), "float16": (16, 0.5)}
 
 
-class PicturesDiffer(FloatingPointError):
+class ImagesDiffer(FloatingPointError):
     """Two contenders made different pictures, so that no ratio of their times means anything."""
 
 
@@ -87,7 +87,7 @@ def weights(race: Race, folder: Path) -> Path:
         torch.manual_seed(0)
         config = PRESETS[race.preset]
         tokenizer = Tokenizer.train([PROMPT], min(config.text.vocab_size, 600))     # words do not matter to a clock
-        parts = Parts(config, tokenizer, TextTower(config.text), VAE(config.vae), UNet(config.unet), None, None)
+        parts = Parts(config, tokenizer, TextEncoder(config.text), VAE(config.vae), UNet(config.unet), None, None)
         for parameter in parts.unet.conv_out.parameters():      # zeros would leave the noise as it is
             torch.nn.init.normal_(parameter, std=0.02)
     return save_folder(folder, parts, dtype=getattr(torch, race.dtype))

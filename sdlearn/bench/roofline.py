@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..attention import CrossAttention, attention_cost
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..config import ModelConfig, UNetConfig, VAEConfig
 from ..costs import TOKENS, empty_unet, roofline_seconds
 from ..vae import VAE
@@ -129,7 +129,7 @@ def memory_ledger(config: ModelConfig, size: int, batch: int = 1, bytes_each: in
     """
     side, both = size // config.vae.factor, 2 * batch
     with torch.device("meta"):
-        parts = {"text tower": TextTower(config.text), "U-Net": empty_unet(config.unet), "VAE": VAE(config.vae)}
+        parts = {"text tower": TextEncoder(config.text), "U-Net": empty_unet(config.unet), "VAE": VAE(config.vae)}
         unet, width = parts["U-Net"], config.unet.context_dim
         x, text = torch.empty(both, config.unet.in_channels, side, side), torch.empty(both, TOKENS, width)
         with torch.no_grad():

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..clip import CLIP, TextTower
+from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig, SamplingConfig, TextConfig
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -45,7 +45,7 @@ class Parts:
 
     config: ModelConfig
     tokenizer: Tokenizer
-    text: TextTower
+    text: TextEncoder
     vae: VAE
     unet: UNet
     clip: CLIP | None = None
@@ -71,7 +71,7 @@ def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer:
     place = {"device": device, "dtype": dtype}
     for part, file in PARTS.items():
         weights_file(folder / part / file)          # one that is missing is told before any is read
-    text = load_module(lambda: TextTower(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
+    text = load_module(lambda: TextEncoder(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
                        rename=text_name, **place)
     vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE,
                       rename=vae_name, **place)
@@ -185,7 +185,7 @@ def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name
     return module.eval()
 
 
-def load_clip(config: ModelConfig, text: TextTower, file: Path, **place) -> CLIP:
+def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **place) -> CLIP:
     """CLIP around a text tower that is there already."""
     with torch.device("meta"):
         clip = CLIP(config.text, config.vision)

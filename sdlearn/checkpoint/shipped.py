@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA
 from ..unet import UNet
@@ -143,7 +143,7 @@ def load_concept(model: str | Path = "mini") -> Concept:
                               "the same. Train word and lora on this one, and ship again.")
     with torch.device("meta"):
         unet = UNet(_read(folder / "unet" / "config.json", unet_from_dict))
-        text = TextTower(_read(folder / "text_encoder" / "config.json", text_from_dict))
+        text = TextEncoder(_read(folder / "text_encoder" / "config.json", text_from_dict))
     return Concept(load_embedding(place / WORD_FILE), load_lora(place / LORA_FILE, unet, text), told)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..clip import CLIP, TextTower
+from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig
 from ..controlnet import ControlNet
 from ..tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cp
 def empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts without any weights, on the meta device."""
     with torch.device("meta"):
-        modules = {"text": TextTower(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
+        modules = {"text": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
         return modules | ({"clip": CLIP(config.text, config.vision)} if config.vision else {})
 
 

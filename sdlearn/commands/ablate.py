@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data import World
-from ..evaluation import duplicate_rate, judge_pictures, load_judge, prompts_for, scene_for, scores
+from ..evaluation import duplicate_rate, judge_images, load_judge, prompts_for, scene_for, scores
 from ..evaluation.metrics import ssim
 from ..pipeline import SettingsError, StableDiffusion
 from ..training.ablations import ABLATIONS, RESULTS, Base, Measures, carry_out, planned, publish, usual_minutes
@@ -80,7 +80,7 @@ def measures(device) -> Measures:
     judge = load_judge(device=device)
 
     def judged(images: Sequence, asked: Sequence) -> dict[str, float]:
-        verdicts = judge_pictures(images, asked, judge)
+        verdicts = judge_images(images, asked, judge)
         found = scores(asked, verdicts)
         shares = {"right": sum(one.right for one in verdicts) / len(verdicts), "background": found.background,
                   "more than asked": duplicate_rate(asked, [one.seen for one in verdicts])}

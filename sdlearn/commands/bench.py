@@ -56,7 +56,7 @@ def keep(args: argparse.Namespace, result: dict):
 
 
 def run(args: argparse.Namespace):
-    from ..bench import CONTENDERS, PicturesDiffer
+    from ..bench import CONTENDERS, ImagesDiffer
     from ..bench import run as race_of
 
     race = checked_race(args)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace):
     keep(args, result)
     print(table(result))
     if not result["alike"]:
-        raise PicturesDiffer("the pictures differ by more than rounding, so there is no ratio")
+        raise ImagesDiffer("the pictures differ by more than rounding, so there is no ratio")
 
 
 def table(result: dict) -> str:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from ..bench import PicturesDiffer, climb, rungs_for
+    from ..bench import ImagesDiffer, climb, rungs_for
 
     result = climb(checked_race(args), rungs_for(args.device, args.steps, args.fewer, args.compile), watch=tqdm,
                    folder=args.model)
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace):
     print(table(result))
     if off := [told["rung"] for told in result["ladder"]
                if told["exact"] and not (told["the same picture"] and told["the first's picture"])]:
-        raise PicturesDiffer("these rungs should paint the picture of the one before and of the first, but do not: "
+        raise ImagesDiffer("these rungs should paint the picture of the one before and of the first, but do not: "
                              f"{', '.join(off)}")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data import CORE, scene
-from ..pictures import psnr, to_tensor
+from ..images import psnr, to_tensor
 
 SCENES = 200
 NOISE = 0.1             # standard deviation, in scaled latent units: as far off as generated latents are

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..pictures import psnr
+from ..images import psnr
 from .judge import Detection, Seen
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
 from ..data import OBJECTS
-from ..pictures import to_tensor
+from ..images import to_tensor
 from .detector import STRIDE, UNIT, Detector, DetectorConfig, Heads
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "judge"

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import pictures
+from .. import images as _images
 from ..clip import CLIP
-from ..pictures import to_tensor
+from ..images import to_tensor
 
 LUMINANCE = (77 / 256, 150 / 256, 29 / 256)     # of red, green, blue: ITU-R BT.601, as in the scenes' edge maps
 EDGE = 40.0                             # jump of luminance between neighbours, of 255, that is an edge: as there
@@ -68,8 +68,8 @@ def edges(images, *, threshold: float = EDGE) -> Tensor:
 # --- a picture and what it should be ----------------------------------------------------------------
 
 def ssim(a, b, *, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """`pictures.ssim` of pictures in any form: (B,), 1 for equal ones."""
-    return pictures.ssim(*map(as_pixels, (a, b)), window=window, sigma=sigma)
+    """`images.ssim` of images in any form: (B,), 1 for equal ones."""
+    return _images.ssim(*map(as_pixels, (a, b)), window=window, sigma=sigma)
 
 
 def edge_agreement(images, maps, *, tolerance: int = 1) -> dict[str, float]:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from ..data import Scene, scene_of
 from ..guidance import predict_x0
-from ..pictures import to_images, to_tensor
+from ..images import to_images, to_tensor
 from ..samplers import get_sampler, grid_for
 from .judge import Judge, load_judge
-from .scoring import Scores, Verdict, judge_pictures, scores
+from .scoring import Scores, Verdict, judge_images, scores
 from .tasks import Prompt
 
 AT_ONCE = 32            # pictures in a batch
@@ -82,7 +82,7 @@ def _evaluated(model, jobs, judge, at_once, settings) -> Iterator[Judged]:
 
 
 def _judged(batch, images, judge) -> Iterator[Judged]:
-    verdicts = judge_pictures(images, [prompt for prompt, _ in batch], judge)
+    verdicts = judge_images(images, [prompt for prompt, _ in batch], judge)
     for (prompt, seed), image, verdict in zip(batch, images, verdicts, strict=True):
         yield Judged(prompt, seed, image, verdict)
 

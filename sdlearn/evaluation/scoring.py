@@ -59,7 +59,7 @@ def related(first: Detection, second: Detection, relation: str) -> bool:
     return away > 0 and (apart[0] * across + apart[1] * down) / away > LEAST_COSINE
 
 
-def judge_pictures(images, prompts: Sequence[Prompt], judge: Judge | None = None) -> list[Verdict]:
+def judge_images(images, prompts: Sequence[Prompt], judge: Judge | None = None) -> list[Verdict]:
     """A verdict on each picture: PIL pictures, bytes (H, W, 3), or pixels (B, 3, H, W) in [-1, 1].
 
     Raises ValueError when there is not one prompt for each picture, CheckpointError where no judge is there.

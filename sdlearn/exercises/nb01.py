@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import VAEConfig
-from ..pictures import psnr
+from ..images import psnr
 from ..vae import VAE, Gaussian
 from .exercise import Lesson
 from .judge import randn, require, require_shape

@@ -12,7 +12,7 @@ import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..config import ModelConfig
 from ..unet import UNet
 from ..vae import VAE
@@ -86,7 +86,7 @@ def told(count: int) -> str:
 
 def _draw_text_path(canvas: "Canvas", config: ModelConfig):
     shapes, text = tensors(config), config.text
-    parameters = told(count_parameters(lambda: TextTower(text)))
+    parameters = told(count_parameters(lambda: TextEncoder(text)))
     canvas.box(1, 46, 15, 9, "prompt", ("and the empty prompt,", "for guidance"), PLAIN, PLAIN_LINE)
     canvas.box(24, 46, 16, 9, "Tokenizer", ("byte-pair encoding,", f"{text.vocab_size:,} tokens"), TEXT, TEXT_LINE)
     canvas.box(53, 46, 21, 9, "CLIP text tower",

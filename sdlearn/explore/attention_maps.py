@@ -102,7 +102,7 @@ def _shrunk(picture, width: int) -> Pictures.Image:
     return picture.resize((width, round(width * picture.height / picture.width)))
 
 
-def picture_rows(rows: Mapping[str, Sequence], captions: Sequence[str] = (), *, title: str) -> Drawing:
+def image_rows(rows: Mapping[str, Sequence], captions: Sequence[str] = (), *, title: str) -> Drawing:
     """Rows of small pictures, by name; captions: beneath the last row, one for each column."""
     columns = len(next(iter(rows.values())))
     room = (WIDTH - SIDE - 2 * EDGE - (columns - 1) * GAP) / columns

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import prompt as prompt_room
 from ..data import Scene
-from ..pictures import to_tensor
+from ..images import to_tensor
 from ..pipeline import StableDiffusion
 from ..tokenizer import WORD_END, Tokenizer, merge_steps, to_symbols
 from .figures import FAINT, INK, WIDTH, Drawing

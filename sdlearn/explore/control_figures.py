@@ -132,7 +132,7 @@ def borders(drawn: np.ndarray) -> np.ndarray:
     return edges([Pictures.fromarray(255 - drawn).convert("RGB")])[0].numpy().astype(np.uint8) * 255
 
 
-def as_picture(maps: np.ndarray) -> np.ndarray:
+def as_image(maps: np.ndarray) -> np.ndarray:
     """A map, uint8 (H, W), as a grey picture (H, W, 3)."""
     return np.stack([maps] * 3, axis=2)
 
@@ -194,7 +194,7 @@ class SketchExplorer(WithStill):
     def draw(self):
         """Make the picture of the kept strokes, and put it before the earlier ones."""
         self.button.disabled, self.message.value = True, "drawing ..."
-        chosen, drawn = self.settings(), as_picture(edge_map_of(self.strokes, self.side))
+        chosen, drawn = self.settings(), as_image(edge_map_of(self.strokes, self.side))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PromptWarning)
@@ -220,4 +220,4 @@ class SketchExplorer(WithStill):
                      HTML(f"<small>{html.escape(words)}</small>")])
 
     def _show_map(self, drawn: np.ndarray):
-        self.map.value = _png(_enlarged(Pictures.fromarray(as_picture(drawn)), 2 * self.side))
+        self.map.value = _png(_enlarged(Pictures.fromarray(as_image(drawn)), 2 * self.side))

@@ -13,8 +13,8 @@ from ipywidgets import HTML, BoundedIntText, Button, Dropdown, FloatSlider, HBox
 from PIL import Image as Pictures
 from torch import Tensor
 
+from ..images import to_images, to_tensor
 from ..inpaint import latent_mask, paste
-from ..pictures import to_images, to_tensor
 from ..pipeline import PromptWarning, StableDiffusion
 from .figures import Drawing, show_images
 from .latents import channel_maps, enlarged, heat

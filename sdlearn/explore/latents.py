@@ -16,7 +16,7 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..data import BACKGROUNDS, SIDE, Scene
-from ..pictures import psnr, to_images, to_tensor
+from ..images import psnr, to_images, to_tensor
 from ..vae import VAE, Gaussian
 from .figures import Drawing, _grid, portrait, show_images
 from .widgets import WithStill

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..pictures import to_images
+from ..images import to_images
 from ..pipeline import StableDiffusion
 from ..training.unet import encoded, noised
 from ..unet import skip_channels

@@ -16,11 +16,11 @@ from .loop import (
     LatentDiffusion,
     TrainStep,
     check_batch,
-    check_pictures,
+    check_images,
     diffusion_loss,
     draw_rows,
     encode_frozen,
-    encode_pictures,
+    encode_images,
     train,
 )
 
@@ -34,7 +34,7 @@ def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, cap
     hints: (B, 3, H, W) in [0, 1], of the same size; dropout: the share of captions that is replaced by "".
     Raises ValueError for pictures, captions and hints that do not fit together; Diverged as `train` does.
     """
-    check_pictures(model, pixels)
+    check_images(model, pixels)
     check_batch(batch_size)
     if isinstance(captions, str) or len(captions) != len(pixels):
         raise ValueError(f"{len(pixels)} pictures need as many captions: give a list with one for each")
@@ -45,7 +45,7 @@ def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, cap
         raise ValueError(f"the hints go from {hints.min():.3g} to {hints.max():.3g}: give them in [0, 1]")
     if not 0 <= dropout <= 1:
         raise ValueError(f"the dropout of captions is {dropout}: give a share from 0 to 1")
-    latents = cache(lambda: encode_pictures(model, pixels))
+    latents = cache(lambda: encode_images(model, pixels))
 
     def loss(generator: torch.Generator) -> Tensor:
         shown = draw_rows(len(pixels), batch_size, generator)

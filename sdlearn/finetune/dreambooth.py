@@ -18,11 +18,11 @@ from .loop import (
     LatentDiffusion,
     TrainStep,
     check_batch,
-    check_pictures,
+    check_images,
     diffusion_losses,
     draw_rows,
     encode_frozen,
-    encode_pictures,
+    encode_images,
     encode_prompts,
     train,
 )
@@ -64,7 +64,7 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
     Without them, or with weight 0, nothing but the thing is learnt. Raises ValueError for pictures that do
     not fit, one of the two class arguments alone, or a negative weight; Diverged as `train` does.
     """
-    check_pictures(model, pixels)
+    check_images(model, pixels)
     check_batch(batch_size)
     if (class_pixels is None) != (class_prompt is None):
         raise ValueError("prior preservation needs both class_pixels and class_prompt: give both, or neither")
@@ -72,12 +72,12 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
         raise ValueError(f"the weight of the prior is {prior_weight}: give 0, for none, or a number above, such as 1")
     prior = class_pixels is not None and prior_weight > 0
     if prior:
-        check_pictures(model, class_pixels, "class pictures")
+        check_images(model, class_pixels, "class pictures")
         if class_pixels.shape[1:] != pixels.shape[1:]:
             raise ValueError(f"the class pictures are {tuple(class_pixels.shape[1:])}, but the others "
                              f"{tuple(pixels.shape[1:])}: make them of one size")
     prompts = [prompt, class_prompt] if prior else [prompt]
-    latents = cache(lambda: [encode_pictures(model, part) for part in (pixels, class_pixels)[:len(prompts)]])
+    latents = cache(lambda: [encode_images(model, part) for part in (pixels, class_pixels)[:len(prompts)]])
     frozen = cache(lambda: encode_frozen(model, prompts))
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import open_attention
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -30,7 +30,7 @@ class LatentDiffusion(Protocol):
     """The parts of a model that fine-tuning needs; `StableDiffusion` has them all."""
 
     tokenizer: Tokenizer
-    text: TextTower
+    text: TextEncoder
     unet: UNet
     vae: VAE
     schedule: NoiseSchedule
@@ -166,7 +166,7 @@ def encode_frozen(model: LatentDiffusion, prompts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pictures(model: LatentDiffusion, pixels: Tensor) -> Tensor:
+def encode_images(model: LatentDiffusion, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] as scaled latents (B, C, h, w), a few pictures at a time."""
     place = model.vae.quant_conv.weight
     return torch.cat([model.vae.to_latent(part.to(place)) for part in pixels.split(8)])
@@ -178,7 +178,7 @@ def draw_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:size]
 
 
-def check_pictures(model: LatentDiffusion, pixels: Tensor, what: str = "pictures") -> None:
+def check_images(model: LatentDiffusion, pixels: Tensor, what: str = "pictures") -> None:
     """Raise ValueError for pixels that the model cannot be trained on."""
     config = model.unet.config
     if config.in_channels != config.out_channels:

@@ -25,11 +25,11 @@ from .loop import (
     LatentDiffusion,
     TrainStep,
     check_batch,
-    check_pictures,
+    check_images,
     diffusion_loss,
     draw_rows,
     encode_frozen,
-    encode_pictures,
+    encode_images,
     encode_prompts,
     train,
 )
@@ -205,14 +205,14 @@ def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str
     attached to the model, so that samples show it; when the generator ends or is closed, it no longer is.
     Raises ValueError for pictures, captions or a LoRA that do not fit; Diverged as `train` does.
     """
-    check_pictures(model, pixels)
+    check_images(model, pixels)
     check_batch(batch_size)
     check_fit(lora.unet, model.unet)
     check_fit(lora.text, model.text)
     captions = [captions] * len(pixels) if isinstance(captions, str) else list(captions)
     if len(captions) != len(pixels):
         raise ValueError(f"{len(pixels)} pictures need as many captions, or one for all, not {len(captions)}")
-    latents = cache(lambda: encode_pictures(model, pixels))
+    latents = cache(lambda: encode_images(model, pixels))
     encode = encode_prompts if lora.text else encode_frozen
 
     def loss(generator: torch.Generator) -> Tensor:

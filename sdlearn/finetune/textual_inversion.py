@@ -19,16 +19,16 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..tokenizer import Tokenizer, clean
 from .loop import (
     LatentDiffusion,
     TrainStep,
     check_batch,
-    check_pictures,
+    check_images,
     diffusion_loss,
     draw_rows,
-    encode_pictures,
+    encode_images,
     encode_prompts,
     train,
 )
@@ -51,7 +51,7 @@ class Embedding:
                              "a row for each token")
 
 
-def embedding_like(tokenizer: Tokenizer, text: TextTower, token: str, like: str, count: int = 1) -> Embedding:
+def embedding_like(tokenizer: Tokenizer, text: TextEncoder, token: str, like: str, count: int = 1) -> Embedding:
     """`count` vectors for `token` to start from: those of the known word `like`, repeated where it has fewer.
 
     Raises ValueError if `like` is no word or has more tokens than `count`.
@@ -64,7 +64,7 @@ def embedding_like(tokenizer: Tokenizer, text: TextTower, token: str, like: str,
     return Embedding(token, table.detach()[[ids[i % len(ids)] for i in range(count)]].clone())      # (n, D)
 
 
-def grow(text: TextTower, count: int) -> None:
+def grow(text: TextEncoder, count: int) -> None:
     """Give the text tower `count` more rows of token embedding, zeros, behind those it has, whose bits stay.
 
     `text.config` is replaced by one with the new `vocab_size`.
@@ -77,7 +77,7 @@ def grow(text: TextTower, count: int) -> None:
     text.config = replace(text.config, vocab_size=len(embedding.weight))
 
 
-def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -> list[int]:
+def add_embedding(tokenizer: Tokenizer, text: TextEncoder, embedding: Embedding) -> list[int]:
     """Teach a model the word: its tokenizer gets new ids, which are returned, its text tower their rows.
 
     The table grows unless it has rows that no token uses. Raises ValueError, with nothing changed, for
@@ -99,7 +99,7 @@ def add_embedding(tokenizer: Tokenizer, text: TextTower, embedding: Embedding) -
     return ids
 
 
-def read_embedding(tokenizer: Tokenizer, text: TextTower, token: str) -> Embedding:
+def read_embedding(tokenizer: Tokenizer, text: TextEncoder, token: str) -> Embedding:
     """An added word with its vectors, as they are now. Raises ValueError for a word that was not added."""
     table = text.embeddings.token_embedding.weight
     return Embedding(token, table.detach()[_ids_of(tokenizer, token)].clone())
@@ -115,7 +115,7 @@ def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps
     keeps its bits, and no weight decay pulls at the rows. Raises ValueError for a word that was not added,
     templates without {}, and pictures that do not fit; Diverged as `train` does.
     """
-    check_pictures(model, pixels)
+    check_images(model, pixels)
     check_batch(batch_size)
     ids = _ids_of(model.tokenizer, token)
     templates = [templates] if isinstance(templates, str) else list(templates)
@@ -123,7 +123,7 @@ def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps
         raise ValueError("templates must be sentences with {} where the word goes, but "
                          + (f"'{bad[0]}' has no {{}}" if templates else "none are given"))
     rows = read_embedding(model.tokenizer, model.text, token).vectors.float()       # (n, D), what learns
-    latents = cache(lambda: encode_pictures(model, pixels))                         # at the first step, then kept
+    latents = cache(lambda: encode_images(model, pixels))                         # at the first step, then kept
     sentences = [template.replace("{}", token) for template in templates]
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -138,7 +138,7 @@ def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps
     return _written_after_each(run, model.text, ids, rows)
 
 
-def _written_after_each(run: Iterator[TrainStep], text: TextTower, ids: list[int], rows: Tensor):
+def _written_after_each(run: Iterator[TrainStep], text: TextEncoder, ids: list[int], rows: Tensor):
     with closing(run):
         for step in run:
             _write(text, ids, rows)
@@ -171,7 +171,7 @@ def rows_in_place(embedding: nn.Embedding, ids: list[int], rows: Tensor):
 
 
 @torch.no_grad()
-def _write(text: TextTower, ids: list[int], vectors: Tensor) -> None:
+def _write(text: TextEncoder, ids: list[int], vectors: Tensor) -> None:
     table = text.embeddings.token_embedding.weight
     table[ids] = vectors.to(table)
 

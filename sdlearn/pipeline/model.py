@@ -29,7 +29,7 @@ from ..checkpoint.shipped import load_shipped, shipped_models
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, Merged, add_embedding
 from ..guidance import check_guidance, predict_x0, shared_halves
-from ..pictures import to_images
+from ..images import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
 from ..unet import UNet, reusing

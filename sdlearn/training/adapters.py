@@ -24,7 +24,7 @@ from ..checkpoint.shipped import (
 from ..config import ModelConfig
 from ..controlnet import ControlNet
 from ..data import contact_sheet, scene
-from ..pictures import to_images
+from ..images import to_images
 from ..unet import UNet
 from . import stages
 from .concept import CLASS, GROUND, RARE, TAUGHT, THING, WORD

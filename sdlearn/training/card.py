@@ -15,7 +15,7 @@ from ..clip import CLIP
 from ..config import ModelConfig
 from ..data import CORE, FULL, WORLDS, World, contact_sheet, scene, vocabulary
 from ..data.world import SIZES
-from ..pictures import psnr, ssim, to_images, to_tensor
+from ..images import psnr, ssim, to_images, to_tensor
 from ..unet import UNet
 from .adapters import KEPT, card_section, ship_adapters
 from .clip import retrieval, shortest

@@ -23,7 +23,7 @@ from ..clip import CLIP, similarity_logits
 from ..config import ModelConfig
 from ..data import FULL, World, contact_sheet, scene
 from ..data.captions import ANSWERS, answers_of, captions_apart
-from ..pictures import save_sheet, to_tensor
+from ..images import save_sheet, to_tensor
 from ..tokenizer import Tokenizer
 
 
@@ -70,7 +70,7 @@ def loss_with_wrong(images: torch.Tensor, texts: torch.Tensor, logit_scale: torc
     return (F.cross_entropy(logits, matches) + F.cross_entropy(logits[:, :len(images)].T, matches)) / 2
 
 
-class Reading(nn.Module):
+class AuxiliaryClassifier(nn.Module):
     """Answers what a caption says, from the text tower's pooled vector."""
 
     scale = 10.0        # of the vectors, whose numbers are near 1: the layer learns as much faster than the towers
@@ -86,16 +86,16 @@ class Reading(nn.Module):
         return self.answer(self.scale * pooled).split([len(answers) for answers in ANSWERS], dim=1)
 
 
-class Towers(CLIP):
+class CLIPWithClassifier(CLIP):
     """The towers, and what only their training needs: it is called `scaffold`, and not shipped."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.text, config.vision)
-        self.scaffold = Reading(config.text.dim)
+        self.scaffold = AuxiliaryClassifier(config.text.dim)
 
 
 @torch.no_grad()
-def read_rightly(towers: Towers, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
+def read_rightly(towers: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
     """Share of the relations said in captions of `count` unseen scenes that are read off the pooled vectors."""
     drawn = [scene(seed, "test", world) for seed in range(count)]
     answers = torch.tensor([answers_of(s.caption, s)[0] for s in drawn])
@@ -111,7 +111,7 @@ class CLIPRecipe:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, *, world: World = FULL, batch_size: int = 128,
                  learning_rate: float = 1e-3):
-        self.model = Towers(config)
+        self.model = CLIPWithClassifier(config)
         self.tokenizer, self.world = tokenizer, world
         self.batch_size, self.learning_rate = batch_size, learning_rate
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..config import ModelConfig
 from ..data import CORE, Scene, World, contact_sheet, scene_of
 from ..data.captions import with_article
@@ -24,7 +24,7 @@ from ..data.world import BACKGROUNDS
 from ..finetune import Embedding, LoRA, LowRank, add_embedding, attached, embedding_like, new_lora
 from ..finetune.loop import draw_rows, draw_timesteps
 from ..finetune.textual_inversion import rows_in_place
-from ..pictures import save_sheet, to_images, to_tensor
+from ..images import save_sheet, to_images, to_tensor
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
 from ..unet import UNet
@@ -60,7 +60,7 @@ class ConceptRecipe:
     warmup = 20
     decay_share = 0.5
 
-    def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextTower, tokenizer: Tokenizer, folder: Path,
+    def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextEncoder, tokenizer: Tokenizer, folder: Path,
                  *, world: World = CORE, batch_size: int = 8, guidance: float = 3.0):
         """`world` is what every stage is told, and is not used: the pictures are of things outside of all worlds."""
         self.unet, self.vae, self.text, self.tokenizer = unet, vae, text, tokenizer

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..config import ModelConfig
 from ..controlnet import Control, ControlNet, controlled
 from ..data import Scene, contact_sheet, scene
-from ..pictures import save_sheet, to_images, to_tensor
+from ..images import save_sheet, to_images, to_tensor
 from ..unet import UNet
 from .unet import LatentRecipe
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..data import SIDE, Scene, contact_sheet, scene
+from ..images import psnr, save_sheet, to_images, to_tensor
 from ..inpaint import latent_mask, masked_pixels, nine_channels
-from ..pictures import psnr, save_sheet, to_images, to_tensor
 from ..unet import UNet
 from .unet import LatentCache, LatentRecipe
 

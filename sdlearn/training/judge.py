@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageFilter
 from torch import Tensor, nn
 
 from ..data import COLOURS, FULL, OBJECTS, Scene, World, scene, scene_of
-from ..pictures import save_sheet, to_tensor
+from ..images import save_sheet, to_tensor
 
 SEEN_FROM = 2**20       # seeds of training scenes start here; those below are for measuring
 

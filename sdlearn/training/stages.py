@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, load_folder
 from ..checkpoint.shipped import DIFFERENCE_FILE, INPAINT, load_inpaint, load_shipped_control, shipped_controls
-from ..clip import CLIP, TextTower
+from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig
 from ..data import WORLDS, scene
 from ..tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def make_clip(config: ModelConfig, run: Path, **options) -> CLIPRecipe:
     return CLIPRecipe(config, train_tokenizer(config, run), **options)
 
 
-def frozen(config: ModelConfig, run: Path) -> tuple[VAE, TextTower, Tokenizer, Path]:
+def frozen(config: ModelConfig, run: Path) -> tuple[VAE, TextEncoder, Tokenizer, Path]:
     """What the stages on latents take from the ones before, on the device where they will make the latents."""
     device = PartialState().device
     text = averaged(CLIP(config.text, config.vision), run, "clip").text_model.to(device)

@@ -18,11 +18,11 @@ from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
-from ..clip import TextTower
+from ..clip import TextEncoder
 from ..config import ModelConfig
 from ..data import CORE, Scene, World, contact_sheet, scene
 from ..guidance import predict_x0
-from ..pictures import save_sheet, to_images, to_tensor
+from ..images import save_sheet, to_images, to_tensor
 from ..samplers import SAMPLERS
 from ..schedule import NoiseSchedule, timesteps
 from ..tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def fixed_prompts(count: int, world: World = CORE) -> list[str]:
 
 
 @torch.no_grad()
-def encoded(drawn: list[Scene], vae: VAE, text: TextTower, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def encoded(drawn: list[Scene], vae: VAE, text: TextEncoder, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (B, C, h, w) and text features (B, L, D) of scenes."""
     device = next(vae.parameters()).device
     latents = torch.cat([vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
@@ -87,7 +87,7 @@ class LatentCache:
     Row i holds scene `seeds[i]`. `refresh` overwrites the oldest rows with scenes never seen before.
     """
 
-    def __init__(self, folder: Path, vae: VAE, text: TextTower, tokenizer: Tokenizer, *, world: World,
+    def __init__(self, folder: Path, vae: VAE, text: TextEncoder, tokenizer: Tokenizer, *, world: World,
                  image_size: int, capacity: int = 24_000, first: int = 4_000, offset: int = 0):
         self.vae, self.text, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
         self.offset = offset                                    # of the seeds, so that processes see different scenes
@@ -184,7 +184,7 @@ class LatentRecipe:
     warmup = 300
     decay_share = 0.0           # the run has no end: it goes on in the next call
 
-    def __init__(self, model: nn.Module, config: ModelConfig, vae: VAE, text: TextTower, tokenizer: Tokenizer,
+    def __init__(self, model: nn.Module, config: ModelConfig, vae: VAE, text: TextEncoder, tokenizer: Tokenizer,
                  folder: Path, *, world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4,
                  dropout: float = 0.1, fresh: int = 2, guidance: float = 3.0, shift: float = 1.0, **cache):
         """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step; `shift`: of the

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..data import CORE, FULL, SIDE, World, contact_sheet, scene
-from ..pictures import psnr, save_sheet, to_images, to_tensor
+from ..images import psnr, save_sheet, to_images, to_tensor
 from ..vae import VAE
 
 

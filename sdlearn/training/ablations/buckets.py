@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...data import Scene, scene
 from ...finetune.loop import draw_rows, train
-from ...pictures import to_images, to_tensor
+from ...images import to_images, to_tensor
 from ...sizes import Size, fitted
 from ..loop import Average
 from ..unet import noised, timesteps_for

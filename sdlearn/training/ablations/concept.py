@@ -28,7 +28,7 @@ from ...finetune import (
     train_embedding,
     train_lora,
 )
-from ...pictures import to_tensor
+from ...images import to_tensor
 from ..concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, pictures_of
 from ..unet import encoded, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks

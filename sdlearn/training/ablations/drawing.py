@@ -18,7 +18,7 @@ from ...data import World
 from ...data.world import CLASSROOM as LESSON_WORLD
 from ...finetune.loop import Diverged
 from ...guidance import predict_x0
-from ...pictures import to_images, to_tensor
+from ...images import to_images, to_tensor
 from ...samplers import get_sampler, grid_for
 from ..classroom import Material, learn
 from .contract import Asked, Base, Plan, Reading, marks

@@ -13,7 +13,7 @@ import torch
 from ...costs import step_flops
 from ...data import FULL, scene
 from ...finetune.loop import train
-from ...pictures import psnr, to_images, to_tensor
+from ...images import psnr, to_images, to_tensor
 from ..loop import Average
 from ..vae import VAERecipe
 from .contract import Ablation, Base, Plan, Reading, Variant, marks

@@ -13,7 +13,7 @@ import torch
 from ...costs import step_flops
 from ...data import scene
 from ...data.world import CLASSROOM as LESSON_WORLD
-from ...pictures import to_tensor
+from ...images import to_tensor
 from ..classroom import Material
 from ..unet import listening
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
