@@ -94,7 +94,8 @@ def test_without_a_strength_a_mask_is_inpainted_from_noise(run, written, files, 
     [wanted] = list(model.steps(PROMPT, steps=5, strength=strength, **task))[-1].noisy_images()
     found, told = pixels("out.png")
     assert np.array_equal(found, np.asarray(wanted))
-    assert told.get("strength") == (float(given[-1]) if "--strength" in given else None)
+    assert ("strength" in told) == ("--strength" in given), "what is recorded is what was given"
+    assert told.get("strength", strength) == strength
 
 
 def test_numbers_and_words_left_out_are_one_and_the_files_own(run, written, files):  # noqa: F811
