@@ -16,12 +16,12 @@ class Parser(argparse.ArgumentParser):
 
 # What a command is for, and the module that has its `add_arguments` and `run`.
 COMMANDS = {
-    "generate": ("make pictures of a prompt", "commands.generate"),
+    "generate": ("make images of a prompt", "commands.generate"),
     "scenes": ("draw a sheet of the scenes that the model learns from", "commands.scenes"),
     "train": ("train the model's parts, or the judge", "commands.train"),
     "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
     "ablate": ("leave one thing out of training or sampling, and keep the figures as data", "commands.ablate"),
-    "bench": ("measure how long a picture takes, side by side with diffusers", "commands.bench"),
+    "bench": ("measure how long an image takes, side by side with diffusers", "commands.bench"),
     "ladder": ("measure what makes sampling fast, one change after the other", "commands.ladder"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }

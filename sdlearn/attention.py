@@ -1,4 +1,4 @@
-"""Attention, and the transformer that lets a picture's cells read the text.
+"""Attention, and the transformer that lets an image's cells read the text.
 
 B  batch            N  queries (cells h*w)     C  channels = H * D
 H  heads            M  keys (cells or tokens)  D  channels of one head
@@ -50,7 +50,7 @@ def attention_map(q: Tensor, k: Tensor, heads: int, mask: Tensor | None = None) 
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention in which a token sees itself and those before it, as in CLIP's text tower.
+    """Attention in which a token sees itself and those before it, as in CLIP's text encoder.
 
     q, k and v are (B, N, C), and so is the result. Errors as in `attend`.
     """
@@ -82,7 +82,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class KeptText:
     """A text, (B, M, T), and the keys and values that each attention layer has made of it, to be used again.
 
-    A text is the same at every step of a picture, and so are its keys and values. Stands wherever a network takes
+    A text is the same at every step of an image, and so are its keys and values. Stands wherever a network takes
     the text; a slice over the batch is another one. For weights and a text that do not change, and for inference:
     the first gradient that goes back through a key would free what the second needs.
     """
@@ -122,7 +122,7 @@ def once_each(x: Tensor, like: "Tensor | KeptText") -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Queries from the picture, keys and values from `context`; self-attention without one.
+    """Queries from the image, keys and values from `context`; self-attention without one.
 
     dim: C. context_dim: T, or None for self-attention. C must be a multiple of `heads`.
     """
@@ -315,12 +315,12 @@ def attention_scale(tokens: float, trained: float) -> float:
 
 @contextmanager
 def scaled_attention(model: nn.Module, area: float, only: str = "attn1") -> Iterator[None]:
-    """Inside, self-attention's scores are multiplied by `attention_scale`, for pictures of another size.
+    """Inside, self-attention's scores are multiplied by `attention_scale`, for images of another size.
 
         with scaled_attention(unet, area=4):            # twice as wide and as high as in training
             unet(x, t, context)
 
-    area: cells of the picture over cells of those of training, which holds at every level. only: the layers whose
+    area: cells of the image over cells of those of training, which holds at every level. only: the layers whose
     name contains this. Raises ValueError where there are none, and for an area that is not above 0.
     """
     layers = [m for name, m in model.named_modules() if isinstance(m, CrossAttention) and only in name]
@@ -343,11 +343,11 @@ def scaled_attention(model: nn.Module, area: float, only: str = "attn1") -> Iter
 
 
 def heat_maps(maps: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:
-    """From where in the picture each token is looked at: (B, M, rows, columns), over the tokens a sum of 1.
+    """From where in the image each token is looked at: (B, M, rows, columns), over the tokens a sum of 1.
 
     maps: of layers that read the text, (B, H, N, M) each, as `record_attention` keeps them. size: rows and columns
-    of the result, the latent's or the picture's. The mean over heads, laid out as the picture is, enlarged
-    (bilinear), and the mean over layers. Raises ValueError for no maps, and for one that is not the picture's.
+    of the result, the latent's or the image's. The mean over heads, laid out as the image is, enlarged
+    (bilinear), and the mean over layers. Raises ValueError for no maps, and for one that is not the image's.
     In the manner of Tang et al. 2023, "What the DAAM", who add up where this takes means.
     """
     if not maps:
@@ -368,7 +368,7 @@ def _halved(size: tuple[int, int], cells: int, name: str) -> tuple[int, int]:
         rows, columns = (rows + 1) // 2, (columns + 1) // 2
     if rows * columns != cells:
         raise ValueError(f"the map of {name or 'the layer'} has {cells} cells, which a picture of {size[0]} rows and "
-                         f"{size[1]} columns has at no level: give the size of the latent or of the picture")
+                         f"{size[1]} columns has at no level: give the size of the latent or of the image")
     return rows, columns
 
 

@@ -1,11 +1,11 @@
-"""CLIP: a text tower and a vision tower that meet in one space.
+"""CLIP: a text encoder and an image encoder that meet in one space.
 
-B  batch             D  channels of a tower                S  channels of the shared space
+B  batch             D  channels of an encoder                S  channels of the shared space
 L  tokens            N  patches and the class token, (image_size / patch_size)^2 + 1
 
 Follows Radford et al. 2021, "Learning transferable visual models from natural language
-supervision". Stable Diffusion is conditioned on the text tower's hidden states; the vision
-tower serves to train it, and to judge pictures. Parameter names are those of transformers'
+supervision". Stable Diffusion is conditioned on the text encoder's hidden states; the vision
+encoder serves to train it, and to judge images. Parameter names are those of transformers'
 `CLIPTextModel`, `CLIPVisionModel` and `CLIPModel` (its version 5), so their weights load by
 name. All LayerNorms have eps 1e-5, PyTorch's default and CLIP's.
 """
@@ -33,7 +33,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
-    """Tokens of one tower look at each other."""
+    """Tokens of one encoder look at each other."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -83,7 +83,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers of a tower, one after another."""
+    """The layers of an encoder, one after another."""
 
     def __init__(self, config: TextConfig | VisionConfig):
         super().__init__()
@@ -114,7 +114,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextOutput(NamedTuple):
-    """What the text tower says. `raw` is `hidden` before the last LayerNorm."""
+    """What the text encoder says. `raw` is `hidden` before the last LayerNorm."""
 
     hidden: Tensor                  # (B, L, D), what the U-Net attends to
     pooled: Tensor                  # (B, D), hidden at the end token: the whole sentence
@@ -122,7 +122,7 @@ class TextOutput(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower: a causal transformer, in which a token sees itself and those before it."""
+    """CLIP's text encoder: a causal transformer, in which a token sees itself and those before it."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -158,14 +158,14 @@ class TextEncoder(nn.Module):
         if ids.ndim != 2 or ids.shape[1] < 1 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"ids must be integers (batch, tokens), not {ids.dtype} {tuple(ids.shape)}")
         if ids.shape[1] > self.config.length:
-            raise ValueError(f"{ids.shape[1]} tokens are too many for a text tower with places for "
+            raise ValueError(f"{ids.shape[1]} tokens are too many for a text encoder with places for "
                              f"{self.config.length}: truncate the prompt")
         if not -self.config.layers <= layer <= -1:
             raise ValueError(f"layer {layer} is not there: choose -1, the last, to {-self.config.layers}")
 
 
 class VisionEmbeddings(nn.Module):
-    """A picture as a list of tokens: one that stands for the whole of it, then its patches row by row."""
+    """An image as a list of tokens: one that stands for the whole of it, then its patches row by row."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -188,14 +188,14 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionOutput(NamedTuple):
-    """What the vision tower says."""
+    """What the image encoder says."""
 
     hidden: Tensor                  # (B, N, D), the last layer's output, not normalised
     pooled: Tensor                  # (B, D), the class token after the last LayerNorm
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's vision tower, a ViT: every patch sees every other."""
+    """CLIP's image encoder, a ViT: every patch sees every other."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -208,20 +208,20 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> VisionOutput:
         """Pixels (B, 3, H, W), H and W both `config.image_size`.
 
-        The course's own towers are trained on pixels in [-1, 1], like the autoencoder; OpenAI's
+        The course's own encoders are trained on pixels in [-1, 1], like the autoencoder; OpenAI's
         weights expect colours normalised by the mean and standard deviation of their data.
         Raises ValueError for another size.
         """
         side = self.config.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side):
-            raise ValueError(f"pixels must be (batch, 3, {side}, {side}) for this vision tower, "
-                             f"not {tuple(pixels.shape)}: resize the pictures")
+            raise ValueError(f"pixels must be (batch, 3, {side}, {side}) for this image encoder, "
+                             f"not {tuple(pixels.shape)}: resize the images")
         hidden = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))           # (B, N, D)
         return VisionOutput(hidden, self.post_layernorm(hidden[:, 0]))
 
 
 class CLIP(nn.Module):
-    """Both towers, and the projections that bring them into one space.
+    """Both encoders, and the projections that bring them into one space.
 
     Raises ValueError if the two configs differ in `projection_dim`.
     """
@@ -229,7 +229,7 @@ class CLIP(nn.Module):
     def __init__(self, text: TextConfig, vision: VisionConfig):
         super().__init__()
         if text.projection_dim != vision.projection_dim:
-            raise ValueError(f"the towers cannot meet: text projects to {text.projection_dim} channels, "
+            raise ValueError(f"the encoders cannot meet: text projects to {text.projection_dim} channels, "
                              f"vision to {vision.projection_dim}; make projection_dim equal")
         self.text_model = TextEncoder(text)
         self.vision_model = ImageEncoder(vision)
@@ -240,20 +240,20 @@ class CLIP(nn.Module):
         nn.init.normal_(self.visual_projection.weight, std=vision.dim ** -0.5)
 
     def encode_text(self, ids: Tensor, *, end: int | None = None) -> Tensor:
-        """Token ids (B, L) to unit vectors (B, S); `end` and errors as in `TextTower.forward`."""
+        """Token ids (B, L) to unit vectors (B, S); `end` and errors as in `TextEncoder.forward`."""
         return F.normalize(self.text_projection(self.text_model(ids, end=end).pooled), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) to unit vectors (B, S); errors as in `VisionTower.forward`."""
+        """Pixels (B, 3, H, W) to unit vectors (B, S); errors as in `ImageEncoder.forward`."""
         return F.normalize(self.visual_projection(self.vision_model(pixels).pooled), dim=-1)
 
     def forward(self, pixels: Tensor, ids: Tensor, *, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """Unit vectors of pictures (B, S) and of texts (B, S), as `contrastive_loss` takes them."""
+        """Unit vectors of images (B, S) and of texts (B, S), as `contrastive_loss` takes them."""
         return self.encode_image(pixels), self.encode_text(ids, end=end)
 
 
 def similarity_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Scaled cosines of every picture with every text, (images, texts), in float32.
+    """Scaled cosines of every image with every text, (images, texts), in float32.
 
     Both are unit vectors (B, S); `logit_scale` is the logarithm of the scale, which is kept at
     or below 100 for stability, as Radford et al. do.
@@ -265,14 +265,14 @@ def similarity_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Te
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE, a scalar: which text belongs to each picture, and which picture to each text.
+    """Symmetric InfoNCE, a scalar: which text belongs to each image, and which image to each text.
 
     Row i of both, unit vectors (B, S), belongs together; every other row serves as a wrong
     answer. `logit_scale`: see `similarity_logits`. Radford et al. 2021, figure 3.
     Raises ValueError if the shapes differ.
     """
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
-        raise ValueError("pictures and texts must come in pairs of one width, but their vectors are "
+        raise ValueError("images and texts must come in pairs of one width, but their vectors are "
                          f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}")
     logits = similarity_logits(image_embeds, text_embeds, logit_scale)              # (B, B)
     matches = torch.arange(len(logits), device=logits.device)

@@ -43,7 +43,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Shape of a ControlNet: the encoder of a U-Net, and the small network that reads the hint, a picture.
+    """Shape of a ControlNet: the encoder of a U-Net, and the small network that reads the hint, an image.
 
     Each width of the hint's network after the first comes with half the rows and columns, so that the
     hint arrives at the size of the latent: four widths for a VAE of factor 8, two for one of factor 2.
@@ -82,7 +82,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of CLIP's text tower."""
+    """Shape of CLIP's text encoder."""
 
     vocab_size: int = 49408
     dim: int = 768
@@ -91,13 +91,13 @@ class TextConfig:
     mlp_dim: int = 3072
     length: int = 77                # tokens, start and end included
     activation: str = "quick_gelu"  # or "gelu", the exact one
-    projection_dim: int = 768       # of the space that text and pictures share
+    projection_dim: int = 768       # of the space that text and images share
     pad_with_end: bool = True       # pad with the end-of-text token (SD 1.x) or with id 0 (SD 2.x)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of CLIP's vision tower."""
+    """Shape of CLIP's image encoder."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -172,7 +172,7 @@ MINI = ModelConfig(
     # Of the scales 1, 3, 5, 7.5 and 12 the one that follows most prompts: see the evaluation beside the weights.
     sampling=SamplingConfig(num_inference_steps=20, guidance_scale=3.0),
 )
-# A U-Net of 2.9 M parameters on `mini`'s autoencoder and towers, to be trained from nothing in a lesson.
+# A U-Net of 2.9 M parameters on `mini`'s autoencoder and encoders, to be trained from nothing in a lesson.
 CLASSROOM = replace(MINI, name="classroom", unet=replace(MINI.unet, channels=(32, 64, 96),
                                                          attention=(False, True, True)))
 TINY = ModelConfig(

@@ -1,4 +1,4 @@
-"""ControlNet: a second encoder that reads a picture and tells the U-Net where things are.
+"""ControlNet: a second encoder that reads an image and tells the U-Net where things are.
 
 B  batch    C, h, w  channels, rows and columns of a feature map    H, W  pixels of the hint
 M, T  text tokens and their channels
@@ -12,7 +12,7 @@ M, T  text tokens and their channels
 
 The copy is the U-Net's own `Encoder`. What it sees reaches the U-Net through 1x1 convolutions that
 start at zero, so a fresh ControlNet changes no bit of the output, yet learns from the first step on.
-The hint is a picture (edges, depth, a pose) in [0, 1] at the size of the picture to be made.
+The hint is an image (edges, depth, a pose) in [0, 1] at the size of the image to be made.
 Parameter names are those of diffusers' `ControlNetModel`. Zhang et al. 2023, "Adding conditional
 control to text-to-image diffusion models".
 """
@@ -94,7 +94,7 @@ class ControlNet(Encoder):
         return self.residuals(x, t, context, self.encode_hint(hint), strength=strength, guess=guess)
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """Hints (B, 3, H, W) in [0, 1] -> (B, C, h, w). The same at every timestep: once for a picture."""
+        """Hints (B, 3, H, W) in [0, 1] -> (B, C, h, w). The same at every timestep: once for an image."""
         self.check_hint(hint)
         return self.controlnet_cond_embedding(hint)
 
@@ -121,7 +121,7 @@ class ControlNet(Encoder):
         channels, factor = self.control_config.hint_channels, self.control_config.factor
         if hint.ndim != 4 or hint.shape[1] != channels or not hint.is_floating_point():
             raise ValueError(f"the hint is {hint.dtype} {tuple(hint.shape)}, but this ControlNet reads "
-                             f"floating-point pictures (batch, {channels}, rows, columns) in [0, 1]")
+                             f"floating-point images (batch, {channels}, rows, columns) in [0, 1]")
         sides = hint.shape[2:]
         if cells is not None and [side * factor for side in cells] != list(sides):
             raise ValueError(_another_size(sides, cells, factor))
@@ -143,8 +143,8 @@ def zero_conv_gradients(weight: Tensor, x: Tensor, behind: Tensor) -> tuple[Tens
 def guess_scales(n: int) -> list[float]:
     """Guess mode's factors of the n residuals, from 0.1 at the first skip to 1 in the middle, equal in ratio.
 
-    The middle says what is in the picture, the first skips only where its lines are; so the hint alone,
-    with an empty prompt, leads to a sensible picture. As in diffusers; the paper's own code has
+    The middle says what is in the image, the first skips only where its lines are; so the hint alone,
+    with an empty prompt, leads to a sensible image. As in diffusers; the paper's own code has
     0.825^(n - 1 - i), which with 13 residuals is the same to 0.6 %.
     """
     return [10 ** (i / (n - 1) - 1) for i in range(n)]
@@ -154,7 +154,7 @@ def guess_scales(n: int) -> list[float]:
 class Control:
     """One ControlNet, its hint, and how much and when it is heard in a sampling run.
 
-    hint: (B, 3, H, W), or (1, 3, H, W) for all pictures, in [0, 1]. start, end: shares of the run; step i
+    hint: (B, 3, H, W), or (1, 3, H, W) for all images, in [0, 1]. start, end: shares of the run; step i
     of n is controlled if i/n >= start and (i+1)/n <= end, as in diffusers. guess: scale the residuals by
     `guess_scales`, and control only the half of the batch that has the prompt. Raises ValueError for
     numbers out of range and for a hint that the ControlNet cannot read.
@@ -194,7 +194,7 @@ def controlled(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid
 
     unet: a UNet, or a function of the same arguments such as `inpaint.nine_channels` makes. The residuals
     of several controls are added up. grid: the run's, needed when a control starts late or ends early.
-    batch: how many pictures are made, needed in guess mode: a batch of twice that is guidance's [u; c],
+    batch: how many images are made, needed in guess mode: a batch of twice that is guidance's [u; c],
     whose first half gets no residuals. Hints are encoded here, once. Raises ValueError for a ControlNet
     of another version than the U-Net, and for a missing grid or batch.
     """
@@ -204,7 +204,7 @@ def controlled(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid
         if grid is None and (control.start, control.end) != (0, 1):
             raise ValueError("a control that starts late or ends early needs the grid of the sampling run: give grid")
         if control.guess and batch is None:
-            raise ValueError("guess mode needs to know how many pictures are made, to tell the half of the batch "
+            raise ValueError("guess mode needs to know how many images are made, to tell the half of the batch "
                              "that has the prompt: give batch")
     bounds = [(-math.inf, math.inf) if grid is None else control.bounds(grid) for control in controls]
     hints = [control.net.encode_hint(control.hint.to(control.net.conv_in.weight)) for control in controls]
@@ -242,4 +242,4 @@ def check_version(control: UNetConfig, unet: UNetConfig) -> None:
 def _another_size(hint: Sequence[int], cells: Sequence[int], factor: int) -> str:
     rows, columns = (side * factor for side in cells)
     return (f"the hint is {hint[0]} x {hint[1]} pixels (height x width), but a latent of {cells[0]} x {cells[1]} "
-            f"needs one of {rows} x {columns}, the picture's size: resize the hint")
+            f"needs one of {rows} x {columns}, the image's size: resize the hint")

@@ -68,16 +68,16 @@ def roofline_seconds(works: Iterable[tuple[float, float]], flops_a_second: float
 
 
 def fleet(rate: float, seconds: Mapping[int, float], within: float, *, busy: float = 0.7) -> tuple[int, int]:
-    """(batch, chips) of the cheapest service for `rate` pictures a second that answers within `within` seconds.
+    """(batch, chips) of the cheapest service for `rate` images a second that answers within `within` seconds.
 
-    seconds: by batch size, of one chip for such a batch. The first picture of a batch waits for the others,
+    seconds: by batch size, of one chip for such a batch. The first image of a batch waits for the others,
     (batch - 1) / rate, and for the batch; queues before the chips come on top. busy: the share of time that chips work
     on average, since demand comes in bursts. Of batches that need as few chips, the smallest. Raises ValueError where
     no batch is ready in time.
     """
     ready = [batch for batch, each in seconds.items() if (batch - 1) / rate + each <= within]
     if not ready:
-        raise ValueError(f"no batch is ready within {within:g} s: allow more time, or make pictures in fewer passes")
+        raise ValueError(f"no batch is ready within {within:g} s: allow more time, or make images in fewer passes")
     chips = {batch: math.ceil(rate * seconds[batch] / batch / busy) for batch in ready}
     return min((count, batch) for batch, count in chips.items())[::-1]
 

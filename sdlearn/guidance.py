@@ -33,7 +33,7 @@ def repelled(uncond: Tensor, cond: Tensor, negative: Tensor, scale: float, away:
 def rescaled(out: Tensor, cond: Tensor, phi: float) -> Tensor:
     """Bring the contrast of a guided output back to that of the conditional one. Lin et al. 2023, section 3.4.
 
-    A high scale stretches the output, and the picture burns out. `phi` in 0...1 is how much of
+    A high scale stretches the output, and the image burns out. `phi` in 0...1 is how much of
     the way back to go, each latent's standard deviation on its own; the paper takes 0.7.
     """
     dims = list(range(1, cond.ndim))
@@ -48,7 +48,7 @@ def scale_at(t: float, scale: float, interval: tuple[float, float] | None = None
 
 
 def guided_passes(times: Iterable[float], scale: float, interval: tuple[float, float] | None = None) -> int:
-    """How often the network runs for one picture: twice at each timestep that is guided, once at w = 1 and at w = 0.
+    """How often the network runs for one image: twice at each timestep that is guided, once at w = 1 and at w = 0.
 
     times: the timesteps at which it is asked. What `predict_x0` does, counted. Two halves in one batch are two.
     """
@@ -103,7 +103,7 @@ def predict_x0(
     if scale != 1:
         if uncond.shape[1:] != context.shape[1:] or len(uncond) not in (1, len(context)):
             raise ValueError(f"uncond is {tuple(uncond.shape)} but context {tuple(context.shape)}: encode "
-                             "both with the same text tower, one negative prompt for all or for each")
+                             "both with the same text encoder, one negative prompt for all or for each")
         uncond = uncond.expand(len(context), -1, -1)
         both = torch.cat([uncond, context])                                          # (2B, M, T)
 

@@ -1,4 +1,4 @@
-"""Between pictures of bytes and tensors in [-1, 1]; how far two pictures are apart; writing a sheet."""
+"""Between images of bytes and tensors in [-1, 1]; how far two images are apart; writing a sheet."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def to_tensor(images) -> torch.Tensor:
-    """uint8 pictures (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
+    """uint8 images (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
@@ -19,7 +19,7 @@ def to_images(pixels: torch.Tensor) -> np.ndarray:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, (B,), infinite for equal ones; pixels (B, 3, H, W) in [-1, 1],
+    """Peak signal-to-noise ratio in dB of each image, (B,), infinite for equal ones; pixels (B, 3, H, W) in [-1, 1],
     peak 2. where: (B, 1, H, W) of 0 and 1, the pixels that count; all by default."""
     error = (a - b).square().mean(dim=1, keepdim=True)                                # (B, 1, H, W)
     if where is None:
@@ -28,14 +28,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor | None = None) ->
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor, *, window: int = 11, sigma: float = 1.5) -> torch.Tensor:
-    """Structural similarity of each pair of pictures (B, 3, H, W) in [-1, 1]: (B,), 1 for equal ones. Wang et al. 2004.
+    """Structural similarity of each pair of images (B, 3, H, W) in [-1, 1]: (B,), 1 for equal ones. Wang et al. 2004.
 
     Gaussian window of 11 with sigma 1.5, K1 0.01, K2 0.03, the mean over channels and over places where the whole
-    window lies inside the picture; intensities from 0, as the paper compares means by their ratio.
+    window lies inside the image; intensities from 0, as the paper compares means by their ratio.
     """
     a, b = ((some.double() + 1) / 2 for some in (a, b))
     if a.shape != b.shape or min(a.shape[2:]) < window:
-        raise ValueError(f"SSIM compares pictures of one size, {window} pixels at least, not {tuple(a.shape)} with "
+        raise ValueError(f"SSIM compares images of one size, {window} pixels at least, not {tuple(a.shape)} with "
                          f"{tuple(b.shape)}")
     reach = torch.arange(window, dtype=torch.float64, device=a.device) - (window - 1) / 2
     weights = (-reach ** 2 / (2 * sigma ** 2)).exp()

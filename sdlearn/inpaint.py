@@ -2,7 +2,7 @@
 
 B  batch    C, h, w  channels, rows and columns of the latent    H, W  pixels
 
-A mask is 1 where the picture is to be repainted and 0 where it is known. Either the U-Net was trained
+A mask is 1 where the image is to be repainted and 0 where it is known. Either the U-Net was trained
 to read it (`nine_channels`, Rombach et al. 2022), or a plain one is told the known cells at every call
 (`blended`), if wanted several times a step (`repaint`, Lugmayr et al. 2022). In each case the pixels
 outside of the mask have been through the autoencoder; `paste` puts the original ones back.
@@ -25,11 +25,11 @@ Sampler = Callable[..., Iterator]           # one of `samplers`
 # --- masks ------------------------------------------------------------------------------------------
 
 def binary_mask(mask, size: tuple[int, int] | None = None, *, threshold: bool = False) -> Tensor:
-    """A mask as (B, 1, H, W) of 0.0 and 1.0, 1 where the picture is to be repainted.
+    """A mask as (B, 1, H, W) of 0.0 and 1.0, 1 where the image is to be repainted.
 
     mask: a PIL image, an array or a tensor, (H, W) or (B, 1, H, W), of booleans, of 0 and 1, or of bytes
     0 and 255. threshold: take values between as well, 1 from a half on, as Stable Diffusion does.
-    size: the picture's (H, W). Raises ValueError for another size, for other values, and for a mask
+    size: the image's (H, W). Raises ValueError for another size, for other values, and for a mask
     that is 0 everywhere, with which nothing could be done.
     """
     if hasattr(mask, "convert") and mask.mode not in ("1", "L"):        # a PIL image in colours
@@ -40,7 +40,7 @@ def binary_mask(mask, size: tuple[int, int] | None = None, *, threshold: bool = 
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise ValueError(f"the mask is {tuple(mask.shape)}: give (rows, columns) or (batch, 1, rows, columns)")
     if size is not None and tuple(mask.shape[2:]) != tuple(size):
-        raise ValueError(f"the mask is {_sides(mask)} pixels (height x width), but the picture is "
+        raise ValueError(f"the mask is {_sides(mask)} pixels (height x width), but the image is "
                          f"{size[0]} x {size[1]}: resize the mask")
     bytes_given = not mask.is_floating_point() and mask.dtype != torch.bool and bool((mask > 1).any())
     values = mask.float() / 255 if bytes_given else mask.float()
@@ -52,7 +52,7 @@ def binary_mask(mask, size: tuple[int, int] | None = None, *, threshold: bool = 
                          "binary_mask(mask, threshold=True) makes it 1 where it is at least a half")
     if not bool(binary.flatten(1).any(dim=1).all()):
         raise ValueError("the mask is 0 everywhere, so nothing would be repainted: make it 1 where the "
-                         "picture is to change")
+                         "image is to change")
     return binary
 
 
@@ -75,7 +75,7 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
 def masked_pixels(pixels: Tensor, mask: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1], grey (0) where they are to be repainted: what the VAE encodes for
     `nine_channels`. Raises ValueError for a mask of another size."""
-    _same_size("mask", mask, "picture", pixels)
+    _same_size("mask", mask, "image", pixels)
     return pixels * (mask < 0.5)
 
 
@@ -96,10 +96,10 @@ def soft_mask(mask: Tensor, seam: int) -> Tensor:
 def paste(original: Tensor, generated: Tensor, mask: Tensor, *, seam: int = 0) -> Tensor:
     """The original where the mask is 0, the generated where it is 1, a blend over `seam` pixels outside of it.
 
-    Pictures (B, 3, H, W) with a mask of pixels, or latents (B, C, h, w) with a mask of cells. Outside of
+    Images (B, 3, H, W) with a mask of pixels, or latents (B, C, h, w) with a mask of cells. Outside of
     mask and seam the result is the original, bit for bit. Raises ValueError for sizes that differ.
     """
-    _same_size("generated picture", generated, "original", original)
+    _same_size("generated image", generated, "original", original)
     _same_size("mask", mask, "original", original)
     return torch.lerp(original, generated, soft_mask(mask, seam).to(original))
 
@@ -109,7 +109,7 @@ def paste(original: Tensor, generated: Tensor, mask: Tensor, *, seam: int = 0) -
 def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tensor) -> Callable[..., Tensor]:
     """An inpainting U-Net as a function of the latent alone: (x, t, context, residuals=None) -> output.
 
-    At each call it reads the latent (4 channels), the mask (1) and the masked picture's latent (4), in
+    At each call it reads the latent (4 channels), the mask (1) and the masked image's latent (4), in
     this order. mask (B, 1, h, w), masked_latent (B, 4, h, w), the VAE's latent of `masked_pixels`; or a
     batch of 1 for all. Where x holds the batch twice, as guidance's [u; c] does, both halves read the
     same. `controlnet.controlled` takes the result as its U-Net. Raises ValueError for sizes that differ,
@@ -140,7 +140,7 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
 def blended(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Denoise:
     """A `denoise` that is told the known cells: for inpainting with a U-Net that reads no mask.
 
-    known: the picture's latent, and noise, each (B, C, h, w); mask (B, 1, h, w), 1 = repaint. A batch of 1
+    known: the image's latent, and noise, each (B, C, h, w); mask (B, 1, h, w), 1 = repaint. A batch of 1
     serves all. Before each call the known cells of x are replaced by alpha_t known + sigma_t noise, and
     after it those of x0 by `known`.
 
@@ -173,7 +173,7 @@ def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) ->
 
     With `blended` the known cells are right but drawn without regard to the others, which follow a step
     late. Here, after a step to t_prev, noise is added as the forward process would, back up to t, and the
-    step is taken again with new noise in the known cells, `times` in all; the last step, to the picture,
+    step is taken again with new noise in the known cells, `times` in all; the last step, to the image,
     once. Lugmayr et al. 2022, "RePaint", algorithm 1 (jumps of length 1); theirs is DDPM, with 10 times.
 
     The result is a sampler as well: it yields the Step of the last pass over each pair of the grid. With

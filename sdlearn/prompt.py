@@ -1,6 +1,6 @@
-r"""What a prompt says beside its words: weights, and more than the text tower has places for.
+r"""What a prompt says beside its words: weights, and more than the text encoder has places for.
 
-B  prompts       K  chunks of a prompt        L  places of the text tower, 77
+B  prompts       K  chunks of a prompt        L  places of the text encoder, 77
 T  width         M  tokens, K * L
 
     "a (red:1.3) cat"  ── parse ──    a | red, 1.3 | cat
@@ -26,7 +26,7 @@ from .tokenizer import LENGTH, Tokenizer
 
 MAX_WEIGHT = 10.0
 NO_MEAN = 0.02                  # share of the standard deviation below which a mean of hidden states is noise
-LONG = ("cut", "chunks")        # what becomes of a prompt past the tower's places
+LONG = ("cut", "chunks")        # what becomes of a prompt past the encoder's places
 MARKS = re.compile(r"""
     (?P<plain> \\[()] )
   | (?P<open>  \( )
@@ -143,7 +143,7 @@ def lost(text: str, tokenizer: Tokenizer, length: int = LENGTH) -> str:
 
 
 def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) -> list[tuple[list[int], list[float]]]:
-    """Rows of `length` ids for the text tower, and the weight of each place: start, words, end, padding.
+    """Rows of `length` ids for the text encoder, and the weight of each place: start, words, end, padding.
 
     With "cut" one row, as `tokenizer(text, length)` makes it. With "chunks" as many as the words need, at
     least one; a word goes into the next row as a whole unless it is longer than a row. Start, end and
@@ -166,36 +166,36 @@ def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) ->
     return made
 
 
-def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, tower: TextEncoder, *, long: str = "cut",
+def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, encoder: TextEncoder, *, long: str = "cut",
            restore_mean: bool = True) -> Tensor:
-    """What the U-Net attends to: the tower's hidden states of a prompt or several, (B, M, T), on its device.
+    """What the U-Net attends to: the encoder's hidden states of a prompt or several, (B, M, T), on its device.
 
     long: "cut" leaves out what L places do not hold, so M = L (`lost` says what that is). "chunks" encodes
     every 75 tokens in a row of their own, with start, end and padding; shorter prompts of the same call
     get rows of the empty prompt, so that all have the same M = K * L. restore_mean: see `weighted`.
-    Without weights, or with none but 1, "cut" gives exactly `tower(tokenizer(prompts, L)).hidden`.
+    Without weights, or with none but 1, "cut" gives exactly `encoder(tokenizer(prompts, L)).hidden`.
 
     Raises ValueError for another `long`, no prompts, a weight out of range, and a word whose id is past
-    the tower's vocabulary.
+    the encoder's vocabulary.
     """
     if long not in LONG:
         raise ValueError(f"long is '{long}': choose one of {', '.join(LONG)}")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ValueError("there is no prompt to encode: give one or more; \"\" is the empty one")
-    length, known = tower.config.length, tower.embeddings.token_embedding.num_embeddings
+    length, known = encoder.config.length, encoder.embeddings.token_embedding.num_embeddings
     sheets = []
     for text in texts:
         words = weigh(text, tokenizer)
         if strange := [word.text for word in words if max(word.ids) >= known]:
-            raise ValueError(f"the text tower knows {known} ids, and '{strange[0]}' has one past them: add its "
-                             "embedding to the tower, or take the tokenizer that belongs to it")
+            raise ValueError(f"the text encoder knows {known} ids, and '{strange[0]}' has one past them: add its "
+                             "embedding to the encoder, or take the tokenizer that belongs to it")
         sheets.append(rows(words, tokenizer, length, long))
     most = max(map(len, sheets))
     empty = rows([], tokenizer, length, long)
     flat = [row for sheet in sheets for row in sheet + empty * (most - len(sheet))]
-    device = tower.embeddings.token_embedding.weight.device
-    hidden = tower(torch.tensor([ids for ids, _ in flat]).to(device)).hidden                 # (B K, L, T)
+    device = encoder.embeddings.token_embedding.weight.device
+    hidden = encoder(torch.tensor([ids for ids, _ in flat]).to(device)).hidden                 # (B K, L, T)
     if any(weight != 1 for _, weights in flat for weight in weights):
         weights = torch.tensor([weights for _, weights in flat], dtype=hidden.dtype)         # (B K, L)
         hidden = weighted(hidden, weights.to(device), restore_mean=restore_mean)

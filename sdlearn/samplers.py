@@ -18,7 +18,7 @@ is no trouble. k-diffusion and diffusers' Euler kind begin at X = s_max noise, w
 here, 0.2 % less than noise for Stable Diffusion; diffusers on a "leading" grid at x = noise, as here.
 
 Coefficients are Python floats from float64: no step waits for a device. Noise is drawn on the CPU, in
-float32, and moved: a seed gives the same picture on every machine.
+float32, and moved: a seed gives the same image on every machine.
 """
 
 import math

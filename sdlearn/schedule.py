@@ -24,7 +24,7 @@ from .config import NoiseConfig
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "linspace_open", "trailing", "karras")
 Grid = list[tuple[float, float | None]]
-Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each picture in it
+Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each image in it
 
 # Where abar is 0, sigma/alpha is infinite. What needs it finite takes this abar instead, the smallest
 # number that float16 holds, as diffusers does: sigma/alpha = 4096.
@@ -41,7 +41,7 @@ class NoiseSchedule:
     `floor=ALMOST_ZERO` in its place, so give that to reproduce their numbers.
 
     Raises ValueError for an unknown schedule or prediction, and where the network would have
-    to tell the picture from noise alone ("epsilon" with abar 0).
+    to tell the image from noise alone ("epsilon" with abar 0).
     """
 
     def __init__(self, config: NoiseConfig, floor: float = 0.0):
@@ -57,7 +57,7 @@ class NoiseSchedule:
         self.alphas_cumprod = abar.clamp(min=floor)                                  # (N,)
         if config.prediction == "epsilon" and self.alphas_cumprod[-1] == 0:
             raise ValueError("zero_terminal_snr needs v_prediction or sample: at the last timestep x is "
-                             "pure noise, and predicting it says nothing about the picture")
+                             "pure noise, and predicting it says nothing about the image")
         finite = torch.where(self.alphas_cumprod > 0, self.alphas_cumprod, ALMOST_ZERO)
         self.ratios = ((1 - finite) / finite).sqrt()                                 # (N,) sigma/alpha
 
@@ -161,7 +161,7 @@ def standard_noise(x: Tensor, generator: Generators = None) -> Tensor:
     """Noise of variance 1, of x's shape and type and on its device.
 
     Drawn on the CPU in float32, so that a seed gives the same noise on every machine. A list holds one generator for
-    each picture of the batch, so that each draws what it would draw alone. A GPU is not waited for.
+    each image of the batch, so that each draws what it would draw alone. A GPU is not waited for.
     """
     kind = {"device": "cpu", "dtype": torch.float32}
     if isinstance(generator, list):
@@ -196,7 +196,7 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
 
 
 def timesteps(schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Grid:
-    """The steps of a sampler: n pairs (t, t_prev) from noise to picture, the last t_prev None.
+    """The steps of a sampler: n pairs (t, t_prev) from noise to image, the last t_prev None.
 
     spacing, in the notation of Lin et al. 2023, table 2, for n = 4 of 1000:
       "leading"        751, 501, 251, 1: multiples of N // n, plus 1. Stable Diffusion's own.
@@ -206,7 +206,7 @@ def timesteps(schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Gr
                        Euler ancestral and Heun.
       "linspace_open"  999, 749, 500, 250: the same without its end, rounded: diffusers' DPM++.
       "karras"         from the largest sigma/alpha to the smallest in equal steps of its 7th root, with
-                       fractions: small steps near the picture. Karras et al. 2022, equation 5.
+                       fractions: small steps near the image. Karras et al. 2022, equation 5.
 
     Raises ValueError for n not in 1...N and for an unknown spacing.
     """

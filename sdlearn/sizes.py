@@ -1,4 +1,4 @@
-"""Sizes of pictures: what the U-Net makes of them level by level, buckets of shapes, and noise that fits a size.
+"""Sizes of images: what the U-Net makes of them level by level, buckets of shapes, and noise that fits a size.
 
 A size is (width, height) in pixels, as in Pillow; rows and columns are (height, width) in cells, as in tensors.
 """
@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 
 def level_sizes(size: Size, config: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of the U-Net's feature maps at each level, from the latent's own down, for a picture.
+    """Rows and columns of the U-Net's feature maps at each level, from the latent's own down, for an image.
 
     size: (width, height), multiples of the autoencoder's factor, or ValueError. A half that is no whole number is
     rounded up, as a convolution of stride 2 with a padding of 1 does. Self-attention has rows * columns tokens.
@@ -72,25 +72,25 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def shifted_time(schedule: NoiseSchedule, t: float, times: float) -> float:
-    """The timestep at which a picture `times` as wide and as high is as noisy as one of the usual size is at t.
+    """The timestep at which an image `times` as wide and as high is as noisy as one of the usual size is at t.
 
-    Compared at one scale: averages over `times` x `times` cells keep the signal of a picture that was enlarged, and
+    Compared at one scale: averages over `times` x `times` cells keep the signal of an image that was enlarged, and
     divide the deviation of its noise by `times`. So sigma / alpha has to be `times` as large. Between whole timesteps
     sigma / alpha is interpolated linearly; the result stays within the schedule, where what is wanted lies outside.
     Hoogeboom et al. 2023, "Simple diffusion": log SNR is shifted by -2 log(times).
     """
     if times <= 0:
-        raise ValueError(f"a picture cannot be {times} times as wide: give a number above 0")
+        raise ValueError(f"an image cannot be {times} times as wide: give a number above 0")
     alpha, sigma = schedule.at(t)
     wanted = times * sigma / alpha if alpha else math.inf
     return float(np.interp(wanted, schedule.ratios, range(schedule.steps)))     # ratios: sigma / alpha, increasing
 
 
 def spacing(boxes: Sequence[Sequence[Box]], size: Size, own: int) -> tuple[float, float]:
-    """How far the middles of things lie from the nearest border, and from that of the next thing in their picture.
+    """How far the middles of things lie from the nearest border, and from that of the next thing in their image.
 
-    boxes: a list for each picture, of (left, top, right, bottom) in pixels. Both are means over all things, in native
-    widths of `own` pixels; NaN where there is none, and for the second where no picture holds two.
+    boxes: a list for each image, of (left, top, right, bottom) in pixels. Both are means over all things, in native
+    widths of `own` pixels; NaN where there is none, and for the second where no image holds two.
     """
     border, following = [], []
     for some in boxes:

@@ -303,7 +303,7 @@ class Tokenizer:
         return self._ids[word]
 
     def __call__(self, texts: str | list[str], length: int = LENGTH) -> Tensor:
-        """Rows of ids for the text tower: start, the text, end, padding.
+        """Rows of ids for the text encoder: start, the text, end, padding.
 
         Returns (B, length) of int64, B the number of texts (1 for a string). A longer text is cut so that
         start and end stay; `truncated` says what is lost.
@@ -364,7 +364,7 @@ class Tokenizer:
 
         The word stands for all n ids in a text; "<toy>_1", "<toy>_2" … for its second, third, as diffusers
         names them. It is found wherever it is written, in either case and inside other words too: choose
-        one that nothing else contains, such as "<toy>". The text tower's embedding needs n more rows.
+        one that nothing else contains, such as "<toy>". The text encoder's embedding needs n more rows.
         """
         key = clean(word)
         if n < 1:

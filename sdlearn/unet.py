@@ -177,7 +177,7 @@ class Encoder(nn.Module):
                 context.shape[2] != config.context_dim):
             raise ValueError(f"context is {tuple(context.shape)}, but this model takes "
                              f"({x.shape[0]}, tokens, {config.context_dim}): one text for each latent, "
-                             "encoded by the text tower this model was trained with")
+                             "encoded by the text encoder this model was trained with")
         if isinstance(t, Tensor) and (t.ndim > 1 or t.numel() not in (1, x.shape[0])):
             raise ValueError(f"t is {tuple(t.shape)}, but must be a number or one timestep for each of "
                              f"the {x.shape[0]} latents")

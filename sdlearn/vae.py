@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to latents with 8 times fewer rows and columns, and back.
+"""The autoencoder: images to latents with 8 times fewer rows and columns, and back.
 
 B  batch             C     channels of a feature map     Z     channels of the latent
 H, W  pixels         h, w  rows and columns of a feature map or latent
@@ -56,7 +56,7 @@ class Gaussian:
         return self.mean + self.std * noise.to(self.mean.device)
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal in nats, summed for each picture: (B,)."""
+        """Kullback-Leibler divergence from the standard normal in nats, summed for each image: (B,)."""
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResBlock, attention, ResBlock, where cells are fewest: the only place that sees the whole picture."""
+    """ResBlock, attention, ResBlock, where cells are fewest: the only place that sees the whole image."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -113,7 +113,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, by a convolution of stride 2 over a picture padded at right and below."""
+    """Half the rows and columns, by a convolution of stride 2 over an image padded at right and below."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -238,7 +238,7 @@ class VAE(nn.Module):
         """Pixels (B, 3, H, W) in [-1, 1] to a Gaussian over unscaled latents, (B, Z, H/f, W/f).
 
         f is `config.factor`, 8 in Stable Diffusion. Raises ValueError if H or W is not a
-        multiple of it, or the tensor is not a batch of floating-point pictures.
+        multiple of it, or the tensor is not a batch of floating-point images.
         """
         self._check_pixels(pixels)
         return Gaussian.from_moments(self.quant_conv(self.encoder(pixels)))
@@ -246,12 +246,12 @@ class VAE(nn.Module):
     def decode(self, latent: Tensor, *, at_once: int | None = None) -> Tensor:
         """Unscaled latents (B, Z, h, w) to pixels (B, 3, f*h, f*w), near [-1, 1] but not clamped.
 
-        at_once: decode so many pictures at a time, 1 for the least memory; all of them by
-        default. The pictures are the same. Raises ValueError for a tensor of another shape.
+        at_once: decode so many images at a time, 1 for the least memory; all of them by
+        default. The images are the same. Raises ValueError for a tensor of another shape.
         """
         self._check_latent(latent)
         if at_once is not None and at_once < 1:
-            raise ValueError(f"at_once, the pictures decoded at a time, must be at least 1, not {at_once}")
+            raise ValueError(f"at_once, the images decoded at a time, must be at least 1, not {at_once}")
         parts = latent.split(at_once or len(latent)) if len(latent) else (latent,)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
@@ -283,7 +283,7 @@ class VAE(nn.Module):
         height, width = pixels.shape[2:]
         if height < factor or width < factor or height % factor or width % factor:
             near = " x ".join(str(max(round(side / factor), 1) * factor) for side in (height, width))
-            raise ValueError(f"height and width must be multiples of {factor}, but the picture is "
+            raise ValueError(f"height and width must be multiples of {factor}, but the image is "
                              f"{height} x {width}: crop or resize it, for example to {near}")
 
     def _check_latent(self, latent: Tensor) -> None:

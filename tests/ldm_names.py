@@ -1,7 +1,7 @@
 """Names of LDM single files for tests, from a table of names: they share no rule with the package.
 
 `data/keys_ldm.json` lists every tensor of Stable Diffusion's parts as [name there, shape there, name of
-diffusers]; a U-Net of SD 2.x has the same names, its other shapes stand beside. Of OpenCLIP's text tower it
+diffusers]; a U-Net of SD 2.x has the same names, its other shapes stand beside. Of OpenCLIP's text encoder it
 lists what stands outside the layers and the first layer, with three names where three are stacked.
 """
 
@@ -37,7 +37,7 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def open_clip_names(layers: int) -> dict[str, list[str]]:
-    """{name there: our names}, for a tower of so many layers."""
+    """{name there: our names}, for an encoder of so many layers."""
     names = {}
     for there, ours in KEYS["open_clip"]:
         for i in range(layers if ".resblocks." in there else 1):

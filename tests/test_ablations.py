@@ -108,7 +108,7 @@ def test_the_table_has_what_was_promised():
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
 def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
-    """From readings to files: every variant takes its steps, ends with figures and pictures, and a second call
+    """From readings to files: every variant takes its steps, ends with figures and images, and a second call
     of `readings` gives the same figures."""
     ablation, plan = ABLATIONS[name], SMALL[name]
     state = torch.get_rng_state()
@@ -122,7 +122,7 @@ def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
         readings = seen[variant.name]
         at = [one.step for one in readings]
         assert at == sorted(set(at)) and len([step for step in at if step]) == variant.steps
-        assert readings[-1].figures and len(readings[-1].pictures) == len(readings[-1].captions) > 0
+        assert readings[-1].figures and len(readings[-1].images) == len(readings[-1].captions) > 0
         assert all(math.isfinite(value) for one in readings for value in one.figures.values())
     first = variants[-1]
     kept = {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in seen[first.name]}
@@ -199,10 +199,10 @@ def test_dropout_alone_differs(base):
     assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, c))
 
 
-def test_dropout_pictures_without_guidance_do_not_use_the_empty_prompt(base):
-    reading = dropout.guided_pictures(base, SMALL["dropout"], 0.1, base.unet)
+def test_dropout_images_without_guidance_do_not_use_the_empty_prompt(base):
+    reading = dropout.guided_images(base, SMALL["dropout"], 0.1, base.unet)
     assert list(reading.figures) == ["right, w = 1", "right, w = 3", "right, w = 7"]
-    assert len(reading.pictures) == 3 * dropout.SHOWN and reading.captions[-1].startswith("dropout 0.1, w = 7: a ")
+    assert len(reading.images) == 3 * dropout.SHOWN and reading.captions[-1].startswith("dropout 0.1, w = 7: a ")
 
 
 def test_factors_are_of_equal_parameters():
@@ -223,7 +223,7 @@ def test_factors_keep_numbers_and_cost_what_follows(base):
     told = [factor.facts(base, number) for number in (4, 8, 16)]
     assert [one["numbers kept"] for one in told] == [4 * 32**2, 4 * 16**2, 4 * 8**2]
     flops = [one["GFLOPs of a U-Net step"] for one in told]
-    assert flops[0] > 3 * flops[1] > 6 * flops[2] and told[0]["numbers in a picture"] == 3 * 128**2
+    assert flops[0] > 3 * flops[1] > 6 * flops[2] and told[0]["numbers in an image"] == 3 * 128**2
 
 
 def test_a_round_trip_is_measured_as_it_is(base):
@@ -269,7 +269,7 @@ def test_zero_convolutions_start_on_the_line_of_the_base(base):
     on, above = (zero_conv.losses(base, SMALL["zero-conv"], net) for net in (zero, random))
     assert on["with ControlNet"] == on["base"] == above["base"] and on["change of the output"] == 0
     assert above["change of the output"] > 0.1 and above["with ControlNet"] != above["base"]
-    figures, images = zero_conv.pictures_of(base, SMALL["zero-conv"], zero)
+    figures, images = zero_conv.images_of(base, SMALL["zero-conv"], zero)
     captions = [scene(seed, "test", base.world).caption for seed in range(2)]
     wanted = draw(base, base.unet, captions, guidance=3.0, steps=2)
     assert np.array_equal(np.stack(images), wanted) and set(figures) == {"edges F1"}
@@ -293,7 +293,7 @@ def test_the_base_is_left_as_it_was(base):
     assert [p.requires_grad for p in base.unet.parameters()] == flags
 
 
-def test_more_steps_come_closer_to_the_converged_picture(base):
+def test_more_steps_come_closer_to_the_converged_image(base):
     plan = replace(SMALL["steps"], steps=30, prompts=2)
     asked, wanted = steps.converged(base, plan)
     assert steps.distance(wanted, wanted) == 0
@@ -336,21 +336,21 @@ def test_sizes_are_whole_cells_and_two_are_new_to_all(base):
     assert asked == [64, 96, 128, 160, 192]
     reading = sizes.drawn_at(base, SMALL["sizes"], base.unet)
     assert list(reading.figures) == [f"right, {side}" for side in asked]
-    assert {one.shape for one in reading.pictures} == {(128, 128, 3)}, "brought to one size for judge and sheet"
+    assert {one.shape for one in reading.images} == {(128, 128, 3)}, "brought to one size for judge and sheet"
     assert sizes.latents_at(base, 2, "train", 96).shape == (2, 4, 12, 12)
 
 
 def test_a_scene_of_another_shape_is_whole_and_on_one_ground():
     one = scene(3, "train", CORE)
     for size in ((256, 128), (128, 256)):
-        picture = buckets.laid_out(one, size)
-        assert picture.shape == (size[1], size[0], 3)
-        long = picture if size[0] > size[1] else picture.transpose(1, 0, 2)
+        image = buckets.laid_out(one, size)
+        assert image.shape == (size[1], size[0], 3)
+        long = image if size[0] > size[1] else image.transpose(1, 0, 2)
         square = one.image if size[0] > size[1] else one.image.transpose(1, 0, 2)
         [left] = [x for x in range(129) if np.array_equal(long[:, x:x + 128], square)][:1]
         rest = np.concatenate([long[:, :left], long[:, left + 128:]], axis=1)
         assert (rest == one.background_rgb).all(), "the ground goes on, and nothing else is there"
-        assert np.array_equal(picture, buckets.laid_out(one, size)), "a scene has its place"
+        assert np.array_equal(image, buckets.laid_out(one, size)), "a scene has its place"
     assert np.array_equal(buckets.laid_out(one, (128, 128)), one.image)
     small = buckets.laid_out(one, (192, 96))
     assert small.shape == (96, 192, 3) and abs(small.mean() - one.image.mean()) < 40
@@ -358,11 +358,11 @@ def test_a_scene_of_another_shape_is_whole_and_on_one_ground():
     assert len(spots) > 3, "not all in one place"
 
 
-def test_a_bucket_holds_as_many_pictures_as_cost_the_same(base):
+def test_a_bucket_holds_as_many_images_as_cost_the_same(base):
     told = {one.name: one.changed for one in buckets.variants(base, replace(SMALL["buckets"], batch=16))}
-    assert told["native size only"] == {"training shapes": ["128x128"], "pictures in a batch": [16]}
+    assert told["native size only"] == {"training shapes": ["128x128"], "images in a batch": [16]}
     shapes = ["128x128", "192x96", "96x192", "256x128", "128x256", "192x192"]
-    assert told["buckets"] == {"training shapes": shapes, "pictures in a batch": [16, 14, 14, 8, 8, 7]}
+    assert told["buckets"] == {"training shapes": shapes, "images in a batch": [16, 14, 14, 8, 8, 7]}
     assert buckets.size_of(base, buckets.NEW) == (256, 256) and "256x256" not in shapes
 
 
@@ -405,7 +405,7 @@ def test_the_bucket_fine_tunes_start_alike_and_leave_the_base(base):
 def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
     plan = SMALL["concept"]
     before = [{name: value.clone() for name, value in part.state_dict().items()} for part in (base.unet, base.text)]
-    pixels = to_tensor([one.image for one in concept.pictures_of("alien", 2, 0)])
+    pixels = to_tensor([one.image for one in concept.images_of("alien", 2, 0)])
     known = concept.asked_of(base, plan.unseen)
     assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
     learns = {}
@@ -416,7 +416,7 @@ def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
         with made.beside(made.model.unet):
             last = concept.losses(base, made, plan)
         moved = {what for what in first if last[what] != first[what]}
-        assert moved >= {"pictures that taught", "unseen pictures"}, name
+        assert moved >= {"images that taught", "unseen images"}, name
         assert ("other scenes" in moved) == (name != "textual inversion")       # a word changes nothing without it
         learns[name] = made.learns
     assert learns["textual inversion"] < learns["LoRA"] < learns["DreamBooth"] == learns["DreamBooth, prior kept"]

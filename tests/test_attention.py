@@ -384,7 +384,7 @@ def test_heat_maps_are_enlarged_bilinearly():
 
 @pytest.mark.parametrize(("maps", "words"), [({}, "no attention maps"), ({"x.attn2": torch.rand(1, 2, 5, 3)},
                                                                           "x.attn2 has 5 cells")])
-def test_maps_that_are_not_the_pictures_are_told(maps, words):
+def test_maps_that_are_not_the_images_are_told(maps, words):
     with pytest.raises(ValueError, match=words):
         heat_maps(maps, (8, 8))
 

@@ -1,4 +1,4 @@
-"""Figures and widget of notebook 04: shapes are those of a run, maps lie over their picture, words have places."""
+"""Figures and widget of notebook 04: shapes are those of a run, maps lie over their image, words have places."""
 
 import io
 
@@ -118,17 +118,17 @@ def test_a_map_without_a_peak_can_be_shown(heat):
     assert overlay(np.zeros((16, 16, 3), np.uint8), heat).dtype == np.uint8
 
 
-def test_word_maps_have_a_row_for_each_picture_and_tell_the_highest_weight():
+def test_word_maps_have_a_row_for_each_image_and_tell_the_highest_weight():
     maps = torch.stack([torch.full((4, 4), 0.25), torch.eye(4)])
-    picture = np.full((128, 128, 3), 90, np.uint8)
-    drawing = word_maps({"t = 1": (picture, maps), "t = 2": (picture, maps)}, ["cat", "$x$"], title="Maps")
+    image = np.full((128, 128, 3), 90, np.uint8)
+    drawing = word_maps({"t = 1": (image, maps), "t = 2": (image, maps)}, ["cat", "$x$"], title="Maps")
     said = words(drawing)
     assert said.count("cat\nup to 0.25") == said.count("\\$x\\$\nup to 1.00") == 2
     assert {"Maps", "t = 1", "t = 2"} <= set(said) and len(drawing.axes) == 6
     assert drawing.width <= WIDTH + 1 and inside(drawing)
 
 
-def test_rows_of_pictures_keep_their_order():
+def test_rows_of_images_keep_their_order():
     levels = [[0, 80], [160, 240]]
     rows = {f"row {i}": [np.full((8, 8, 3), level, np.uint8) for level in row] for i, row in enumerate(levels)}
     drawing = image_rows(rows, ["left", "right"], title="Rows")
@@ -140,8 +140,8 @@ def test_cells_that_ask_show_their_own_weights():
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
     drawing = cells_asking(np.zeros((64, 64, 3), np.uint8), weights, ["START", "cat", "END"], [(0, 0), (3, 2)], 4,
                            title="Two cells")
-    picture, *panels = drawing.axes
-    frames = [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in picture.patches]
+    image, *panels = drawing.axes
+    frames = [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in image.patches]
     assert frames == [(0, 0), (32, 48)]                                 # x is the column's
     drawn = torch.tensor([[float(bar.get_width()) for bar in axes.patches] for axes in panels])
     torch.testing.assert_close(drawn, weights)
@@ -203,19 +203,19 @@ def test_the_maps_are_those_of_the_run_with_the_prompt(model, explorer):
     torch.testing.assert_close(heat.sum(dim=0), torch.ones(heat.shape[1:]))
 
 
-def test_words_steps_and_layers_change_the_pictures(explorer):
+def test_words_steps_and_layers_change_the_images(explorer):
     def shown():
-        return tuple(picture.value for picture in explorer.pictures)
+        return tuple(image.value for image in explorer.images)
     seen = [shown()]
     for control, value in ((explorer.word, 6), (explorer.step, 3), (explorer.layer, ALL)):
         control.value = value
         seen.append(shown())
     assert len({left for left, _ in seen}) == 4
-    assert len({right for _, right in seen}) == 2                       # the step's own picture, without a map
-    [picture] = explorer.run[3].images()
+    assert len({right for _, right in seen}) == 2                       # the step's own image, without a map
+    [image] = explorer.run[3].images()
     large = np.asarray(Image.open(io.BytesIO(seen[-1][1])))
-    times = large.shape[0] // picture.height
-    assert np.array_equal(large[::times, ::times], np.asarray(picture)) and "dark red" in explorer.heads.value
+    times = large.shape[0] // image.height
+    assert np.array_equal(large[::times, ::times], np.asarray(image)) and "dark red" in explorer.heads.value
     assert Image.open(io.BytesIO(seen[0][0])).width >= 320
 
 
@@ -233,7 +233,7 @@ def test_another_prompt_has_other_words(model):
 
 
 @pytest.mark.parametrize("prompt", ["", "a cat", "the $x$ of " * 30])
-def test_a_still_picture_stands_where_no_widget_runs(model, prompt):
+def test_a_still_image_stands_where_no_widget_runs(model, prompt):
     explorer = AttentionExplorer(model, prompt, steps=2)
     drawing = explorer.still()
     assert drawing.width <= max(WIDTH + 1, 10 * len(drawing.title)) and len(drawing.axes) <= 2 * (MOST + 1)

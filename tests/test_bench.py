@@ -32,13 +32,13 @@ def no_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("sampler, batch, size", [("ddim", 2, None), ("euler", 1, 24), ("dpmpp_2m", 1, None)])
-def test_both_make_the_same_pictures_of_noise(no_processes, sampler, batch, size):
+def test_both_make_the_same_images_of_noise(no_processes, sampler, batch, size):
     result = run(Race(**QUICK, sampler=sampler, batch=batch, size=size), PAIR)
     assert result["alike"]
     assert result["time of sdlearn to that of"]["diffusers"] > 0
     for told in result["contenders"].values():
         assert len(told["seconds of each turn"]) == 2
-        assert told["pictures a second"] == pytest.approx(batch / told["seconds"])
+        assert told["images a second"] == pytest.approx(batch / told["seconds"])
 
 
 def test_a_ratio_is_that_of_turns(no_processes, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_faster_side_has_a_ratio_below_one_and_more_of_everything_a_second():
     result = bench.report(Race(preset="tiny", steps=8, batch=2), PAIR, times, same, dict.fromkeys(PAIR, 1.0))
     assert result["time of sdlearn to that of"] == {"diffusers": 0.25}
     fast, slow = (result["contenders"][name] for name in PAIR)
-    assert (fast["pictures a second"], slow["pictures a second"]) == (2.0, 0.5)
+    assert (fast["images a second"], slow["images a second"]) == (2.0, 0.5)
     assert (fast["guided steps a second"], slow["guided steps a second"]) == (8.0, 2.0)
     assert fast["TFLOP/s of the U-Net"] == pytest.approx(4 * slow["TFLOP/s of the U-Net"])
 
@@ -139,13 +139,13 @@ def test_every_turn_begins_with_another():
         ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
 
 
-def test_different_pictures_get_no_ratio(no_processes, monkeypatch, tmp_path, capsys):
+def test_different_images_get_no_ratio(no_processes, monkeypatch, tmp_path, capsys):
     """What was measured is written all the same."""
     made = bench.theirs
 
     def off(race, folder, compiled):
-        pictures = made(race, folder, compiled)
-        return lambda noise: pictures(noise) // 2
+        images = made(race, folder, compiled)
+        return lambda noise: images(noise) // 2
     monkeypatch.setattr(bench, "theirs", off)
     result = run(Race(**QUICK), PAIR)
     assert not result["alike"] and not any("time of" in key for key in result)

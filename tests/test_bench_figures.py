@@ -71,14 +71,14 @@ def test_the_explorer_shows_what_is_chosen():
     def estimate(chip, steps):
         if steps == 0:
             raise ValueError("no <steps>")
-        return Estimate({"a picture": {"network": steps * chip}}, [f"{steps} steps"])
+        return Estimate({"an image": {"network": steps * chip}}, [f"{steps} steps"])
     explorer = EstimateExplorer(estimate, {"chip": [2, 3], "steps": [10, 0, 20]}, title="Estimate", x="seconds")
-    assert explorer.last.bars == {"a picture": {"network": 20}} and explorer.told.value == "10 steps"
-    before = explorer.picture.value
+    assert explorer.last.bars == {"an image": {"network": 20}} and explorer.told.value == "10 steps"
+    before = explorer.image.value
     explorer.chosen["chip"].value = 3
-    assert explorer.last.bars == {"a picture": {"network": 30}} and explorer.picture.value != before
+    assert explorer.last.bars == {"an image": {"network": 30}} and explorer.image.value != before
     explorer.chosen["steps"].value = 0
-    assert explorer.told.value == "no &lt;steps&gt;" and explorer.last.bars["a picture"] == {"network": 30}
+    assert explorer.told.value == "no &lt;steps&gt;" and explorer.last.bars["an image"] == {"network": 30}
     explorer.chosen["steps"].value = 20
     assert {"chip 3; steps 20", "20 steps"} <= set(texts(explorer.still()))
     assert "image/png" in explorer._repr_mimebundle_()[0]

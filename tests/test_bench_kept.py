@@ -50,7 +50,7 @@ def test_an_older_ladder_does_not_tell_how_far_the_first_is(folder, tmp_path):
     for one in data["ladder"]:
         for name in [name for name in one if name.endswith("the first") and name != "of the first"]:
             del one[name]
-        del one["the first's picture"]
+        del one["the first's image"]
     (tmp_path / "ladder.json").write_text(json.dumps(data))
     [old] = kept(tmp_path)
     assert {row.from_first for row in old.rows} == {None} and "from the first" not in table(old)
@@ -66,7 +66,7 @@ def test_what_was_not_measured_is_none(folder):
     assert named("the plain loop") == "the plain loop"
 
 
-def test_pictures_that_differ_have_no_ratio(folder, tmp_path):
+def test_images_that_differ_have_no_ratio(folder, tmp_path):
     data = json.loads((folder / "race.json").read_text())
     del data["time of sdlearn to that of"]
     (tmp_path / "race.json").write_text(json.dumps(data))
@@ -78,7 +78,7 @@ def test_pictures_that_differ_have_no_ratio(folder, tmp_path):
 def test_a_table_has_a_line_for_each_row(folder):
     for one in kept(folder):
         lines = table(one).splitlines()
-        assert len(lines) == 1 + len(one.rows) and ("another picture" in lines[-1]) == (one.kind == "ladder")
+        assert len(lines) == 1 + len(one.rows) and ("another image" in lines[-1]) == (one.kind == "ladder")
 
 
 @pytest.mark.parametrize("text", [

@@ -257,7 +257,7 @@ def test_diffusers_builds_the_same_unet_from_our_config(config):
 
 
 @pytest.mark.parametrize("name", ["tiny", "mini"])
-def test_the_libraries_build_the_same_autoencoder_and_towers_from_our_configs(name):
+def test_the_libraries_build_the_same_autoencoder_and_encoders_from_our_configs(name):
     config = PRESETS[name]
     values = configs.vae_to_dict(config.vae, config.image_size)
     assert theirs(lambda: AutoencoderKL.from_config(values)) == theirs(lambda: VAE(config.vae))
@@ -303,7 +303,7 @@ def test_a_folder_can_be_loaded_in_another_precision(written):
     assert {tensor.dtype for tensor in again.unet.state_dict().values()} == {torch.bfloat16}
 
 
-def test_clip_shares_the_text_tower_that_the_unet_listens_to(written):
+def test_clip_shares_the_text_encoder_that_the_unet_listens_to(written):
     again = load_folder(written)
     assert again.clip.text_model is again.text
     assert all(a is b for a, b in zip(again.clip.text_model.parameters(), again.text.parameters(), strict=True))
@@ -356,7 +356,7 @@ def test_transformers_computes_in_float32_whatever_the_files_are(parts, tmp_path
     assert CLIPTextModel.from_pretrained(folder / "text_encoder").dtype == torch.float32
 
 
-def test_text_towers_are_read_in_all_spellings(folder):
+def test_text_encoders_are_read_in_all_spellings(folder):
     """Without the prefix, as the newest transformers writes; with the positions that the oldest wrote."""
     wanted = load_folder(folder).text.state_dict()
     rewrite(folder / TEXT, lambda tensors: {
@@ -496,7 +496,7 @@ def test_damaged_configs_are_one_sentence_that_names_the_file(folder, file, cont
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", [*(set(JSON_FILES) - {"vision/config.json"}), "tokenizer/merges.txt",
+@pytest.mark.parametrize("file", [*sorted(set(JSON_FILES) - {"vision/config.json"}), "tokenizer/merges.txt",
                                   "model_index.json"])
 def test_a_missing_file_is_named(folder, file):
     (folder / file).unlink()

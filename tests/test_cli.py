@@ -1,4 +1,4 @@
-"""`python -m sdlearn`: pictures into files, one sentence for what is wrong, nothing half-written."""
+"""`python -m sdlearn`: images into files, one sentence for what is wrong, nothing half-written."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def refused(result, told):
 
 # --- generate ---------------------------------------------------------------------------------------
 
-def test_a_picture_is_written_with_its_settings(run, written):
+def test_an_image_is_written_with_its_settings(run, written):
     result = run("generate", PROMPT, "--negative", "a cat", "--steps", 3, "--sampler", "euler", "--guidance", 4,
                  "--size", "24x16", "--seed", 5, "--out", "apple.png")
     assert (result.status, result.out, result.files) == (0, "apple.png\n", ["apple.png"])
@@ -93,7 +93,7 @@ def test_an_image_tells_the_model_s_default_settings_that_it_was_made_with(run, 
     assert (told["steps"], told["guidance"]) == (steps, sampling["guidance_scale"])
 
 
-def test_a_batch_is_numbered_and_each_picture_can_be_made_again_alone(run):
+def test_a_batch_is_numbered_and_each_image_can_be_made_again_alone(run):
     result = run("generate", PROMPT, "--steps", 2, "--batch", 3, "--seed", 5, "--out", "apple.png")
     assert result.files == ["apple-0.png", "apple-1.png", "apple-2.png"]
     with Image.open("apple-2.png") as image:
@@ -105,14 +105,14 @@ def test_a_batch_is_numbered_and_each_picture_can_be_made_again_alone(run):
 
 
 @pytest.mark.parametrize("prompt, name", [
-    ("A red apple: on TOP?", "a-red-apple-on-top-3.png"), ("", "picture-3.png"), ("🦊/../\n", "picture-3.png"),
+    ("A red apple: on TOP?", "a-red-apple-on-top-3.png"), ("", "image-3.png"), ("🦊/../\n", "image-3.png"),
     ("x" * 500, "x" * 60 + "-3.png"),
 ])
 def test_without_a_name_the_file_is_named_after_the_prompt(run, prompt, name):
     assert run("generate", prompt, "--steps", 1, "--seed", 3).files == [name]
 
 
-def test_what_will_not_be_heard_is_noted_once_and_the_picture_made(run):
+def test_what_will_not_be_heard_is_noted_once_and_the_image_made(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)       # told as a note, so not once more as a warning
         result = run("generate", "a purple dragon", "--steps", 1, "--out", "x.png")
@@ -124,7 +124,7 @@ def test_what_will_not_be_heard_is_noted_once_and_the_picture_made(run):
     assert 'note: the prompt is longer than 77 tokens; its end is cut off: "a red apple' in result.err
     result = run("generate", "", "--steps", 1, "--out", "empty.png")
     assert result.files == ["empty.png"]
-    assert "note: the prompt is empty, so the picture is unconditional" in result.err
+    assert "note: the prompt is empty, so the image is unconditional" in result.err
     result = run("generate", PROMPT, "--steps", 1, "--out", "quiet.png")
     assert "note:" not in result.err
 
@@ -187,7 +187,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path,
     refused(run("generate", PROMPT, "--out", "x.png"), "x.png cannot be written: Permission denied")
 
 
-def test_a_picture_that_is_there_stays_whole_when_the_work_fails(run):
+def test_an_image_that_is_there_stays_whole_when_the_work_fails(run):
     run("generate", PROMPT, "--steps", 1, "--out", "apple.png")
     before = open("apple.png", "rb").read()
     failed = run("generate", PROMPT, "--guidance", "1e38", "--out", "apple.png")
@@ -217,7 +217,7 @@ def test_models_that_are_missing_or_damaged_are_told(run, written, tmp_path):
 
 def test_too_little_memory_and_a_missing_device_are_told(run, monkeypatch):
     def greedy(*_, **__):
-        raise MemoryError("not enough memory for the pictures; ask for fewer")
+        raise MemoryError("not enough memory for the images; ask for fewer")
 
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "steps", greedy)

@@ -28,7 +28,7 @@ def told(file) -> dict:
     return json.loads(Image.open(file).text["sdlearn"])
 
 
-def test_each_line_becomes_a_picture(run, written, prompts, tmp_path):  # noqa: F811
+def test_each_line_becomes_an_image(run, written, prompts, tmp_path):  # noqa: F811
     """Numbered, with its settings in it, and the one that the prompt alone gives."""
     out = tmp_path / "out"
     assert run("generate", "--prompts", prompts, "--steps", 2, "--out", out).status == 0
@@ -57,7 +57,7 @@ def test_it_goes_on_where_it_was_cut_off(run, prompts, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def again(run, tmp_path):  # noqa: F811
-    """Calls twice, (arguments, options of `run`) each, with one prompt; whether the second made its picture again."""
+    """Calls twice, (arguments, options of `run`) each, with one prompt; whether the second made its image again."""
     def again(first, second, between=lambda file: None):
         (tmp_path / "one.txt").write_text(PROMPTS[0])
         call = ("generate", "--prompts", tmp_path / "one.txt", "--steps", 2, "--out", tmp_path / "out")
@@ -70,12 +70,12 @@ def again(run, tmp_path):  # noqa: F811
     return again
 
 
-def test_another_type_of_numbers_is_another_picture(again):
+def test_another_type_of_numbers_is_another_image(again):
     assert again(((), {}), (("--dtype", "bfloat16"), {}))
     assert not again((("--dtype", "bfloat16"), {}), (("--dtype", "bfloat16"), {}))
 
 
-def test_another_count_of_resampling_is_another_picture(again, tmp_path):
+def test_another_count_of_resampling_is_another_image(again, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
     Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
     common = ("--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png")
@@ -83,7 +83,7 @@ def test_another_count_of_resampling_is_another_picture(again, tmp_path):
     assert not again((common, {}), ((*common, "--resample", 1), {}))
 
 
-def test_another_model_of_the_same_name_is_another_picture(again, written, tmp_path):  # noqa: F811
+def test_another_model_of_the_same_name_is_another_image(again, written, tmp_path):  # noqa: F811
     """Told by its place, and by the weights that are there now."""
     parts = tiny_parts()
     other = save_folder(tmp_path / "other", parts)
@@ -98,7 +98,7 @@ def test_another_model_of_the_same_name_is_another_picture(again, written, tmp_p
 
 
 @pytest.mark.parametrize("key", ["weights", "dtype", "resample"])
-def test_a_picture_that_does_not_tell_is_made_again(again, key):
+def test_an_image_that_does_not_tell_is_made_again(again, key):
     """As of earlier versions, which wrote less."""
     def forget(file):
         settings = told(file)
@@ -115,7 +115,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_share_them_out(written, prompts, tmp_path, launcher):  # noqa: F811
-    """The same pictures as from one process; each makes some, none makes another's."""
+    """The same images as from one process; each makes some, none makes another's."""
     def call(*before, out):
         return subprocess.run([sys.executable, *before, "sdlearn", "generate", "--prompts", str(prompts), "--model",
                                str(written), "--steps", "2", "--out", str(out)], capture_output=True, text=True,
@@ -124,7 +124,7 @@ def test_two_processes_share_them_out(written, prompts, tmp_path, launcher):  # 
     one = call("-m", out=tmp_path / "one")
     two = call("-m", *LAUNCHERS[launcher], out=tmp_path / "two")
     assert one.returncode == two.returncode == 0, two.stderr
-    assert len(two.stdout.split()) == len(ASKED), "each picture is made once"
+    assert len(two.stdout.split()) == len(ASKED), "each image is made once"
     for file in sorted((tmp_path / "one").iterdir()):
         assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes()
 

@@ -1,4 +1,4 @@
-"""CLIP's towers: equal to transformers' on the same weights, and true to what they promise."""
+"""CLIP's encoders: equal to transformers' on the same weights, and true to what they promise."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def tower() -> TextEncoder:
+def encoder() -> TextEncoder:
     torch.manual_seed(0)
     return randomise(TextEncoder(TEXT["tiny"]))
 
@@ -99,7 +99,7 @@ def clip() -> CLIP:
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("length", [77, 12])
 @torch.no_grad()
-def test_text_tower_equal_to_transformers(name, length):
+def test_text_encoder_equal_to_transformers(name, length):
     config = TEXT[name]
     theirs = randomise(CLIPTextModel(text_config(config)))
     ours = TextEncoder(config)
@@ -117,7 +117,7 @@ def test_text_tower_equal_to_transformers(name, length):
 
 @pytest.mark.parametrize("name", VISION)
 @torch.no_grad()
-def test_vision_tower_equal_to_transformers(name):
+def test_vision_encoder_equal_to_transformers(name):
     config = VISION[name]
     theirs = randomise(CLIPVisionModel(vision_config(config)))
     ours = ImageEncoder(config)
@@ -160,7 +160,7 @@ def test_clip_logits_loss_and_gradients_equal_to_transformers(text, vision):
 @pytest.mark.parametrize("preset, keys, count", [
     ("sd15", "t1", 123_060_480), ("sd2_base", "t2", 340_387_840),
 ])
-def test_full_size_text_towers_are_stable_diffusions(preset, keys, count):
+def test_full_size_text_encoders_are_stable_diffusions(preset, keys, count):
     with torch.device("meta"):
         model = TextEncoder(PRESETS[preset].text)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -186,17 +186,17 @@ def test_quick_gelu_is_near_gelu_but_not_gelu():
     assert 0.01 < float((quick_gelu(x) - F.gelu(x)).abs().max()) < 0.03
 
 
-# --- the text tower ---------------------------------------------------------------------------------
+# --- the text encoder ---------------------------------------------------------------------------------
 
 @given(place=st.integers(1, 19), other=st.integers(0, 599))
 @settings(max_examples=40)
 @torch.no_grad()
-def test_a_later_token_changes_nothing_before_it(tower, place, other):
+def test_a_later_token_changes_nothing_before_it(encoder, place, other):
     torch.manual_seed(place)
-    ids = sentences(tower.config, 20)
+    ids = sentences(encoder.config, 20)
     changed = ids.clone()
     changed[:, place] = torch.where(ids[:, place] == other, (other + 1) % 600, other)
-    before, after = tower(ids).hidden, tower(changed).hidden
+    before, after = encoder(ids).hidden, encoder(changed).hidden
     torch.testing.assert_close(after[:, :place], before[:, :place], rtol=1e-5, atol=1e-5)
     assert (after[:, place:] - before[:, place:]).abs().amax(dim=(1, 2)).min() > 1e-3
 
@@ -204,30 +204,30 @@ def test_a_later_token_changes_nothing_before_it(tower, place, other):
 @given(length=st.integers(1, 77))
 @settings(max_examples=25)
 @torch.no_grad()
-def test_a_shorter_row_is_the_beginning_of_a_longer_one(tower, length):
+def test_a_shorter_row_is_the_beginning_of_a_longer_one(encoder, length):
     torch.manual_seed(length)
-    ids = sentences(tower.config, 77)
-    short, full = tower(ids[:, :length]), tower(ids)
+    ids = sentences(encoder.config, 77)
+    short, full = encoder(ids[:, :length]), encoder(ids)
     torch.testing.assert_close(short.hidden, full.hidden[:, :length], rtol=1e-5, atol=1e-5)
 
 
 @given(padding=st.lists(st.integers(0, 597), max_size=10))
 @settings(max_examples=40)
 @torch.no_grad()
-def test_what_stands_behind_the_end_does_not_change_pooled(tower, padding):
+def test_what_stands_behind_the_end_does_not_change_pooled(encoder, padding):
     start, end = 598, 599
     sentence = [start, 5, 9, 2, end]
-    alone = tower(torch.tensor([sentence])).pooled
+    alone = encoder(torch.tensor([sentence])).pooled
     for behind in (padding, [end] * len(padding)):
         ids = torch.tensor([sentence + behind])
-        torch.testing.assert_close(tower(ids).pooled, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(tower(ids, end=end).pooled, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encoder(ids).pooled, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encoder(ids, end=end).pooled, alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_pooled_is_hidden_at_the_first_end(tower):
+def test_pooled_is_hidden_at_the_first_end(encoder):
     ids = torch.tensor([[598, 7, 599, 599, 599], [598, 7, 8, 9, 599], [598, 599, 0, 0, 0]])
-    output = tower(ids)
+    output = encoder(ids)
     assert torch.equal(output.pooled, output.hidden[torch.arange(3), torch.tensor([2, 4, 1])])
 
 
@@ -246,41 +246,41 @@ def test_added_words_have_larger_ids_than_the_end():
 
 
 @torch.no_grad()
-def test_order_of_words_matters(tower):
+def test_order_of_words_matters(encoder):
     one, other = torch.tensor([[598, 5, 6, 599]]), torch.tensor([[598, 6, 5, 599]])
-    assert difference(tower(one).pooled, tower(other).pooled) > 1e-2
+    assert difference(encoder(one).pooled, encoder(other).pooled) > 1e-2
 
 
 @torch.no_grad()
 def test_layers_behind_the_chosen_one_are_not_run():
-    tower = TextEncoder(TEXT["reduced_sd1"])
-    ids = sentences(tower.config, 10)
-    expected = tower(ids, layer=-2)
-    for parameter in tower.encoder.layers[-1].parameters():
+    encoder = TextEncoder(TEXT["reduced_sd1"])
+    ids = sentences(encoder.config, 10)
+    expected = encoder(ids, layer=-2)
+    for parameter in encoder.encoder.layers[-1].parameters():
         parameter.fill_(float("nan"))
-    torch.testing.assert_close(tower(ids, layer=-2), expected)
-    assert tower(ids).hidden.isnan().all()
-    torch.testing.assert_close(expected.hidden, tower.final_layer_norm(expected.raw))
+    torch.testing.assert_close(encoder(ids, layer=-2), expected)
+    assert encoder(ids).hidden.isnan().all()
+    torch.testing.assert_close(expected.hidden, encoder.final_layer_norm(expected.raw))
 
 
-def test_text_tower_takes_both_integer_types_and_refuses_others(tower):
-    ids = sentences(tower.config, 8)
-    torch.testing.assert_close(tower(ids.int()), tower(ids))
+def test_text_encoder_takes_both_integer_types_and_refuses_others(encoder):
+    ids = sentences(encoder.config, 8)
+    torch.testing.assert_close(encoder(ids.int()), encoder(ids))
     with pytest.raises(ValueError, match=r"integers \(batch, tokens\), not torch.float32 \(4, 8\)"):
-        tower(ids.float())
+        encoder(ids.float())
     with pytest.raises(ValueError, match=r"not torch.int64 \(8,\)"):
-        tower(ids[0])
+        encoder(ids[0])
 
 
-def test_too_many_tokens(tower):
+def test_too_many_tokens(encoder):
     with pytest.raises(ValueError, match="78 tokens are too many.*77: truncate the prompt"):
-        tower(torch.zeros(1, 78, dtype=torch.long))
+        encoder(torch.zeros(1, 78, dtype=torch.long))
 
 
 @pytest.mark.parametrize("layer", [0, 1, -3])
-def test_a_layer_that_is_not_there(tower, layer):
+def test_a_layer_that_is_not_there(encoder, layer):
     with pytest.raises(ValueError, match=f"layer {layer} is not there: choose -1, the last, to -2"):
-        tower(torch.zeros(1, 4, dtype=torch.long), layer=layer)
+        encoder(torch.zeros(1, 4, dtype=torch.long), layer=layer)
 
 
 def test_configs_that_cannot_be_built():
@@ -294,10 +294,10 @@ def test_configs_that_cannot_be_built():
         CLIP(TEXT["tiny"], replace(VISION["tiny"], projection_dim=24))
 
 
-# --- the vision tower -------------------------------------------------------------------------------
+# --- the image encoder -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(1, 3, 24, 32), (1, 3, 64, 64), (1, 4, 32, 32), (3, 32, 32)])
-def test_pictures_of_another_size(clip, shape):
+def test_images_of_another_size(clip, shape):
     with pytest.raises(ValueError, match=r"must be \(batch, 3, 32, 32\).*resize") as caught:
         clip.encode_image(torch.zeros(shape))
     assert str(shape) in str(caught.value)
@@ -379,16 +379,16 @@ def test_contrastive_loss_refuses_what_is_no_pairs():
 @pytest.mark.parametrize("part", ["text_model", "vision_model"])
 def test_fresh_layers_add_little_to_the_residual_stream(part):
     config = PRESETS["mini"]
-    tower = getattr(CLIP(config.text, config.vision), part)
-    dim, layers = tower.config.dim, tower.config.layers
-    for layer in tower.encoder.layers:
+    encoder = getattr(CLIP(config.text, config.vision), part)
+    dim, layers = encoder.config.dim, encoder.config.layers
+    for layer in encoder.encoder.layers:
         for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
             assert linear.weight.std().item() == pytest.approx((2 * layers * dim) ** -0.5, rel=0.05)
             assert not linear.bias.any()
 
 
-def test_fresh_towers_learn_eight_pairs():
-    """The random weights a tower begins with let it learn: eight captions for eight plain colours."""
+def test_fresh_encoders_learn_eight_pairs():
+    """The random weights an encoder begins with let it learn: eight captions for eight plain colours."""
     torch.manual_seed(0)
     clip = CLIP(PRESETS["tiny"].text, PRESETS["tiny"].vision)
     ids = torch.tensor([[598, word, 599] for word in range(8)])

@@ -60,7 +60,7 @@ def test_a_sheet_has_a_row_for_each_name_and_heads_beneath():
 
 @pytest.mark.parametrize("rows", [{}, {"one": IMAGES, "two": IMAGES[:2]}])
 def test_a_sheet_with_holes_is_told(rows):
-    with pytest.raises(ValueError, match="a picture for each of the 3 heads"):
+    with pytest.raises(ValueError, match="an image for each of the 3 heads"):
         sheet(rows, ["a", "b", "c"], title="Sheet")
 
 

@@ -22,7 +22,7 @@ LONG = " ".join(["two small green cars"] * 30)
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model whose vision tower takes the scenes' own size."""
+    """A tiny model whose image encoder takes the scenes' own size."""
     config = tiny_config()
     return StableDiffusion(tiny_parts(config=replace(config, vision=replace(config.vision, image_size=128,
                                                                             patch_size=32))))
@@ -103,7 +103,7 @@ def test_matrices_stand_side_by_side_with_labels():
     assert drawing.width <= WIDTH
 
 
-def test_pairings_have_captions_in_rows_and_pictures_in_columns(drawn):
+def test_pairings_have_captions_in_rows_and_images_in_columns(drawn):
     values = torch.arange(9.0).reshape(3, 3) / 10
     drawing = pairings(drawn[:3], values, title="Pairs")
     said = [one.replace("\n", " ") for one in words(drawing)]
@@ -140,12 +140,12 @@ def test_the_reader_tells_what_is_cut_and_what_cannot_be_read(model, drawn):
     assert widget.still().title.startswith("Tokens of '<b>a</b> & apple'")
 
 
-def test_the_reader_carries_a_picture_for_pages_without_widgets(model, drawn):
+def test_the_reader_carries_an_image_for_pages_without_widgets(model, drawn):
     bundle, sizes = PromptReader(model, drawn[:2], "a cat")._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle) and "image/png" in sizes
 
 
-def test_a_reader_without_vision_tower_or_scenes_is_refused(model, drawn):
+def test_a_reader_without_vision_encoder_or_scenes_is_refused(model, drawn):
     for parts in ((StableDiffusion(tiny_parts(vision=False)), drawn), (model, [])):
-        with pytest.raises(ValueError, match="both towers"):
+        with pytest.raises(ValueError, match="both encoders"):
             PromptReader(*parts, "a cat")

@@ -360,7 +360,7 @@ def test_a_hint_is_encoded_once_for_a_run(sampler):
     unet = controlled(bases("tiny")[0], [Control(net, hint)], grid=grid)
     *_, last = SAMPLERS[sampler](predict_x0(unet, SCHEDULE, context, context * 0, scale=3.0), x, grid, SCHEDULE)
     assert net.hints == 1 and len(net.batches) >= 3 and last.x.isfinite().all()
-    assert {size for _, size in net.batches} == {4}                             # [u; c] of two pictures
+    assert {size for _, size in net.batches} == {4}                             # [u; c] of two images
 
 
 def test_outside_of_its_span_a_control_costs_nothing_and_changes_no_bit():
@@ -386,13 +386,13 @@ def test_in_guess_mode_only_the_half_with_the_prompt_is_controlled():
     assert difference(run(x, 300, context), unet(x, 300, context, residuals)) < 1e-5
 
 
-def test_one_hint_serves_all_pictures_and_several_serve_theirs():
+def test_one_hint_serves_all_images_and_several_serve_theirs():
     net, unet = pair("tiny")[0], bases("tiny")[0]
     x, context, hint = inputs(batch=3)
     one = controlled(unet, [Control(net, hint[:1])])
     each = controlled(unet, [Control(net, hint[:1].repeat(3, 1, 1, 1))])
     assert difference(one(x, 300, context), each(x, 300, context)) < 1e-5
-    # In [u; c] hint i belongs to pictures i and 3 + i.
+    # In [u; c] hint i belongs to images i and 3 + i.
     twice = controlled(unet, [Control(net, hint)])(torch.cat([x, x]), 300, torch.cat([context, context]))
     for i in range(3):
         alone = controlled(unet, [Control(net, hint[i:i + 1])])(x[i:i + 1], 300, context[i:i + 1])
@@ -483,7 +483,7 @@ def test_what_a_run_needs_to_know_is_asked_for():
     net, unet, hint = pair("tiny")[0], bases("tiny")[0], torch.zeros(1, 3, 16, 12)
     with pytest.raises(ValueError, match="needs the grid"):
         controlled(unet, [Control(net, hint, end=0.5)])
-    with pytest.raises(ValueError, match="how many pictures"):
+    with pytest.raises(ValueError, match="how many images"):
         controlled(unet, [Control(net, hint, guess=True)])
     with pytest.raises(ValueError, match="one text for each latent"):
         controlled(unet, [Control(net, hint)])(torch.randn(2, 4, 8, 6), 300, torch.randn(1, 7, 16))

@@ -1,4 +1,4 @@
-"""Scenes: the same bytes for a seed, captions that tell the truth, layouts that match the pictures."""
+"""Scenes: the same bytes for a seed, captions that tell the truth, layouts that match the images."""
 
 import hashlib
 import itertools
@@ -83,7 +83,7 @@ def test_the_nearer_object_covers_the_farther_one():
                 assert one.depth_map[one.masks[i]].min() > one.depth_map[one.masks[j]].max()
 
 
-def test_relations_hold_in_the_picture(many):
+def test_relations_hold_in_the_image(many):
     pairs = [one for one in many if one.relation]
     assert {one.relation for one in pairs} == set(world.RELATIONS)
     for one in pairs:
@@ -304,7 +304,7 @@ def test_a_contact_sheet_has_room_for_all():
     drawn = list(scenes(0, 5))
     sheet = contact_sheet([one.image for one in drawn], [one.caption for one in drawn], columns=3)
     assert sheet.width > 3 * SIDE and sheet.height > 2 * SIDE
-    with pytest.raises(ValueError, match="one caption for each picture"):
+    with pytest.raises(ValueError, match="one caption for each image"):
         contact_sheet([drawn[0].image], [])
 
 

@@ -144,7 +144,7 @@ def test_accuracy_is_measured_on_the_scenes_of_the_seeds_from_start_on(split, wo
     assert shares["background"] == shares["scenes without an error"] == pytest.approx(1 - len(missed) / 40)
 
 
-def test_accuracy_is_measured_on_changed_pictures():
+def test_accuracy_is_measured_on_changed_images():
     known = [scene(seed, "test", CORE) for seed in range(4)]
     dark = [replace(one) for one in known]
     for one in dark:

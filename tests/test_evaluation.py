@@ -206,7 +206,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("wanted, objects, wrong", [case for some in CASES.values() for case in some])
-def test_a_picture_is_right_or_wrong_and_it_is_told_why(wanted, objects, wrong):
+def test_an_image_is_right_or_wrong_and_it_is_told_why(wanted, objects, wrong):
     told = verdict(wanted, seen(*objects))
     assert (told.right, told.wrong) == (not wrong, wrong)
 
@@ -219,14 +219,14 @@ def test_the_background_is_judged_apart():
     assert verdict(Wanted((CAT,)), cat).background is None
 
 
-def test_shares_of_right_pictures():
+def test_shares_of_right_images():
     right, wrong = (verdict(Wanted((CAT,), background="white"), one) for one in
                     (seen(at("cat", 30, 30), at("cat", 80, 80)), seen(background="pink")))
     asked = [Prompt(task, "a cat", Wanted((CAT,), background="white")) for task in TASKS for _ in range(4)]
     told = ev.scores(asked, [right, right, right, wrong] * 6 + [wrong] * 8)
     assert told.tasks == {**dict.fromkeys(GENEVAL, 0.75), "held out": 0.0, "other wordings": 0.0}
     assert told.overall == 0.75, "the mean of the six, without the seventh and the eighth"
-    assert told.background == told.duplicates == 18 / 32 and told.pictures == 32
+    assert told.background == told.duplicates == 18 / 32 and told.images == 32
     assert ev.scores(asked[:4], [right] * 4).overall is None
     with pytest.raises(ValueError, match="one verdict for each prompt"):
         ev.scores(asked, [right])
@@ -257,7 +257,7 @@ def test_a_colour_is_the_one_that_is_seen():
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 96), (132, 100), (8, 8), (4, 4)])
-def test_pictures_of_any_size_are_read(size):
+def test_images_of_any_size_are_read(size):
     heads = Detector(SMALL)(torch.zeros(2, 3, *size))
     assert heads.heat.shape == (2, len(OBJECTS), size[0] // STRIDE, size[1] // STRIDE)
     assert heads.background.shape == (2, 8) and heads.colour.shape[1] == 8
@@ -267,7 +267,7 @@ def test_pictures_of_any_size_are_read(size):
 
 
 def test_what_is_far_away_changes_nothing():
-    """A larger picture is read as its parts would be: a cell sees its neighbourhood alone."""
+    """A larger image is read as its parts would be: a cell sees its neighbourhood alone."""
     network = Detector(DetectorConfig(channels=(8, 8, 8), blocks=(1, 0, 0), head=8)).eval()
     small = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     large = F.pad(small, (0, 128, 0, 128))
@@ -407,8 +407,8 @@ def test_the_shipped_judge_knows_combinations_that_the_model_never_saw(judge):
 
 
 @shipped
-def test_the_shipped_judge_counts_in_a_larger_picture(judge):
-    """Two scenes side by side are one picture with the objects of both."""
+def test_the_shipped_judge_counts_in_a_larger_image(judge):
+    """Two scenes side by side are one image with the objects of both."""
     pairs = [(scene_of(["cat"], background="blue", seed=i), scene_of(["star"], background="blue", seed=i))
              for i in range(8)]
     ground = [np.concatenate([a.image, b.image], axis=1) for a, b in pairs]
@@ -440,7 +440,7 @@ def test_the_ceiling_is_the_score_of_scenes_through_the_autoencoder(judge):
     asked = prompts_for(CORE.objects, count=1)
     [first, *_] = judged = list(evaluate_scenes(asked, vae=vae, judge=judge))
     drawn = scene_for(asked[0])
-    assert not np.array_equal(first.image, drawn.image), "the autoencoder changes pictures"
+    assert not np.array_equal(first.image, drawn.image), "the autoencoder changes images"
     assert np.abs(first.image.astype(int) - drawn.image).mean() < 30
     assert len(judged) == len(asked)
 
@@ -492,7 +492,7 @@ def test_the_judge_is_shown_every_combination():
     assert 0.05 < colours.count(None) / len(colours) < 0.25, "as likely as any colour"
 
 
-def test_pictures_are_disturbed_but_stay_what_they_are():
+def test_images_are_disturbed_but_stay_what_they_are():
     pixels = torch.stack([torch.from_numpy(scene(seed).image).permute(2, 0, 1) for seed in range(4)]) / 127.5 - 1
     there = disturbed(pixels, torch.Generator().manual_seed(0))
     assert there.shape == pixels.shape and there.abs().max() <= 1
@@ -511,7 +511,7 @@ def test_blobs_lie_behind_the_objects():
         assert np.array_equal(there, littered(drawn.image, drawn.masks, seed))
 
 
-def test_pictures_without_objects_are_learnt_from_too():
+def test_images_without_objects_are_learnt_from_too():
     blobs = replace(scene(1), objects=())
     targets = Detector(SMALL).targets([blobs])
     assert targets.classes.tolist() == [[-1]] and blobs.masks.shape == (0, 128, 128)
@@ -538,14 +538,14 @@ def test_clipped_share_by_hand():
     assert metrics.clipped_share(beyond).tolist() == [1]
 
 
-def test_pictures_come_in_several_forms():
+def test_images_come_in_several_forms():
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
     forms = [images, list(images), [Image.fromarray(one) for one in images], torch.from_numpy(images),
              torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1]
     for form in forms:
         assert torch.allclose(metrics.as_pixels(form), metrics.as_pixels(images), atol=1e-6)
     for wrong in ([], images.astype(float), images[..., 0], torch.zeros(3, 4, 4), torch.zeros(0, 3, 4, 4)):
-        with pytest.raises(ValueError, match="pictures are bytes|pixels are"):
+        with pytest.raises(ValueError, match="images are bytes|pixels are"):
             metrics.as_pixels(wrong)
 
 
@@ -575,7 +575,7 @@ def test_ssim_is_that_of_the_paper():
     assert told.tolist() == pytest.approx([plain_ssim(*pair) for pair in zip(a, b, strict=True)], abs=1e-5)
     assert metrics.ssim(a, a).tolist() == pytest.approx([1, 1])
     bright, dark = flat((200, 200, 200)), flat((100, 100, 100))
-    c1 = (0.01 * 255) ** 2                              # on flat pictures only the means count
+    c1 = (0.01 * 255) ** 2                              # on flat images only the means count
     wanted = (2 * 200 * 100 + c1) / (200**2 + 100**2 + c1)
     assert float(metrics.ssim(bright, dark)) == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ValueError, match="11 pixels at least"):
@@ -633,7 +633,7 @@ def clip():
     return StableDiffusion.load("mini", device="cpu").clip
 
 
-def test_what_the_vision_tower_tells_apart(clip):
+def test_what_the_vision_encoder_tells_apart(clip):
     apples = [scene_of(["apple"], background="white", seed=seed).image for seed in range(4)]
     cats = [scene_of(["cat"], background="blue", seed=seed).image for seed in range(4)]
     same, mixed = (metrics.feature_diversity(clip, some) for some in (apples, apples[:2] + cats[:2]))
@@ -661,7 +661,7 @@ def test_frechet_distance_by_hand():
     wanted = torch.cov(wider.T).trace() + torch.cov(b.T).trace() - 2 * values
     assert metrics.frechet_distance(wider, b) == pytest.approx(float(wanted), abs=1e-8)
     assert metrics.frechet_distance(wider, b) > 1
-    assert metrics.frechet_distance(a[:2], b[:2]) >= 0, "fewer pictures than channels"
+    assert metrics.frechet_distance(a[:2], b[:2]) >= 0, "fewer images than channels"
     for wrong in (a[0], a[:1], a[:, :2]):
         with pytest.raises(ValueError, match="of one width"):
             metrics.frechet_distance(wrong, b)
@@ -672,7 +672,7 @@ def test_frechet_distance_has_a_floor(clip):
     broken = [255 - one[::-1] for one in drawn[:60]]
     made, floor = metrics.frechet_with_floor(clip, broken, drawn[120:], drawn[60:120])
     assert 0 < floor < made
-    with pytest.raises(ValueError, match="as many real pictures"):
+    with pytest.raises(ValueError, match="as many real images"):
         metrics.frechet_with_floor(clip, broken, drawn, drawn[:10])
 
 
@@ -695,7 +695,7 @@ def any_judge():
     return ev.Judge(Detector(SMALL))
 
 
-def test_a_batch_gives_the_pictures_that_the_pipeline_gives(tiny):
+def test_a_batch_gives_the_images_that_the_pipeline_gives(tiny):
     texts = ["a red apple", "a cat on a pink background", "a star"]
     for settings in ({"guidance": 4.0}, {"guidance": 1.0, "sampler": "euler_ancestral"}):
         images = sample(tiny, texts, [3, 0, 3], steps=3, **settings)
@@ -704,13 +704,13 @@ def test_a_batch_gives_the_pictures_that_the_pipeline_gives(tiny):
             assert np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max() <= 2        # of 255
 
 
-def test_every_prompt_gets_its_pictures(tiny, any_judge):
+def test_every_prompt_gets_its_images(tiny, any_judge):
     asked = prompts_for(OBJECTS_OF_TINY, count=1)
     judged = list(evaluate(tiny, asked, seeds=3, judge=any_judge, at_once=4, steps=1))
     assert [(one.prompt, one.seed) for one in judged] == [(prompt, seed) for prompt in asked for seed in range(3)]
     again = list(evaluate(tiny, asked[:2], seeds=[2], judge=any_judge, steps=1))
     assert np.abs(again[1].image.astype(int) - judged[5].image).max() <= 2
-    assert scores_of(judged).pictures == 24
+    assert scores_of(judged).images == 24
     with pytest.raises(ValueError, match="one prompt for each"):
         ev.judge_images([one.image for one in judged], asked, any_judge)
 
@@ -756,8 +756,8 @@ def test_a_measurement_is_written_whole(tiny, tmp_path, any_judge):
     assert set(one["tasks"]) == {*TASKS, "the same in captions' words"} == set(one["standard error"])
     assert set(one["wordings"]) == {"colour after the noun", "all"} and one["wordings"]["all"]["images"] == 2
     assert sum(images for drawn in one["counts"].values() for images in drawn.values()) == 4
-    assert len(figures["pictures"]["w = 3"]) == 18
-    assert figures["pictures"]["w = 3"][0].keys() == {"task", "kind", "prompt", "seed", "right", "wrong", "background",
+    assert len(figures["images"]["w = 3"]) == 18
+    assert figures["images"]["w = 3"][0].keys() == {"task", "kind", "prompt", "seed", "right", "wrong", "background",
                                                       "seen"}
     assert figures["autoencoder on unseen scenes"]["scenes"] == 5
     assert (tmp_path / "out" / "failures-w-3.png").exists()
@@ -775,8 +775,8 @@ def test_the_sheet_shows_failures_of_every_task(any_judge):
 def test_words_boxes_and_percent():
     found = seen(at("apple", 30, 30, "blue"), at("cat", 80, 80, score=0.5), background="pink")
     assert words(found) == "blue apple, cat on pink" and words(seen()) == "nothing on white"
-    picture = boxed(np.zeros((128, 128, 3), np.uint8), found, zoom=2)
-    assert picture.shape == (256, 256, 3) and picture[40, 40].tolist() == [255, 0, 170]
+    image = boxed(np.zeros((128, 128, 3), np.uint8), found, zoom=2)
+    assert image.shape == (256, 256, 3) and image[40, 40].tolist() == [255, 0, 170]
     assert percent(0.1234) == "12.3" and percent(None) == "-" and table.__doc__
 
 
@@ -806,7 +806,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, tiny):
     assert "| overall, of the ceiling |" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
     assert "## What is reached, and what is not" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
     kept = kept_evaluation(folder)
-    assert "w = 1" in kept["columns"] and "pictures" not in kept and not remove_old_evaluation(folder)
+    assert "w = 1" in kept["columns"] and "images" not in kept and not remove_old_evaluation(folder)
     tiny.unet.conv_in.weight.data += 1
     save_folder(folder, tiny.parts)                     # other weights: what was measured is not of these
     tiny.unet.conv_in.weight.data -= 1

@@ -35,7 +35,7 @@ NAMES = ["apple", "ball", "balloon", "car", "cat", "elephant", "star", "tree"]
 
 
 def shown(wanted):
-    """A picture's detections that are right in everything: one object beside the other as the relation says."""
+    """An image's detections that are right in everything: one object beside the other as the relation says."""
     step = {"left": (40, 0), "right": (-40, 0), "above": (0, 40), "below": (0, -40), None: (30, 10)}[wanted.relation]
     found = [Detection(name, (50 + i * step[0], 50 + i * step[1], 66 + i * step[0], 66 + i * step[1]), 0.9,
                        colour or look(name, None)) for i, (name, colour) in enumerate(wanted.objects)]
@@ -43,9 +43,9 @@ def shown(wanted):
 
 
 class Half:
-    """A judge that knows what was asked for: every second prompt's pictures are right, all others show nothing.
+    """A judge that knows what was asked for: every second prompt's images are right, all others show nothing.
 
-    Pictures are given to it in the order of evaluations, all seeds of a prompt together. It keeps them.
+    Images are given to it in the order of evaluations, all seeds of a prompt together. It keeps them.
     """
 
     def __init__(self, prompts, seeds):
@@ -68,7 +68,7 @@ class Blind:
 
 
 def model_of(side=32):
-    """The tiny model, whose image encoder sees pictures of its size."""
+    """The tiny model, whose image encoder sees images of its size."""
     tiny = PRESETS["tiny"]
     parts = tiny_parts(config=replace(tiny, image_size=side, vision=replace(tiny.vision, image_size=side)))
     parts.world = {**parts.world, "objects": NAMES}
@@ -88,7 +88,7 @@ def figures_of(model, out, judge, **plan):
 # --- standard errors --------------------------------------------------------------------------------
 
 def errors_of(prompts, seeds, right):
-    """Standard errors of two tasks, of whose prompts `right` give right pictures with all seeds, the others none."""
+    """Standard errors of two tasks, of whose prompts `right` give right images with all seeds, the others none."""
     judged = [judged_of(task, 0 if at < right else 1, seed=seed, text=f"{task} {at}")
               for task in ("counting", "colours") for at in range(prompts) for seed in range(seeds)]
     return told(column("w = 1", judged))["standard error"]
@@ -96,8 +96,8 @@ def errors_of(prompts, seeds, right):
 
 @pytest.mark.parametrize("seeds", [1, 4])
 @pytest.mark.parametrize("prompts, right", [(40, 20), (40, 4), (100, 90)])
-def test_a_standard_error_is_over_prompts_and_not_over_pictures(prompts, right, seeds):
-    """Pictures of one prompt that are all right or all wrong tell no more than one of them does."""
+def test_a_standard_error_is_over_prompts_and_not_over_images(prompts, right, seeds):
+    """Images of one prompt that are all right or all wrong tell no more than one of them does."""
     share = right / prompts
     errors = errors_of(prompts, seeds, right)
     assert errors.keys() == {"counting", "colours"}
@@ -114,7 +114,7 @@ def test_a_share_without_exception_has_no_standard_error():
 def test_the_scenes_are_judged_as_they_are_and_the_ceiling_after_the_autoencoder(model, tmp_path):
     asked = prompts_for(NAMES, count=2)
     asked += in_caption_wording(asked)
-    plain = 2 * sum(prompt.kind is None for prompt in asked)         # pictures of prompts in the captions' words, first
+    plain = 2 * sum(prompt.kind is None for prompt in asked)         # images of prompts in the captions' words, first
     judge = Half(asked, seeds=2)
     figures = figures_of(model, tmp_path, judge, prompts=2, seeds=2, guidance=(1.0,))
     drawn = [scene_for(prompt, seed).image for prompt in asked for seed in range(2)]
@@ -125,12 +125,12 @@ def test_the_scenes_are_judged_as_they_are_and_the_ceiling_after_the_autoencoder
     for title, images in (("w = 1", made[:plain]), ("ceiling", ceiling[:plain]), ("scenes", drawn[:plain])):
         assert columns[title]["saturation"] == pytest.approx(float(saturation(images).mean()))
         each = [pixel_diversity(images[at:at + 2]) for at in range(0, len(images), 2)]
-        assert columns[title]["diversity, pixels"] == pytest.approx(np.mean(each)), "of the pictures of one prompt"
+        assert columns[title]["diversity, pixels"] == pytest.approx(np.mean(each)), "of the images of one prompt"
         assert set(columns[title]["tasks"].values()) == {0.5}
-        assert columns[title]["pictures"] == len(drawn) == 2 * len(asked)
+        assert columns[title]["images"] == len(drawn) == 2 * len(asked)
         assert all(0.3 < error < 0.6 for error in columns[title]["standard error"].values()), "of two prompts"
     assert len({columns[title]["saturation"] for title in columns}) == 3
-    assert len({one.tobytes() for one in made}) == len(made), "each picture from a seed of its own"
+    assert len({one.tobytes() for one in made}) == len(made), "each image from a seed of its own"
 
 
 def test_each_scene_of_a_prompt_has_a_seed_of_its_own():
@@ -142,7 +142,7 @@ def test_each_scene_of_a_prompt_has_a_seed_of_its_own():
         assert np.array_equal(one.image, scene_for(one.prompt, one.seed).image)
 
 
-def test_each_picture_of_a_prompt_has_a_seed_of_its_own(model):
+def test_each_image_of_a_prompt_has_a_seed_of_its_own(model):
     [prompt, *_] = asked = prompts_for(NAMES, count=1)
     judged = list(evaluate(model, [prompt], seeds=[4, 7], judge=Blind(), steps=1))
     assert [one.seed for one in judged] == [4, 7] and not np.array_equal(judged[0].image, judged[1].image)
@@ -157,9 +157,9 @@ def test_the_floor_is_of_scenes_that_the_column_of_scenes_has_not(tmp_path):
     figures = figures_of(model, tmp_path, Blind(), prompts=1, seeds=3, guidance=())
     asked = [prompt for prompt in prompts_for(NAMES, count=1) if prompt.kind is None]
     drawn = [scene_for(prompt, seed).image.tobytes() for prompt in asked for seed in range(3)]
-    pictures = [((one + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().tobytes() for one in encoded]
-    last = max(at for at in range(len(pictures)) if pictures[at:at + len(drawn)] == drawn)
-    floor = pictures[last + len(drawn):]
+    images = [((one + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().tobytes() for one in encoded]
+    last = max(at for at in range(len(images)) if images[at:at + len(drawn)] == drawn)
+    floor = images[last + len(drawn):]
     assert len(floor) == len(set(floor)) == len(drawn) and not set(drawn) & set(floor)
     others = {scene_for(prompt, seed).image.tobytes() for prompt in asked for seed in range(3, 20)}
     assert set(floor) <= others, "scenes of the same prompts"
@@ -172,19 +172,19 @@ def test_an_image_encoder_of_another_size_measures_no_frechet_distance(model, tm
     assert not any(name.startswith("Fréchet") for name in figures)
 
 
-def test_pictures_are_grouped_by_their_prompt():
+def test_images_are_grouped_by_their_prompt():
     assert by_prompt("abcde", [1, 2, 1, 3, 2]) == {1: ["a", "c"], 2: ["b", "e"], 3: ["d"]}
     prompts = [Prompt("one object", text, Wanted((Thing("cat"),))) for text in ("a cat", "a small cat", "a cat")]
     images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 255, 51)]
     one = column("w = 1", [Judged(prompt, 0, image, Verdict(True, (), None, Seen((), "white")))
                             for prompt, image in zip(prompts, images, strict=True)])
-    assert one.measures["diversity, pixels"] == pytest.approx(51 / 127.5), "one prompt has a single picture"
+    assert one.measures["diversity, pixels"] == pytest.approx(51 / 127.5), "one prompt has a single image"
 
 
 # --- failures ---------------------------------------------------------------------------------------
 
 def judged_of(task, wrong, *scores, seed=0, text=None):
-    """A picture of a task with so many errors, and detections of these scores."""
+    """An image of a task with so many errors, and detections of these scores."""
     found = tuple(Detection("cat", (0, 0, 8, 8), score, None) for score in scores)
     return Judged(Prompt(task, text or f"{task} {seed}", Wanted((Thing("cat"),))), seed, np.zeros((8, 8, 3), np.uint8),
                   Verdict(not wrong, tuple(f"error {i}" for i in range(wrong)), None, Seen(found, "white")))
@@ -216,7 +216,7 @@ def test_failures_are_taken_evenly_from_all_tasks():
     assert [one.seed for one in worst(some, count=4)] == [3, 3, 3, 0], "the worst of each"
 
 
-def test_every_pictures_result_is_listed():
+def test_every_images_result_is_listed():
     some = [judged_of("counting", 2, 0.9, seed=5), judged_of("position", 0, seed=6)]
     listed = results(some)
     assert [(one["task"], one["prompt"], one["seed"], one["right"], one["wrong"]) for one in listed] == [

@@ -49,7 +49,7 @@ OTHERWISE = {
 }
 # Tests of step "shape" that ask for a type, or compare in a way that broadcasts: later ones see another shape.
 ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "zero_conv": ["one_cell_at_a_time"],
-             "level_sizes": ["one_pair_for_each_level"], "two_pass": ["pictures_of_the_size"]}
+             "level_sizes": ["one_pair_for_each_level"], "two_pass": ["images_of_the_size"]}
 # Tests of step "shape" that count the tensors of a result, and leave the shape of each to later ones.
 AS_MANY = {"both_halves": ["two_outputs"]}
 # Tests of step "shape" that count calls and steps.

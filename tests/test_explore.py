@@ -74,7 +74,7 @@ def test_images_stand_in_a_grid_row_by_row_with_their_captions():
 
 @settings(max_examples=15)
 @given(width=st.integers(4, 700), height=st.integers(4, 200), count=st.integers(1, 7), columns=st.integers(1, 8))
-def test_pictures_of_any_size_fit_the_page_and_keep_their_shape(width, height, count, columns):
+def test_images_of_any_size_fit_the_page_and_keep_their_shape(width, height, count, columns):
     drawing = show_images([np.zeros((height, width, 3), np.uint8)] * count, title="x", columns=columns)
     assert drawing.width <= WIDTH + 1
     boxes = [axes.get_position() for axes in drawing.axes]
@@ -85,7 +85,7 @@ def test_pictures_of_any_size_fit_the_page_and_keep_their_shape(width, height, c
 
 def test_nothing_is_cut_off_at_the_edges():
     drawing = show_images([Image.new("RGB", (16, 16))], ["words and words\nand words"],
-                          title="A title much wider than its only picture", columns=1)
+                          title="A title much wider than its only image", columns=1)
     pixels = np.asarray(opened(drawing.png()).convert("L"))
     assert pixels.min() < 60                                            # something is drawn
     assert min(pixels[:, 0].min(), pixels[:, -1].min(), pixels[0].min(), pixels[-1].min()) > 240
@@ -102,21 +102,21 @@ def test_colours_of_a_figure_are_kept_and_letters_stay_grey():
 
 @pytest.mark.parametrize("level", [128, 247, 251])
 def test_the_ground_of_a_figure_is_white(level):
-    """Also where the pictures are nearly white: of neighbours in the palette any may be taken for the ground."""
+    """Also where the images are nearly white: of neighbours in the palette any may be taken for the ground."""
     images = np.random.default_rng(0).normal(level, 4, (6, 32, 32, 3)).clip(0, 255).astype(np.uint8)
     pixels = np.asarray(opened(show_images(images, title="x").png()).convert("RGB"))
     assert (pixels[2, -2] == 255).all()
 
 
 @pytest.mark.parametrize("images, captions, said", [
-    ([], (), "no pictures"), ([np.zeros((4, 4, 3), np.uint8)], ("a", "b"), "2 captions for 1 pictures"),
+    ([], (), "no images"), ([np.zeros((4, 4, 3), np.uint8)], ("a", "b"), "2 captions for 1 images"),
 ])
-def test_pictures_that_cannot_be_shown_are_told(images, captions, said):
+def test_images_that_cannot_be_shown_are_told(images, captions, said):
     with pytest.raises(ValueError, match=said):
         show_images(images, captions, title="x")
 
 
-def test_a_figure_shows_itself_as_a_picture_of_its_width(steps):
+def test_a_figure_shows_itself_as_an_image_of_its_width(steps):
     drawing = step_strip(steps, title="Steps")
     bundle, sizes = drawing._repr_mimebundle_()
     image = opened(base64.b64decode(bundle["image/png"]))
@@ -127,8 +127,8 @@ def test_a_figure_shows_itself_as_a_picture_of_its_width(steps):
 def test_a_strip_has_the_first_and_the_last_step_above_what_the_network_saw(steps):
     drawing = step_strip(steps, columns=3)
     chosen = [steps[0], steps[2], steps[3]]
-    pictures = [step.noisy_images()[0] for step in chosen] + [step.images()[0] for step in chosen]
-    assert all(np.array_equal(a, b) for a, b in zip(shown(drawing), pictures, strict=True))
+    images = [step.noisy_images()[0] for step in chosen] + [step.images()[0] for step in chosen]
+    assert all(np.array_equal(a, b) for a, b in zip(shown(drawing), images, strict=True))
     assert [f"step {step.index + 1} of 4\nfrom t = {step.t:.0f}" for step in chosen] \
         == [text for text in words(drawing) if text.startswith("step")]
 
@@ -142,9 +142,9 @@ def test_some_of_keeps_the_order_and_both_ends(items, count):
 
 def test_a_portrait_is_the_object_on_its_ground():
     name = next(iter(UNTAUGHT))                             # drawn when asked for: no atlas is needed
-    picture = portrait(name, background=(10, 200, 30), size=40)
-    assert picture.shape == (48, 48, 3) and picture.dtype == np.uint8
-    assert np.array_equal(picture[0, 0], (10, 200, 30)) and not np.array_equal(picture[24, 24], (10, 200, 30))
+    image = portrait(name, background=(10, 200, 30), size=40)
+    assert image.shape == (48, 48, 3) and image.dtype == np.uint8
+    assert np.array_equal(image[0, 0], (10, 200, 30)) and not np.array_equal(image[24, 24], (10, 200, 30))
 
 
 # --- the diagram ------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_slider_needs_steps():
 
 
 @pytest.mark.parametrize("kind", [StepSlider, PromptExplorer])
-def test_a_widget_carries_a_still_picture_for_where_none_runs(model, steps, kind):
+def test_a_widget_carries_a_still_image_for_where_none_runs(model, steps, kind):
     widget = StepSlider(steps) if kind is StepSlider else PromptExplorer(model, PROMPT)
     bundle, _ = widget._repr_mimebundle_()
     assert bundle[WIDGET]["model_id"] == widget.model_id
@@ -251,18 +251,18 @@ def explorer(model):
     return explorer
 
 
-def as_shown(explorer: PromptExplorer, picture: Image.Image) -> bool:
-    large = np.asarray(opened(explorer.picture.value))
-    times = large.shape[0] // picture.height
-    return np.array_equal(large[::times, ::times], np.asarray(picture))
+def as_shown(explorer: PromptExplorer, image: Image.Image) -> bool:
+    large = np.asarray(opened(explorer.image.value))
+    times = large.shape[0] // image.height
+    return np.array_equal(large[::times, ::times], np.asarray(image))
 
 
 def test_the_button_draws_what_is_set_and_keeps_what_was_there(model, explorer):
     explorer.prompt.value, explorer.seed.value, explorer.guidance.value = "a cat", 7, 2.0
     explorer.sampler.value = "euler"
     explorer.button.click()
-    [picture] = model.text2img("a cat", seed=7, guidance=2.0, steps=3, sampler="euler")
-    assert as_shown(explorer, picture)
+    [image] = model.text2img("a cat", seed=7, guidance=2.0, steps=3, sampler="euler")
+    assert as_shown(explorer, image)
     assert explorer.progress.value == explorer.progress.max == 3 and not explorer.button.disabled
     assert len(explorer.earlier.children) == 2 and "seed 7" in explorer.earlier.children[0].children[1].value
     assert "a cat" in " ".join(words(explorer.still()))
@@ -270,7 +270,7 @@ def test_the_button_draws_what_is_set_and_keeps_what_was_there(model, explorer):
     assert_shows(explorer.still(), expected)            # the newest, and not the first
 
 
-def test_only_the_latest_pictures_are_kept(explorer):
+def test_only_the_latest_images_are_kept(explorer):
     for seed in range(KEPT + 2):
         explorer.seed.value = seed
         explorer.draw()
@@ -288,10 +288,10 @@ def test_a_word_it_was_never_taught_is_told_and_drawn_without_a_warning(explorer
     assert explorer.message.value == ""
 
 
-def test_settings_that_cannot_be_are_told_and_the_last_picture_stays(explorer):
-    before = explorer.picture.value
+def test_settings_that_cannot_be_are_told_and_the_last_image_stays(explorer):
+    before = explorer.image.value
     explorer.sampler.options = [*explorer.sampler.options, "magic"]
     explorer.sampler.value = "magic"
     explorer.draw()
-    assert "magic" in explorer.message.value and explorer.picture.value == before
+    assert "magic" in explorer.message.value and explorer.image.value == before
     assert not explorer.button.disabled

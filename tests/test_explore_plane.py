@@ -126,9 +126,9 @@ def test_the_explorer_walks_what_is_chosen(explorer):
 
 
 def test_the_explorer_shows_the_step(explorer):
-    first = bytes(explorer.picture.value)
+    first = bytes(explorer.image.value)
     explorer.step.value = 3
-    assert first.startswith(b"\x89PNG") and bytes(explorer.picture.value) != first
+    assert first.startswith(b"\x89PNG") and bytes(explorer.image.value) != first
     after, predicted, grid = explorer.frame([3]).axes
     assert np.allclose(after.collections[-1].get_offsets(), explorer.run[3].x)
     assert np.allclose(predicted.collections[-1].get_offsets(), 1)
@@ -136,7 +136,7 @@ def test_the_explorer_shows_the_step(explorer):
     assert list(grid.lines[-1].get_xdata()) == [t, t_prev]
 
 
-def test_the_explorer_has_a_still_picture_and_a_widget(explorer):
+def test_the_explorer_has_a_still_image_and_a_widget(explorer):
     data, _ = explorer._repr_mimebundle_()
     assert {"image/png", "text/plain", "application/vnd.jupyter.widget-view+json"} <= data.keys()
     assert len(explorer.still().axes) == 9

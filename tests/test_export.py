@@ -88,10 +88,10 @@ def test_a_model_becomes_a_folder_that_diffusers_opens(run, written, name):
         torch.testing.assert_close(pipeline.vae.decode(x).sample, ours.vae.decode(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_picture_comes_out_of_what_diffusers_opened(run, written):
+def test_an_image_comes_out_of_what_diffusers_opened(run, written):
     run(written, "--to", "diffusers", "--out", "out")
-    [picture] = opened("out")("a red apple", num_inference_steps=2, height=32, width=32).images
-    assert picture.size == (32, 32)
+    [image] = opened("out")("a red apple", num_inference_steps=2, height=32, width=32).images
+    assert image.size == (32, 32)
 
 
 @pytest.mark.parametrize("noise", [tiny_config().noise, ZERO_SNR], ids=["epsilon", "zero SNR"])

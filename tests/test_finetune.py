@@ -47,7 +47,7 @@ def model():
     return make()
 
 
-def pictures(count=1, seed=0):
+def images(count=1, seed=0):
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -308,10 +308,10 @@ def test_textual_inversion_moves_the_word_s_rows_and_nothing_else(model, count):
     ids = add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat", count))
     before = bits(model.text, model.unet, model.vae)
     table = model.text.embeddings.token_embedding.weight
-    first = loss_of(model, pictures(), "a picture of <toy>")
-    for _ in train_embedding(model, "<toy>", pictures(), steps=30, learning_rate=0.1, batch_size=8):
+    first = loss_of(model, images(), "a picture of <toy>")
+    for _ in train_embedding(model, "<toy>", images(), steps=30, learning_rate=0.1, batch_size=8):
         assert model.text.embeddings.token_embedding.weight is table
-    assert loss_of(model, pictures(), "a picture of <toy>") < 0.98 * first
+    assert loss_of(model, images(), "a picture of <toy>") < 0.98 * first
     others = [row for row in range(len(table)) if row not in ids]
     assert torch.equal(table[others], before[0]["embeddings.token_embedding.weight"][others])
     assert (table[ids] != before[0]["embeddings.token_embedding.weight"][ids]).all()
@@ -325,7 +325,7 @@ def test_rows_without_a_gradient_do_not_move(model):
     """Neither weight decay nor anything else pulls at them: with a silent U-Net, the loss says nothing."""
     torch.nn.init.zeros_(model.unet.conv_out.weight)
     add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(2, 16)))
-    steps = list(train_embedding(model, "<toy>", pictures(), steps=3, learning_rate=0.1))
+    steps = list(train_embedding(model, "<toy>", images(), steps=3, learning_rate=0.1))
     assert steps[-1].gradient_norm == 0
     assert torch.equal(read_embedding(model.tokenizer, model.text, "<toy>").vectors, torch.ones(2, 16))
 
@@ -333,7 +333,7 @@ def test_rows_without_a_gradient_do_not_move(model):
 def test_between_steps_and_after_an_early_stop_the_model_has_the_rows_so_far(model):
     add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
     seen = []
-    run = train_embedding(model, "<toy>", pictures(), steps=50, learning_rate=0.05)
+    run = train_embedding(model, "<toy>", images(), steps=50, learning_rate=0.05)
     for step in run:
         with torch.no_grad():
             seen.append(encode_prompts(model, ["a <toy>"]))
@@ -347,19 +347,19 @@ def test_between_steps_and_after_an_early_stop_the_model_has_the_rows_so_far(mod
 
 def test_a_word_that_no_template_shows_would_not_learn(model):
     add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(1, 16)))
-    for templates in (["a picture"], [], "a cat"):
+    for templates in (["an image"], [], "a cat"):
         with pytest.raises(ValueError, match="templates must be sentences with {}"):
-            train_embedding(model, "<toy>", pictures(), steps=1, templates=templates)
+            train_embedding(model, "<toy>", images(), steps=1, templates=templates)
     with pytest.raises(ValueError, match="'<other>' is not a word that was added.*<toy>"):
-        train_embedding(model, "<other>", pictures(), steps=1)
+        train_embedding(model, "<other>", images(), steps=1)
 
 
 # --- DreamBooth -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("train_text", [False, True])
-def test_dreambooth_learns_the_picture(model, train_text):
+def test_dreambooth_learns_the_image(model, train_text):
     before = bits(model.text, model.unet, model.vae)
-    steps = list(train_dreambooth(model, pictures(), "a zwx cat", steps=40, learning_rate=2e-3, batch_size=4,
+    steps = list(train_dreambooth(model, images(), "a zwx cat", steps=40, learning_rate=2e-3, batch_size=4,
                                   train_text=train_text))
     assert falls(steps, 0.9)
     assert len(changed(model.unet, before[1])) > 0.9 * len(before[1])
@@ -368,7 +368,7 @@ def test_dreambooth_learns_the_picture(model, train_text):
 
 
 def test_prior_preservation_keeps_the_class_where_training_alone_loses_it():
-    own, rest = pictures(), pictures(3, seed=1) * 0.2
+    own, rest = images(), images(3, seed=1) * 0.2
     lost = {}
     for prior in (False, True):
         model = make()
@@ -383,16 +383,16 @@ def test_prior_preservation_keeps_the_class_where_training_alone_loses_it():
 
 def test_a_prior_of_weight_zero_is_no_prior():
     runs = []
-    for kind in ({}, {"class_pixels": pictures(2, 1), "class_prompt": "a cat", "prior_weight": 0.0}):
-        runs.append(list(train_dreambooth(make(), pictures(), "a zwx cat", steps=3, learning_rate=1e-3, **kind)))
+    for kind in ({}, {"class_pixels": images(2, 1), "class_prompt": "a cat", "prior_weight": 0.0}):
+        runs.append(list(train_dreambooth(make(), images(), "a zwx cat", steps=3, learning_rate=1e-3, **kind)))
     assert runs[0] == runs[1]
 
 
 def test_the_two_losses_are_weighed(model):
     """The first step's loss is linear in the weight."""
     def first(weight):
-        return next(train_dreambooth(make(), pictures(), "a zwx cat", steps=1, batch_size=2, prior_weight=weight,
-                                     class_pixels=pictures(2, 1), class_prompt="a cat")).loss
+        return next(train_dreambooth(make(), images(), "a zwx cat", steps=1, batch_size=2, prior_weight=weight,
+                                     class_pixels=images(2, 1), class_prompt="a cat")).loss
     assert first(3.0) - first(1.0) == pytest.approx(2 * (first(2.0) - first(1.0)), rel=1e-4)
     assert first(2.0) > first(1.0)
 
@@ -423,20 +423,20 @@ def test_one_run_holds_both_kinds_each_under_its_prompt(model):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"class_pixels": pictures()}, "needs both class_pixels and class_prompt"),
+    ({"class_pixels": images()}, "needs both class_pixels and class_prompt"),
     ({"class_prompt": "a cat"}, "needs both"),
     ({"prior_weight": -1.0}, "weight of the prior is -1"),
     ({"class_pixels": torch.zeros(1, 3, 8, 8), "class_prompt": "a cat"}, r"\(3, 8, 8\)"),
     ({"batch_size": 0}, "batch size is 0"),
     ({"pixels": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "uint8.*floating-point"),
-    ({"pixels": pictures() * 127}, r"give pixels in \[-1, 1\]"),
+    ({"pixels": images() * 127}, r"give pixels in \[-1, 1\]"),
     ({"pixels": torch.full((1, 3, 16, 16), math.nan)}, r"give pixels in \[-1, 1\]"),
     ({"pixels": torch.zeros(0, 3, 16, 16)}, "at least one"),
     ({"pixels": torch.zeros(3, 16, 16)}, "at least one"),
     ({"steps": 0}, "steps is 0"),
 ])
 def test_dreambooth_refuses_at_once_what_does_not_fit(model, arguments, words):
-    given = {"pixels": pictures(), "steps": 1} | arguments
+    given = {"pixels": images(), "steps": 1} | arguments
     with pytest.raises(ValueError, match=words):
         train_dreambooth(model, given.pop("pixels"), "a zwx cat", **given)
 
@@ -444,7 +444,7 @@ def test_dreambooth_refuses_at_once_what_does_not_fit(model, arguments, words):
 def test_an_inpainting_unet_is_refused_at_once(model):
     model.unet.config = replace(model.unet.config, in_channels=9)
     with pytest.raises(ValueError, match="inpainting model"):
-        train_dreambooth(model, pictures(), "a zwx cat", steps=1)
+        train_dreambooth(model, images(), "a zwx cat", steps=1)
 
 
 # --- ControlNet -------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_an_inpainting_unet_is_refused_at_once(model):
 def test_a_controlnet_learns_and_its_base_keeps_its_bits(model):
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
     before = bits(model.unet, model.text, model.vae, net)
-    pixels = pictures(2)
+    pixels = images(2)
     hints = (pixels > 0).float()
     steps = list(train_controlnet(model, net, pixels, ["a cat", "a car"], hints, steps=40, learning_rate=3e-3))
     assert falls(steps, 0.95)
@@ -468,7 +468,7 @@ def test_captions_are_dropped_at_the_share_that_is_asked_for(model, dropout, wan
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
     asked, tokenizer = [], model.tokenizer
     model.tokenizer = lambda prompts, length: asked.extend(prompts) or tokenizer(prompts, length)
-    list(train_controlnet(model, net, pictures(), ["a cat"], torch.zeros(1, 3, SIDE, SIDE), steps=10,
+    list(train_controlnet(model, net, images(), ["a cat"], torch.zeros(1, 3, SIDE, SIDE), steps=10,
                           batch_size=8, dropout=dropout))
     assert len(asked) == 80 and set(asked) == wanted
     assert abs(asked.count("") / 80 - dropout) < 0.2
@@ -483,7 +483,7 @@ def test_captions_are_dropped_at_the_share_that_is_asked_for(model, dropout, wan
 def test_controlnet_training_refuses_at_once_what_does_not_fit(model, arguments, words):
     given = {"captions": ["a cat"], "hints": torch.zeros(1, 3, SIDE, SIDE)} | arguments
     with pytest.raises(ValueError, match=words):
-        train_controlnet(model, torch.nn.Linear(1, 1), pictures(), given.pop("captions"), given.pop("hints"),
+        train_controlnet(model, torch.nn.Linear(1, 1), images(), given.pop("captions"), given.pop("hints"),
                          steps=1, **given)
 
 
@@ -521,8 +521,8 @@ CAPTIONS = ["a cat", "two cars", "a large blue star"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "controlnet"])
-def test_each_picture_comes_with_its_own_caption_and_hint(model, shown, kind):
-    pixels, hints = pictures(3), torch.arange(3)[:, None, None, None].expand(3, 3, SIDE, SIDE) / 2
+def test_each_image_comes_with_its_own_caption_and_hint(model, shown, kind):
+    pixels, hints = images(3), torch.arange(3)[:, None, None, None].expand(3, 3, SIDE, SIDE) / 2
     with torch.no_grad():
         latents, contexts = model.vae.to_latent(pixels), encode_prompts(model, CAPTIONS)
     net = SimpleNamespace(hints=[None] * 6)
@@ -543,7 +543,7 @@ def test_each_picture_comes_with_its_own_caption_and_hint(model, shown, kind):
 
 
 def test_dreambooth_shows_both_kinds_in_one_batch_each_under_its_prompt(model, shown):
-    pixels, others = pictures(2), pictures(3, seed=1)
+    pixels, others = images(2), images(3, seed=1)
     with torch.no_grad():
         latents = [model.vae.to_latent(part) for part in (pixels, others)]
         contexts = encode_prompts(model, ["a zwx cat", "a cat"])
@@ -562,32 +562,32 @@ def test_a_half_precision_model_learns_words_and_loras_and_says_why_not_more(mod
         module.to(torch.bfloat16)
     ids = add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
     before = model.text.embeddings.token_embedding.weight[ids].clone()
-    assert all(math.isfinite(step.loss) for step in train_embedding(model, "<toy>", pictures(), steps=3))
+    assert all(math.isfinite(step.loss) for step in train_embedding(model, "<toy>", images(), steps=3))
     assert (model.text.embeddings.token_embedding.weight[ids] != before).any()
     lora = new_lora(model.unet, model.text)
-    assert all(math.isfinite(step.loss) for step in train_lora(model, lora, pictures(), "a cat", steps=3))
+    assert all(math.isfinite(step.loss) for step in train_lora(model, lora, images(), "a cat", steps=3))
     assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in lora.tensors())
     with pytest.raises(ValueError, match="bfloat16.*load the model in float32"):
-        train_dreambooth(model, pictures(), "a zwx cat", steps=1)
+        train_dreambooth(model, images(), "a zwx cat", steps=1)
 
 
 def by_embedding(model, seed):
     add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
-    return train_embedding(model, "<toy>", pictures(3), steps=4, batch_size=2, seed=seed)
+    return train_embedding(model, "<toy>", images(3), steps=4, batch_size=2, seed=seed)
 
 
 def by_dreambooth(model, seed):
-    return train_dreambooth(model, pictures(3), "a zwx cat", steps=4, learning_rate=1e-3, seed=seed,
-                            class_pixels=pictures(2, 1), class_prompt="a cat")
+    return train_dreambooth(model, images(3), "a zwx cat", steps=4, learning_rate=1e-3, seed=seed,
+                            class_pixels=images(2, 1), class_prompt="a cat")
 
 
 def by_lora(model, seed):
-    return train_lora(model, new_lora(model.unet, model.text), pictures(3), "a cat", steps=4, seed=seed)
+    return train_lora(model, new_lora(model.unet, model.text), images(3), "a cat", steps=4, seed=seed)
 
 
 def by_controlnet(model, seed):
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
-    return train_controlnet(model, net, pictures(3), ["a", "b", "c"], torch.zeros(3, 3, SIDE, SIDE), steps=4, seed=seed)
+    return train_controlnet(model, net, images(3), ["a", "b", "c"], torch.zeros(3, 3, SIDE, SIDE), steps=4, seed=seed)
 
 
 @pytest.mark.parametrize("start", [by_embedding, by_dreambooth, by_lora, by_controlnet])

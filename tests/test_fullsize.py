@@ -2,7 +2,7 @@
 
 A learned weight is not needed for that: on the same random ones both sides must give the same. Every module
 is made on the meta device, without memory, and both sides take the same tensors, so that there is never more
-than one copy of one model: 3.5 GB. Pictures are small, 64 pixels a side. Presets of one shape share one run.
+than one copy of one model: 3.5 GB. Images are small, 64 pixels a side. Presets of one shape share one run.
 """
 
 import json
@@ -34,7 +34,7 @@ CELLS, TOKENS = (8, 12), 77
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """So small pictures are bound by reading the weights; threads, on a busy machine, would wait."""
+    """So small images are bound by reading the weights; threads, on a busy machine, would wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -191,7 +191,7 @@ def text_difference(config):
 
 
 @pytest.mark.parametrize("preset", FULL)
-def test_the_text_tower_is_that_of_transformers(preset):
+def test_the_text_encoder_is_that_of_transformers(preset):
     assert text_difference(PRESETS[preset].text) <= BOUND
 
 
@@ -211,7 +211,7 @@ class OpenCLIPBlock(nn.Module):
 
 
 class OpenCLIPText(nn.Module):
-    """Its tower of 24 blocks, of which SD 2.x takes what the last but one says."""
+    """Its encoder of 24 blocks, of which SD 2.x takes what the last but one says."""
 
     def __init__(self, dim=1024, blocks=24, heads=16, vocab_size=49408):
         super().__init__()
@@ -259,12 +259,12 @@ def openclip_difference(config):
 
 
 @pytest.mark.parametrize("preset", [name for name in FULL if name.startswith("sd2")])
-def test_the_text_tower_of_sd_2_is_that_of_openclip(preset):
+def test_the_text_encoder_of_sd_2_is_that_of_openclip(preset):
     assert openclip_difference(PRESETS[preset].text) <= BOUND
 
 
 @torch.no_grad()
-def test_the_vision_tower_of_vit_l_14_is_that_of_transformers():
+def test_the_vision_encoder_of_vit_l_14_is_that_of_transformers():
     config = PRESETS["sd15"].vision
     ours = on_meta(lambda: CLIP(PRESETS["sd15"].text, config))
     weights = random_weights({name: shape for name, shape in shapes(ours).items() if name.startswith("vis")}, seed=8)
@@ -272,9 +272,10 @@ def test_the_vision_tower_of_vit_l_14_is_that_of_transformers():
     places = (config.image_size // config.patch_size) ** 2 + 1
     theirs.vision_model.embeddings.position_ids = torch.arange(places)[None]
     theirs = filled(theirs, weights)
-    tower = filled(ours.vision_model, {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()})
+    encoder = filled(ours.vision_model,
+                     {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()})
     pixels = torch.randn(1, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(9))
-    made = tower(pixels).pooled @ weights["visual_projection.weight"].T
+    made = encoder(pixels).pooled @ weights["visual_projection.weight"].T
     assert difference(made, theirs(pixels).image_embeds) <= BOUND
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a run that never waits, graphs that are replayed, the picture that the CPU makes.
+"""What only a GPU can show: a run that never waits, graphs that are replayed, the image that the CPU makes.
 
 Without a GPU these are skipped; `tests/test_fullsize.py` proves on the meta device what can be proven there.
 """
@@ -87,23 +87,23 @@ def test_compiled_it_is_the_same_network(graphs):
             torch.testing.assert_close(compiled(x, t, context), unet(x, t, context), rtol=1e-3, atol=1e-3)
 
 
-def test_every_exact_rung_paints_the_same_picture():
+def test_every_exact_rung_paints_the_same_image():
     told = climb(Race(preset="tiny", device="cuda", rounds=1), rungs_for("cuda", steps=4, fewer=3))["ladder"]
-    assert all(one["the same picture"] and one["the first's picture"] for one in told if one["exact"])
+    assert all(one["the same image"] and one["the first's image"] for one in told if one["exact"])
     assert all(one["peak memory, MiB"] > 0 for one in told)
 
 
 @shipped
-def test_the_picture_is_the_cpus():
-    pictures = [StableDiffusion.load(device=device).text2img("a red apple on a yellow background", steps=10, seed=0)[0]
+def test_the_image_is_the_cpus():
+    images = [StableDiffusion.load(device=device).text2img("a red apple on a yellow background", steps=10, seed=0)[0]
                 for device in ("cpu", "cuda")]
-    a, b = (torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).int() for one in pictures)
+    a, b = (torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).int() for one in images)
     assert (a - b).abs().max() <= 3
 
 
 @shipped
 def test_memory_is_bounded_for_a_batch():
-    """Decoding goes picture by picture: a batch of 8 takes little more than its latents, not 8 decoders."""
+    """Decoding goes image by image: a batch of 8 takes little more than its latents, not 8 decoders."""
     model, peaks = StableDiffusion.load(device="cuda"), {}
     for batch in (1, 8):
         latents = torch.randn(batch, 4, 16, 16, device="cuda")

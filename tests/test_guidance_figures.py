@@ -85,7 +85,7 @@ def test_the_explorer_tells_and_does_not_raise(model, monkeypatch):
     assert explorer.message.value == "too &lt;much&gt;" and not explorer.button.disabled and len(explorer.rows) == 1
 
 
-def test_pictures_stand_side_by_side(model):
+def test_images_stand_side_by_side(model):
     images = model.text2img("", steps=1, batch=2, guidance=1)
     row = side_by_side(images)
     assert row.crop((row.width - images[1].width, 0, row.width, row.height)).tobytes() == images[1].tobytes()

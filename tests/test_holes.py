@@ -11,19 +11,19 @@ from sdlearn.images import psnr
 
 MASK = torch.zeros(2, 1, 12, 16)
 MASK[0, :, 3:9, 4:12] = MASK[1, :, :6] = 1
-PICTURES = torch.linspace(-1, 1, 2 * 3 * 12 * 16).reshape(2, 3, 12, 16)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 12 * 16).reshape(2, 3, 12, 16)
 
 
 def test_only_known_pixels_count():
-    changed = torch.where(MASK > 0, torch.randn(PICTURES.shape), PICTURES)
-    assert known_psnr(changed, PICTURES, MASK).tolist() == [math.inf, math.inf]
-    assert known_psnr(changed + 0.1, PICTURES, MASK) == pytest.approx([26.02, 26.02], abs=0.01)
+    changed = torch.where(MASK > 0, torch.randn(IMAGES.shape), IMAGES)
+    assert known_psnr(changed, IMAGES, MASK).tolist() == [math.inf, math.inf]
+    assert known_psnr(changed + 0.1, IMAGES, MASK) == pytest.approx([26.02, 26.02], abs=0.01)
     none = torch.zeros_like(MASK)
-    assert torch.allclose(known_psnr(changed, PICTURES, none), psnr(changed, PICTURES))
+    assert torch.allclose(known_psnr(changed, IMAGES, none), psnr(changed, IMAGES))
 
 
 def test_a_seam_is_the_jump_across_the_border_and_nothing_else():
-    flat = torch.zeros_like(PICTURES)
+    flat = torch.zeros_like(IMAGES)
     assert seam_jump(flat, MASK).tolist() == [0, 0]
     assert seam_jump(flat + 0.5 * MASK, MASK) == pytest.approx([0.5, 0.5])
     inner = flat.clone()
@@ -41,7 +41,7 @@ def test_what_is_found_counts_where_its_middle_lies_within():
     seen = [Seen((one("cat", (4, 3, 12, 9)), one("dog", (0, 0, 4, 4))), "white"), Seen((), "white")]
     assert found_inside(seen, MASK, ["cat", "cat"]) == 0.5
     assert found_inside(seen, MASK, ["dog", "dog"]) == 0 == found_inside(seen, MASK, ["bird", "cat"])
-    outside = Seen((one("cat", (-40, -20, -20, -10)),), "white")       # a box may reach beyond the picture
+    outside = Seen((one("cat", (-40, -20, -20, -10)),), "white")       # a box may reach beyond the image
     assert found_inside([outside, outside], MASK, ["cat", "cat"]) == 0.5
 
 
@@ -69,7 +69,7 @@ def test_the_middle_decides_and_not_how_much_of_a_box_is_in_the_hole():
     assert share((0, 0, 4, 4), (12, 12, 18, 18)) == 1, "one of several is enough"
 
 
-def test_each_picture_has_its_own_hole_and_its_own_object():
+def test_each_image_has_its_own_hole_and_its_own_object():
     holes = torch.zeros(3, 1, 16, 16)
     holes[0, :, :8], holes[1, :, 8:], holes[2] = 1, 1, 1
     up = Seen((Detection("cat", (4, 0, 8, 4), 0.9, None),), "white")

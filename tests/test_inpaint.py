@@ -105,13 +105,13 @@ def test_thresholded_masks_are_those_of_diffusers():
     theirs = diffusers.image_processor.VaeImageProcessor(
         vae_scale_factor=2, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
     assert torch.equal(binary_mask(grey, threshold=True), theirs.preprocess(grey.clone(), 16, 24))
-    picture = Image.fromarray((255 * grey[0, 0]).byte().numpy())
-    assert torch.equal(binary_mask(picture, threshold=True), theirs.preprocess(picture, 16, 24))
+    image = Image.fromarray((255 * grey[0, 0]).byte().numpy())
+    assert torch.equal(binary_mask(image, threshold=True), theirs.preprocess(image, 16, 24))
 
 
 @pytest.mark.parametrize("mask, options, words", [
-    (torch.ones(5, 4), {"size": (4, 5)}, "the mask is 5 x 4 pixels .* but the picture is 4 x 5: resize the mask"),
-    (Image.new("L", (3, 2), 255), {"size": (3, 2)}, "the mask is 2 x 3 pixels .* picture is 3 x 2"),
+    (torch.ones(5, 4), {"size": (4, 5)}, "the mask is 5 x 4 pixels .* but the image is 4 x 5: resize the mask"),
+    (Image.new("L", (3, 2), 255), {"size": (3, 2)}, "the mask is 2 x 3 pixels .* image is 3 x 2"),
     (torch.zeros(4, 4), {}, "0 everywhere, so nothing would be repainted"),
     (torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)]), {}, "0 everywhere"),
     (torch.full((4, 4), 0.2), {"threshold": True}, "0 everywhere"),
@@ -159,13 +159,13 @@ def test_masked_pixels_are_grey_inside():
     pixels, mask = torch.rand(2, 3, 12, 16) * 2 - 1, box()
     masked = masked_pixels(pixels, mask)
     assert torch.equal(masked, torch.where(mask.bool(), torch.zeros(()), pixels))
-    with pytest.raises(ValueError, match="the mask is 12 x 16, but the picture 8 x 16"):
+    with pytest.raises(ValueError, match="the mask is 12 x 16, but the image 8 x 16"):
         masked_pixels(pixels[:, :, 4:], mask)
 
 
 # --- pasting ----------------------------------------------------------------------------------------
 
-def test_paste_without_a_seam_is_either_picture_bit_for_bit():
+def test_paste_without_a_seam_is_either_image_bit_for_bit():
     original, generated, mask = torch.randn(2, 3, 12, 16), torch.randn(2, 3, 12, 16), box()
     assert torch.equal(paste(original, generated, mask), torch.where(mask.bool(), generated, original))
 
@@ -192,13 +192,13 @@ def test_a_seam_leaves_the_inside_generated_and_the_far_outside_original(seam, s
 
 
 def test_what_cannot_be_pasted_is_told():
-    picture, mask = torch.zeros(1, 3, 12, 16), box()
-    with pytest.raises(ValueError, match="the generated picture is 12 x 12, but the original 12 x 16"):
-        paste(picture, picture[..., :12], mask)
+    image, mask = torch.zeros(1, 3, 12, 16), box()
+    with pytest.raises(ValueError, match="the generated image is 12 x 12, but the original 12 x 16"):
+        paste(image, image[..., :12], mask)
     with pytest.raises(ValueError, match="the mask is 12 x 8, but the original 12 x 16"):
-        paste(picture, picture, mask[..., :8])
+        paste(image, image, mask[..., :8])
     with pytest.raises(ValueError, match="the seam is -1 pixels wide"):
-        paste(picture, picture, mask, seam=-1)
+        paste(image, image, mask, seam=-1)
 
 
 # --- nine channels ----------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_once_is_blending_with_new_noise_at_each_step():
         x = wanted.x
 
 
-def test_a_seed_gives_the_same_and_a_picture_of_a_batch_what_it_gives_alone():
+def test_a_seed_gives_the_same_and_an_image_of_a_batch_what_it_gives_alone():
     known, mask, x = torch.randn(LATENT), latent_mask(box(), 2), torch.randn(LATENT)
     grid = timesteps(SCHEDULE, 4)
 

@@ -77,8 +77,8 @@ def models():
 
 @pytest.fixture
 def explorer(models):
-    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    return InpaintExplorer(*models, picture, "a red apple", [ACROSS], steps=2)
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return InpaintExplorer(*models, image, "a red apple", [ACROSS], steps=2)
 
 
 def test_the_explorer_repaints_what_is_painted_and_nothing_else(explorer):

@@ -1,4 +1,4 @@
-"""The ladder: a rung changes one thing, exact ones paint the picture of the one before, and what does not is told."""
+"""The ladder: a rung changes one thing, exact ones paint the image of the one before, and what does not is told."""
 
 import json
 from dataclasses import fields, replace
@@ -36,30 +36,30 @@ def test_a_rung_changes_one_thing(device, missing):
     assert [rung.name for rung in rungs if not rung.exact] == ["20 steps of DPM++ 2M", "guidance in an interval"]
 
 
-def test_exact_rungs_paint_the_picture_of_the_one_before(climbed):
+def test_exact_rungs_paint_the_image_of_the_one_before(climbed):
     told = climbed["ladder"]
     assert [one["rung"] for one in told][:3] == ["the plain loop", "fused attention", "channels last"]
-    assert all(one["the same picture"] for one in told if one["exact"])
-    assert not told[-2]["exact"] and not told[-2]["the same picture"], "other steps"
+    assert all(one["the same image"] for one in told if one["exact"])
+    assert not told[-2]["exact"] and not told[-2]["the same image"], "other steps"
     assert climbed["seconds to decode"] > 0 and climbed["machine"]
 
 
-def test_exact_rungs_stay_with_the_first_picture_too(climbed):
+def test_exact_rungs_stay_with_the_first_image_too(climbed):
     told = climbed["ladder"]
     assert told[0]["largest difference from the first"] == told[0]["mean difference from the first"] == 0
-    assert all(one["the first's picture"] for one in told if one["exact"])
-    assert not told[-2]["the first's picture"], "other steps"
+    assert all(one["the first's image"] for one in told if one["exact"])
+    assert not told[-2]["the first's image"], "other steps"
 
 
 def test_small_steps_that_add_up_are_told():
     """Each is rounding from the one before; the third is beyond it from the first. In bfloat16 there is more room."""
-    pictures = [np.full((1, 8, 8, 3), 100, np.uint8) for _ in range(3)]
-    pictures[1][0, 0, 0, 0], pictures[2][0, 0, 0, 0] = 102, 104
-    first, second, third = (ladder.Ready(Rung("one"), None, None, None, one, None) for one in pictures)
+    images = [np.full((1, 8, 8, 3), 100, np.uint8) for _ in range(3)]
+    images[1][0, 0, 0, 0], images[2][0, 0, 0, 0] = 102, 104
+    first, second, third = (ladder.Ready(Rung("one"), None, None, None, one, None) for one in images)
     near, far = ladder.from_first(first, second), ladder.from_first(first, third)
-    assert ladder.compared([second, third], [[1.0], [1.0]])["the same picture"] and near["the first's picture"]
-    assert far["largest difference from the first"] == 4 and not far["the first's picture"]
-    assert ladder.from_first(first, replace(third, rung=Rung("one", dtype="bfloat16")))["the first's picture"]
+    assert ladder.compared([second, third], [[1.0], [1.0]])["the same image"] and near["the first's image"]
+    assert far["largest difference from the first"] == 4 and not far["the first's image"]
+    assert ladder.from_first(first, replace(third, rung=Rung("one", dtype="bfloat16")))["the first's image"]
 
 
 def ready(value=100, **rung):
@@ -98,7 +98,7 @@ def test_a_rung_that_takes_half_the_time_has_half_the_ratio(monkeypatch):
 def test_a_rung_that_drifts_off_ends_the_command(monkeypatch, capsys):
     made = ladder.from_first
     monkeypatch.setattr(ladder, "from_first", lambda first, ready: made(first, ready) | {
-        "the first's picture": ready.rung.name != "text and time once"})
+        "the first's image": ready.rung.name != "text and time once"})
     assert main(["ladder", "--preset", "tiny", "--steps", "2", "--fewer", "2", "--rounds", "1", "--no-compile"]) == 2
     assert "and of the first, but do not: text and time once\n" in capsys.readouterr().err
 
@@ -112,7 +112,7 @@ def test_ratios_multiply_up(climbed):
 
 
 def test_arithmetic_is_that_of_the_passes(climbed):
-    """Two pictures, four steps, two passes each; in the last rung guidance is off at some steps."""
+    """Two images, four steps, two passes each; in the last rung guidance is off at some steps."""
     flops = step_flops(PRESETS["tiny"].unet, PRESETS["tiny"].latent_size)
     plain, last = climbed["ladder"][0], climbed["ladder"][-1]
     assert plain["TFLOP/s"] * plain["seconds"] * 1e12 == pytest.approx(2 * 4 * 2 * flops)
@@ -128,7 +128,7 @@ def test_two_passes_are_one_batch():
                                predict_x0(network, schedule, context, uncond, scale=4.0)(x, 500))
 
 
-def test_a_rung_that_paints_another_picture_is_told(monkeypatch, capsys, tmp_path):
+def test_a_rung_that_paints_another_image_is_told(monkeypatch, capsys, tmp_path):
     made = ladder.painter
 
     def off(rung, model, guidance):
@@ -145,12 +145,12 @@ def test_a_rung_that_paints_another_picture_is_told(monkeypatch, capsys, tmp_pat
 def test_the_compiled_rung_paints_it_too():
     two = [rung for rung in rungs_for("cpu", steps=2) if rung.name in ("text and time once", "compiled kernels")]
     told = climb(Race(preset="tiny", rounds=1), two)["ladder"]
-    assert told[1]["the same picture"] and told[1]["rung"] == "compiled kernels"
+    assert told[1]["the same image"] and told[1]["rung"] == "compiled kernels"
 
 
 def test_the_table_has_a_line_for_each(climbed):
     lines = table(climbed).splitlines()
-    assert len(lines) == 2 + len(climbed["ladder"]) and lines[-2].endswith("another picture")
+    assert len(lines) == 2 + len(climbed["ladder"]) and lines[-2].endswith("another image")
 
 
 @pytest.mark.parametrize("name, part", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("Tesla T4", "T4"),

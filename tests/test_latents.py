@@ -1,4 +1,4 @@
-"""Figures and widget of notebook 01: spectra add up, low-pass pictures lose what is fast, edits do what they say."""
+"""Figures and widget of notebook 01: spectra add up, low-pass images lose what is fast, edits do what they say."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def words(drawing) -> list[str]:
 
 
 def wave(cycles: int, side: int = 64, along: int = 3) -> torch.Tensor:
-    """One picture, (1, 3, side, side), with so many waves from edge to edge."""
+    """One image, (1, 3, side, side), with so many waves from edge to edge."""
     line = torch.sin(2 * torch.pi * cycles * torch.arange(side) / side)
     return (line[:, None] if along == 2 else line).expand(1, 3, side, side)
 
@@ -81,7 +81,7 @@ def test_a_wave_passes_below_the_limit_and_is_gone_above_it(along):
     assert torch.allclose(low_pass(x + 0.5, 0.24), torch.full_like(x, 0.5), atol=1e-5)
 
 
-def test_all_of_a_picture_passes_without_a_limit(pixels):
+def test_all_of_an_image_passes_without_a_limit(pixels):
     assert torch.allclose(low_pass(pixels, 1.0), pixels, atol=1e-4)
 
 
@@ -145,7 +145,7 @@ def test_reach_is_the_field_that_convolutions_see():
     assert seen.shape == (16, 16) and seen.max() == 1
     middle = reach(lambda x: Gaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16))
     assert (middle > 1e-8).nonzero().double().mean(dim=0).tolist() == [8, 8]
-    # Cell (4, 3) sees rows 3...5 of the first map, and row i of that 2i - 1 ... 2i + 1 of the picture.
+    # Cell (4, 3) sees rows 3...5 of the first map, and row i of that 2i - 1 ... 2i + 1 of the image.
     assert there.amin(dim=0).tolist() == [5, 3] and there.amax(dim=0).tolist() == [11, 9]
 
 
@@ -168,7 +168,7 @@ def test_the_error_of_a_face_is_of_its_own_pixels():
     assert face_error(lambda pixels: pixels.mean(dim=(2, 3), keepdim=True) + 0 * pixels, "sad face", 40) > 0.5
 
 
-# --- pictures -----------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------
 
 def test_a_frame_continues_the_ground():
     small = np.full((5, 5, 3), 7, np.uint8)
@@ -205,12 +205,12 @@ def test_channels_share_one_scale_around_white():
     assert enlarged(np.zeros((16, 16, 3), np.uint8)).shape == (SIDE, SIDE, 3)
 
 
-def test_a_sheet_has_a_row_for_each_picture(drawn):
+def test_a_sheet_has_a_row_for_each_image(drawn):
     latent = torch.randn(4, 16, 16)
     rows = {scene.objects[0].name: (scene.image, latent, [scene.image]) for scene in drawn[:2]}
     drawing = latent_sheet(rows, ["again"], title="Two")
     assert len([axes for axes in drawing.axes if axes.images]) == 2 * (1 + 4 + 1)
-    assert {"Two", "picture", "channel 3", "again", *rows} <= set(words(drawing)) and drawing.width <= WIDTH
+    assert {"Two", "image", "channel 3", "again", *rows} <= set(words(drawing)) and drawing.width <= WIDTH
     with pytest.raises(ValueError, match="at least one row"):
         latent_sheet({}, title="None")
 
@@ -239,16 +239,16 @@ def test_edits_do_what_they_say(vae, drawn, pixels):
     assert torch.allclose(text, vae.to_latent(to_tensor([written("a", 30, SIDE, SIDE)]))[0], atol=1e-4)
 
 
-def test_controls_change_the_picture(vae, drawn):
+def test_controls_change_the_image(vae, drawn):
     widget = LatentExplorer(vae, drawn)
-    seen = {widget.picture.value}
+    seen = {widget.image.value}
     for name, value in (("scene", 1), ("mix", 0.5), ("noise", 1.0), ("lost", 0), ("text", "a $ word"), ("size", 40)):
         widget.controls[name].value = value
-        assert getattr(widget.edit(), name) == value and widget.picture.value not in seen
-        seen.add(widget.picture.value)
+        assert getattr(widget.edit(), name) == value and widget.image.value not in seen
+        seen.add(widget.image.value)
 
 
-def test_it_carries_a_picture_for_pages_without_widgets(vae, drawn):
+def test_it_carries_an_image_for_pages_without_widgets(vae, drawn):
     widget = LatentExplorer(vae, drawn)
     bundle, sizes = widget._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)

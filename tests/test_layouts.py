@@ -137,8 +137,8 @@ def test_autoencoders_of_any_depth_are_named_as_diffusers_reads_them(levels, lay
 
 def test_open_clip_s_thirds_are_those_that_diffusers_takes():
     config = replace(PRESETS["tiny"].text, layers=3)
-    tower = TextEncoder(config)
-    ours = tower.state_dict()
+    encoder = TextEncoder(config)
+    ours = encoder.state_dict()
     places = layouts.open_clip_places(ours)
     there = layouts.single_tensors(ours, places)
     assert {f"x.{name}": tensor.shape for name, tensor in there.items()} == {
@@ -230,7 +230,7 @@ def test_parts_that_do_not_fit_together_are_told():
     (["control_model.zero_convs.0.0.weight"], "ControlNet"), (["controlnet_down_blocks.0.weight"], "ControlNet"),
     (["down_blocks.0.resnets.0.conv1.weight"], "one part"), (["encoder.down.0.block.0.conv1.weight"], "one part"),
     (["text_model.final_layer_norm.weight"], "one part"), (["<toy>"], "embedding"),
-    ([UNET + "x", VAE + "x"], "no text tower"), ([HF + "x"], "no U-Net and no autoencoder"), ([], "no U-Net"),
+    ([UNET + "x", VAE + "x"], "no text encoder"), ([HF + "x"], "no U-Net and no autoencoder"), ([], "no U-Net"),
 ])
 def test_files_of_other_kinds_are_told_what_they_are(names, told):
     with pytest.raises(CheckpointError, match=f"model.ckpt .*{told}") as caught:

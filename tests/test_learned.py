@@ -36,7 +36,7 @@ def lora_for(model, seed=0, text=True) -> LoRA:
 
 # --- LoRA -------------------------------------------------------------------------------------------
 
-def test_a_lora_changes_the_picture_and_leaves_no_trace(model, tmp_path):
+def test_a_lora_changes_the_image_and_leaves_no_trace(model, tmp_path):
     before = {name: tensor.clone() for module in (model.unet, model.text)
               for name, tensor in module.state_dict().items()}
     plain = arrays(model.text2img(PROMPT, steps=3))
@@ -55,8 +55,8 @@ def test_a_lora_changes_the_picture_and_leaves_no_trace(model, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["diffusers", "kohya", "peft"])
-def test_a_lora_gives_the_pictures_that_diffusers_gives(model, tmp_path, spelling):
-    """Read by diffusers through peft, in the U-Net and in the text tower, at part of its strength."""
+def test_a_lora_gives_the_images_that_diffusers_gives(model, tmp_path, spelling):
+    """Read by diffusers through peft, in the U-Net and in the text encoder, at part of its strength."""
     folder = save_folder(tmp_path / "tiny", model.parts)
     file = save_lora(tmp_path / "lora.safetensors", lora_for(model), spelling=spelling)
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -76,9 +76,9 @@ def test_a_lora_gives_the_pictures_that_diffusers_gives(model, tmp_path, spellin
 
 def test_a_merged_lora_is_saved_with_the_model(model, tmp_path):
     model.add_lora(lora_for(model))
-    picture = arrays(model.text2img(PROMPT, steps=3))
+    image = arrays(model.text2img(PROMPT, steps=3))
     again = StableDiffusion(load_folder(save_folder(tmp_path / "merged", model.parts)))
-    assert np.array_equal(arrays(again.text2img(PROMPT, steps=3)), picture)
+    assert np.array_equal(arrays(again.text2img(PROMPT, steps=3)), image)
 
 
 def test_an_exchanged_unet_begins_without_loras(model):
@@ -166,7 +166,7 @@ def test_a_learned_word_takes_the_name_that_is_given(model, tmp_path):
         assert not np.array_equal(arrays(model.text2img("a <toy> cat", steps=3)), wanted)
 
 
-def test_a_learned_word_gives_the_pictures_that_diffusers_gives(model, tmp_path):
+def test_a_learned_word_gives_the_images_that_diffusers_gives(model, tmp_path):
     folder = save_folder(tmp_path / "tiny", model.parts)
     file = save_embedding(tmp_path / "toy.safetensors", toy())
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -183,9 +183,9 @@ def test_a_learned_word_gives_the_pictures_that_diffusers_gives(model, tmp_path)
 
 def test_a_model_with_a_learned_word_is_saved_whole(model, tmp_path):
     model.add_embedding(toy())
-    picture = arrays(model.text2img("a <toy> cat", steps=3))
+    image = arrays(model.text2img("a <toy> cat", steps=3))
     again = StableDiffusion(load_folder(save_folder(tmp_path / "toy", model.parts)))
-    assert np.array_equal(arrays(again.text2img("a <toy> cat", steps=3)), picture)
+    assert np.array_equal(arrays(again.text2img("a <toy> cat", steps=3)), image)
 
 
 @pytest.mark.parametrize("embedding, told", [
@@ -226,7 +226,7 @@ def test_a_long_prompt_is_heard_to_its_end_in_chunks(model):
     assert model.encode([start, ""], long="chunks").shape[:2] == (2, 2 * 77)
 
 
-def test_long_prompts_in_chunks_give_the_pictures_that_diffusers_gives(model, tmp_path):
+def test_long_prompts_in_chunks_give_the_images_that_diffusers_gives(model, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(save_folder(tmp_path / "tiny", model.parts), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

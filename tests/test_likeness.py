@@ -1,4 +1,4 @@
-"""How alike a thing in a picture and a kind of object are: place and size do not count, everything else does."""
+"""How alike a thing in an image and a kind of object are: place and size do not count, everything else does."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def scenes_of(name, count=4, ground="blue"):
 
 @pytest.mark.parametrize("ground", ["blue", "green"])
 @pytest.mark.parametrize("name", UNTAUGHT)
-def test_real_pictures_are_most_like_their_own_kind(name, ground):
+def test_real_images_are_most_like_their_own_kind(name, ground):
     names = [*OBJECTS, *UNTAUGHT]
     alike = likeness(cutouts(scenes_of(name, ground=ground)), kinds(names))
     assert alike.shape == (4, len(names))
@@ -37,17 +37,17 @@ def test_likeness_is_symmetric_and_one_for_the_same():
     assert (alike <= 1).all()
 
 
-def test_an_empty_picture_is_like_nothing():
+def test_an_empty_image_is_like_nothing():
     empty = torch.full((1, 3, 64, 64), 0.4)
     speck = empty.clone()
     speck[:, :, 10:13, 10:13] = -1.0
-    for picture in (empty, speck):
-        found = cutouts(picture)
+    for image in (empty, speck):
+        found = cutouts(image)
         assert not found.any() and likeness(found, kinds(["cat"])).item() == 0
 
 
 def test_two_things_are_one_odd_thing():
     [one] = scenes_of("alien", 1)
     two = to_tensor([np.asarray(scene_of(["alien", "alien"], background="blue", seed=1).image)])
-    alone, both = (likeness(cutouts(picture), kinds(["alien"])).item() for picture in (one[None], two))
+    alone, both = (likeness(cutouts(image), kinds(["alien"])).item() for image in (one[None], two))
     assert alone > both + 0.2

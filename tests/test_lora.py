@@ -113,7 +113,7 @@ def test_the_delta_is_what_the_two_layers_compute_in_a_row(rank, inputs, outputs
 @pytest.mark.parametrize("arguments, words", [
     ({"rank": 0}, "rank is 0"), ({"rank": 2.0}, "rank is 2.0"), ({"alpha": 0.0}, "alpha is 0"),
     ({"targets": ["to_q", "to_z"]}, "this UNet is called 'to_z'"), ({"targets": ["norm1"]}, "called 'norm1'"),
-    ({"text_targets": ["to_q"]}, "this TextTower is called 'to_q'"),
+    ({"text_targets": ["to_q"]}, "this TextEncoder is called 'to_q'"),
 ])
 def test_what_cannot_be_made_is_refused(unet, text, arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -287,7 +287,7 @@ def test_what_does_not_fit_changes_nothing(unet, text):
             merged.add(LoRA(wrong))
         with pytest.raises(ValueError, match=words), attached(unet, wrong):
             pass
-    with pytest.raises(ValueError, match="other layers.*TextTower"):
+    with pytest.raises(ValueError, match="other layers.*TextEncoder"):
         merged.add(LoRA({}, good.unet))
     with pytest.raises(ValueError, match="strength is nan"):
         merged.add(good, float("nan"))
@@ -305,7 +305,7 @@ def test_nothing_stays_attached_after_an_error(unet):
 
 # --- training ---------------------------------------------------------------------------------------
 
-def picture():
+def image():
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -314,7 +314,7 @@ def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
     lora = new_lora(model.unet, model.text, targets=("to_q", "to_v", "to_out.0", "conv1", "proj_in"))
     fresh = [tensor.clone() for tensor in lora.tensors()]
     losses = []
-    for step in train_lora(model, lora, picture(), "a zwx cat", steps=50, learning_rate=1e-2, batch_size=8):
+    for step in train_lora(model, lora, image(), "a zwx cat", steps=50, learning_rate=1e-2, batch_size=8):
         losses.append(step.loss)
         shown = output(model.unet)                                   # with the LoRA so far
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -337,7 +337,7 @@ def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
 
 def test_an_early_stop_keeps_what_was_learnt_and_detaches_it(model):
     before, lora = output(model.unet), new_lora(model.unet)
-    for step in train_lora(model, lora, picture(), ["a zwx cat"], steps=50, learning_rate=1e-2):
+    for step in train_lora(model, lora, image(), ["a zwx cat"], steps=50, learning_rate=1e-2):
         if step.index == 2:
             break
     else:
@@ -349,13 +349,13 @@ def test_an_early_stop_keeps_what_was_learnt_and_detaches_it(model):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ({"captions": ["a", "b"]}, "1 pictures need as many captions, or one for all, not 2"),
+    ({"captions": ["a", "b"]}, "1 images need as many captions, or one for all, not 2"),
     ({"lora": LoRA({"nowhere": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))})}, "other layers"),
     ({"lora": LoRA()}, "nothing to train"),
     ({"pixels": torch.full((1, 3, 16, 16), 255.0)}, r"in \[-1, 1\]"),
 ])
 def test_training_refuses_at_once_what_does_not_fit(model, arguments, words):
-    given = {"lora": new_lora(model.unet), "pixels": picture(), "captions": "a"} | arguments
+    given = {"lora": new_lora(model.unet), "pixels": image(), "captions": "a"} | arguments
     with pytest.raises(ValueError, match=words):
         train_lora(model, given["lora"], given["pixels"], given["captions"], steps=1)
 
@@ -492,7 +492,7 @@ PAIR = {f"{Q}.lora_A.weight": torch.ones(2, 8), f"{Q}.lora_B.weight": torch.ones
     ({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 8),
       "lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(8, 2)}, "'input_blocks_1_1_proj_in'"),
     ({"lora_te_text_model_encoder_layers_11_mlp_fc1.lora_down.weight": torch.ones(2, 8),
-      "lora_te_text_model_encoder_layers_11_mlp_fc1.lora_up.weight": torch.ones(8, 2)}, "1 of its 1 .*TextTower"),
+      "lora_te_text_model_encoder_layers_11_mlp_fc1.lora_up.weight": torch.ones(8, 2)}, "1 of its 1 .*TextEncoder"),
     ({f"{Q}.lora_B.weight": torch.ones(9, 2)}, r"attn1.to_q' of this UNet: down \[2, 8\] and up \[9, 2\].*\[8, 8\]"),
     ({f"{Q}.lora_B.weight": torch.ones(8, 3)}, r"up \[8, 3\]"),
     ({f"{Q}.lora_B.weight": torch.ones(8)}, r"up \[8\] for layer"),

@@ -1,4 +1,4 @@
-"""The drawing pad: strokes become the picture that a model reads, with a browser's events or without any."""
+"""The drawing pad: strokes become the image that a model reads, with a browser's events or without any."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_rubber_takes_away_what_was_there_before_it_and_not_what_comes_later()
     assert drawn_from([rubber, ACROSS], (32, 64)).any()
 
 
-def test_events_of_the_canvas_become_strokes_in_the_pictures_pixels():
+def test_events_of_the_canvas_become_strokes_in_the_images_pixels():
     pad = DrawingPad(size=(64, 64), width=3)
     assert pad.canvas.width == 64 * pad.scale and pad.scale > 1
     pad.move(5, 5)
@@ -75,22 +75,22 @@ def test_what_is_made_follows_what_is_drawn_and_what_is_refused_is_told():
     assert np.array_equal(np.array(pad.made)[..., 0], pad.drawn) and bytes(pad.result.value).startswith(b"\x89PNG")
 
 
-def test_strokes_that_are_there_at_the_start_are_made_into_a_picture_at_once():
+def test_strokes_that_are_there_at_the_start_are_made_into_an_image_at_once():
     pad = DrawingPad(size=(32, 64), strokes=[ACROSS], make=lambda drawn, prompt: Image.fromarray(drawn).convert("RGB"))
     assert pad.made is not None and np.array_equal(np.array(pad.made)[..., 0], pad.drawn)
 
 
-@pytest.mark.parametrize("picture", [None, np.full((48, 96, 3), 200, np.uint8), Image.new("RGB", (96, 48), "green")])
-def test_a_still_picture_stands_where_no_widget_runs(picture):
-    pad = DrawingPad(picture, size=(48, 96), strokes=[Stroke(((20, 24), (70, 24)), 10)])
+@pytest.mark.parametrize("image", [None, np.full((48, 96, 3), 200, np.uint8), Image.new("RGB", (96, 48), "green")])
+def test_a_still_image_stands_where_no_widget_runs(image):
+    pad = DrawingPad(image, size=(48, 96), strokes=[Stroke(((20, 24), (70, 24)), 10)])
     assert pad.size == (48, 96)
     bundle, _ = pad._repr_mimebundle_()
     assert {WIDGET, "image/png"} <= bundle.keys() and "DrawingPad" in bundle["text/plain"]
     seen = pad._seen()
-    ground = 0 if picture is None else np.asarray(picture)
-    assert (seen[pad.drawn == 0] == (ground if picture is None else ground[pad.drawn == 0])).all()
+    ground = 0 if image is None else np.asarray(image)
+    assert (seen[pad.drawn == 0] == (ground if image is None else ground[pad.drawn == 0])).all()
     covered = seen[pad.drawn == 255]
-    if picture is None:
+    if image is None:
         assert (covered == 255).all()
     else:       # a veil: redder than the ground, which is still told through it
-        assert (covered[:, 0] > np.asarray(picture)[0, 0, 0]).all() and not (covered == covered[0, ::-1]).all()
+        assert (covered[:, 0] > np.asarray(image)[0, 0, 0]).all() and not (covered == covered[0, ::-1]).all()

@@ -1,4 +1,4 @@
-"""A prompt to pictures: the same as diffusers', picture by picture as from its seed, and told when it cannot be."""
+"""A prompt to images: the same as diffusers', image by image as from its seed, and told when it cannot be."""
 
 import os
 import shutil
@@ -83,7 +83,7 @@ def spacing(sampler: str, noise) -> tuple[str, str]:
 
 # 5 and 8 divide 1000: with other numbers diffusers' DDIM steps from a trailing grid to timesteps off it.
 @pytest.mark.parametrize("sampler, steps", [("ddim", 5), ("ddim", 8), ("euler", 8), ("dpmpp_2m", 8)])
-def test_pictures_equal_those_of_diffusers(both, sampler, steps):
+def test_images_equal_those_of_diffusers(both, sampler, steps):
     model, pipe, scheduler = both
     theirs, ours = spacing(sampler, model.config.noise)
     pipe.scheduler = SCHEDULERS[sampler].from_config(scheduler.config, timestep_spacing=theirs)
@@ -111,7 +111,7 @@ def test_diffusers_opens_the_folder_with_the_scheduler_that_fits(both):
 # --- seeds ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_batch_holds_the_pictures_that_its_seeds_give_alone(model, sampler):
+def test_a_batch_holds_the_images_that_its_seeds_give_alone(model, sampler):
     batch = arrays(model.text2img(PROMPT, sampler=sampler, steps=3, seed=7, batch=3))
     alone = [model.text2img(PROMPT, sampler=sampler, steps=3, seed=7 + i)[0] for i in range(3)]
     off = np.abs(np.asarray(batch, int) - np.asarray(arrays(alone), int))
@@ -127,7 +127,7 @@ def test_a_batch_is_one_call_of_the_network(model):
     assert sizes == [(3, 6), (3, 6)], "both halves of guidance at once, of the latents that they share"
 
 
-def test_a_seed_gives_the_same_picture_whatever_was_drawn_before(model):
+def test_a_seed_gives_the_same_image_whatever_was_drawn_before(model):
     first = arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1))
     before = torch.get_rng_state()
     torch.randn(10)
@@ -208,13 +208,13 @@ def test_zero_terminal_snr_starts_at_the_last_timestep_by_itself():
 
 # --- steps ------------------------------------------------------------------------------------------
 
-def test_steps_are_told_one_by_one_and_end_with_the_picture(model):
+def test_steps_are_told_one_by_one_and_end_with_the_image(model):
     steps = list(model.steps(PROMPT, steps=5, seed=3, batch=2))
     assert [(step.index, step.of) for step in steps] == [(i, 5) for i in range(5)]
     assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
     assert all(step.latent.shape == step.x0.shape == (2, 4, 16, 16) for step in steps)
-    pictures = arrays(model.text2img(PROMPT, steps=5, seed=3, batch=2))
-    assert np.array_equal(arrays(steps[-1].noisy_images()), pictures)
+    images = arrays(model.text2img(PROMPT, steps=5, seed=3, batch=2))
+    assert np.array_equal(arrays(steps[-1].noisy_images()), images)
     assert not np.array_equal(arrays(steps[0].images()), arrays(steps[0].noisy_images()))
 
 
@@ -300,7 +300,7 @@ def test_prompts_that_lose_nothing_give_no_warning(model):
 
 @given(prompt=st.text(max_size=30))
 @settings(max_examples=40)
-def test_any_text_makes_a_picture(model, prompt):
+def test_any_text_makes_an_image(model, prompt):
     """Emoji, control characters, unassigned code points: all but half a surrogate pair, which is no text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownWordWarning)
@@ -351,7 +351,7 @@ def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch,
     assert "\n" not in str(caught.value)
 
 
-def test_nan_is_told_and_never_a_black_picture():
+def test_nan_is_told_and_never_a_black_image():
     model = make()
     with torch.no_grad():
         model.unet.conv_out.bias[0] = float("nan")
@@ -388,7 +388,7 @@ def test_too_little_memory_is_told(monkeypatch, where):
     model = make()
     module = model.unet if where == "unet" else model.vae.decoder
     monkeypatch.setattr(module, "forward", lambda *_: torch.empty(2**60, dtype=torch.uint8))
-    with pytest.raises(MemoryError, match="not enough memory for the pictures.*fewer or smaller"):
+    with pytest.raises(MemoryError, match="not enough memory for the images.*fewer or smaller"):
         model.text2img(PROMPT, steps=2)
 
 
@@ -440,7 +440,7 @@ def mini():
 
 @needs_weights
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_pictures_of_the_shipped_model_equal_those_of_diffusers(mini, sampler):
+def test_images_of_the_shipped_model_equal_those_of_diffusers(mini, sampler):
     model, pipe, scheduler = mini
     theirs, ours = spacing(sampler, model.config.noise)
     pipe.scheduler = SCHEDULERS[sampler].from_config(scheduler.config, timestep_spacing=theirs)
@@ -486,7 +486,7 @@ def test_linear_layers_by_onednn_give_the_same_numbers(shape, bias):
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None and not os.environ.get("CI"),
                     reason="a CPU's compiled code needs a C++ compiler")
-def test_compiled_it_makes_the_same_pictures():
+def test_compiled_it_makes_the_same_images():
     """Alone, with a ControlNet, and after the weights have changed."""
     model = StableDiffusion(tiny_parts(EPSILON))
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 4))
@@ -494,13 +494,13 @@ def test_compiled_it_makes_the_same_pictures():
         torch.nn.init.normal_(parameter, std=0.05)
     hint = np.full((16, 16, 3), 200, np.uint8)
 
-    def pictures():
+    def images():
         return [arrays(model.text2img(PROMPT, steps=3, size=16)), arrays(model.control(PROMPT, net, hint, steps=3,
                                                                                        size=16))]
 
-    plain = pictures()
+    plain = images()
     assert isinstance(model.compile().network, CompiledUNet) and model.network is model.network
-    for wanted, found in zip(plain, pictures(), strict=True):
+    for wanted, found in zip(plain, images(), strict=True):
         assert np.abs(found.astype(int) - wanted).max() <= 1
     with torch.no_grad():
         model.unet.conv_out.weight.mul_(-1)
@@ -520,8 +520,8 @@ def test_loading_lays_the_unet_out_for_convolutions(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), again.unet.parameters(), strict=True))
     plain = StableDiffusion(again)
     assert plain.unet.conv_in.weight.is_contiguous()
-    pictures = [arrays(model.text2img(PROMPT, steps=2)).astype(int) for model in (one, plain)]
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+    images = [arrays(model.text2img(PROMPT, steps=2)).astype(int) for model in (one, plain)]
+    assert abs(images[0] - images[1]).max() <= 1
     lora = new_lora(one.unet, rank=2, targets=("conv1", "to_k"))
     for tensor in lora.tensors():
         torch.nn.init.normal_(tensor, std=0.1)

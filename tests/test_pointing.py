@@ -46,7 +46,7 @@ def test_peaks_in_their_own_boxes_and_beside_them(one):
     assert half[:3] == (0.5, 0.5, 0.5)
 
 
-def test_chance_is_the_share_of_the_picture(one):
+def test_chance_is_the_share_of_the_image(one):
     found = pointing(torch.rand(1, 77, SIDE, SIDE), [one], TOKENIZER)
     areas = [(thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1]) / one.side**2 for thing in one.objects]
     assert found.own_by_chance == pytest.approx(sum(areas) / 2)
@@ -85,7 +85,7 @@ def test_a_peak_where_boxes_overlap_is_in_the_objects_own_box_alone(one):
 
 
 def test_maps_need_not_be_square(one):
-    """A peak's row is of the picture's height, its column of its width."""
+    """A peak's row is of the image's height, its column of its width."""
     apart = moved(one, (0, 96, 128, 128), (96, 0, 128, 64))
     for height, width in ((8, 16), (16, 8)):
         maps = torch.zeros(1, 77, height, width)

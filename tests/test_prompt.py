@@ -1,6 +1,6 @@
-r"""Prompts: the form of a weight, the words that it falls on, and rows past the tower's 77 places.
+r"""Prompts: the form of a weight, the words that it falls on, and rows past the encoder's 77 places.
 
-What the text tower should give is computed by transformers' CLIPTextModel on the same random weights.
+What the text encoder should give is computed by transformers' CLIPTextModel on the same random weights.
 """
 
 import math
@@ -46,10 +46,10 @@ def reference() -> CLIPTextModel:
 
 
 @pytest.fixture(scope="module")
-def tower(reference) -> TextEncoder:
-    tower = TextEncoder(CONFIG).eval()
-    tower.load_state_dict(reference.state_dict(), strict=True)
-    return tower.requires_grad_(False)
+def encoder(reference) -> TextEncoder:
+    encoder = TextEncoder(CONFIG).eval()
+    encoder.load_state_dict(reference.state_dict(), strict=True)
+    return encoder.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -141,9 +141,9 @@ def test_what_is_written_in_the_form_is_read(pieces):
     ("((cat:5) dog:3)", "weight 5, times the 3 around it, at character 6, is"),
     ("((cat:0.5) dog:15)", "weight 15, at character 15, is"),
 ])
-def test_a_weight_out_of_range_is_told_with_its_place(text, words, tokenizer, tower):
+def test_a_weight_out_of_range_is_told_with_its_place(text, words, tokenizer, encoder):
     for function in (parse, plain, lambda text: weigh(text, tokenizer), lambda text: lost(text, tokenizer),
-                     lambda text: encode(["a", text], tokenizer, tower)):
+                     lambda text: encode(["a", text], tokenizer, encoder)):
         with pytest.raises(ValueError) as told:
             function(text)
         assert words in str(told.value) and "\n" not in str(told.value)
@@ -295,22 +295,22 @@ PLAIN = ("", "a red apple to the left of a cat", "a (small) cat :) 3", "cat " * 
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_without_weights_it_is_the_tower_bit_by_bit(text, tokenizer, tower):
-    expected = tower(tokenizer(text)).hidden
-    assert torch.equal(encode(text, tokenizer, tower), expected)
-    assert torch.equal(encode([text], tokenizer, tower), expected)
+def test_without_weights_it_is_the_encoder_bit_by_bit(text, tokenizer, encoder):
+    expected = encoder(tokenizer(text)).hidden
+    assert torch.equal(encode(text, tokenizer, encoder), expected)
+    assert torch.equal(encode([text], tokenizer, encoder), expected)
     ones = " ".join(f"({word}:1.0)" for word in text.split() if "(" not in word and ")" not in word)
-    assert torch.equal(encode(ones, tokenizer, tower), encode(plain(ones), tokenizer, tower))
-    both = encode([text, "a cat"], tokenizer, tower)
-    assert torch.equal(both, tower(tokenizer([text, "a cat"])).hidden) and both.shape == (2, LENGTH, CONFIG.dim)
+    assert torch.equal(encode(ones, tokenizer, encoder), encode(plain(ones), tokenizer, encoder))
+    both = encode([text, "a cat"], tokenizer, encoder)
+    assert torch.equal(both, encoder(tokenizer([text, "a cat"])).hidden) and both.shape == (2, LENGTH, CONFIG.dim)
 
 
 @pytest.mark.parametrize("pad_with_end", [True, False])
-def test_hidden_states_are_those_of_transformers(pad_with_end, reference, tower):
+def test_hidden_states_are_those_of_transformers(pad_with_end, reference, encoder):
     tokenizer = tokenizer_of(pad_with_end)
     for text in PLAIN:
         wanted = theirs(reference, tokenizer, tokenizer.encode(text)[:ROOM])
-        assert difference(encode(text, tokenizer, tower), wanted) < 1e-5
+        assert difference(encode(text, tokenizer, encoder), wanted) < 1e-5
 
 
 def by_hand(reference, tokenizer, ids, weights, restore_mean=True):
@@ -324,14 +324,14 @@ def by_hand(reference, tokenizer, ids, weights, restore_mean=True):
 
 @pytest.mark.parametrize("pad_with_end", [True, False])
 @pytest.mark.parametrize("restore_mean", [True, False])
-def test_weights_are_those_applied_by_hand(pad_with_end, restore_mean, reference, tower):
+def test_weights_are_those_applied_by_hand(pad_with_end, restore_mean, reference, encoder):
     tokenizer = tokenizer_of(pad_with_end)
     ids = [tokenizer.encode(word) for word in ("a", "red apple", "and a", "cat")]
     weights = [w for row, w in zip(ids, (1.0, 1.5, 1.0, 0.25), strict=True) for _ in row]
     wanted = by_hand(reference, tokenizer, sum(ids, []), weights, restore_mean)
-    ours = encode("a (red apple:1.5) and a (cat:0.25)", tokenizer, tower, restore_mean=restore_mean)
+    ours = encode("a (red apple:1.5) and a (cat:0.25)", tokenizer, encoder, restore_mean=restore_mean)
     assert difference(ours, wanted) < 1e-5
-    assert difference(encode("a red apple and a cat", tokenizer, tower), wanted) > 1e-2
+    assert difference(encode("a red apple and a cat", tokenizer, encoder), wanted) > 1e-2
 
 
 def test_a_mean_that_is_no_more_than_noise_is_not_put_back():
@@ -344,22 +344,22 @@ def test_a_mean_that_is_no_more_than_noise_is_not_put_back():
     assert abs(float(restored.mean() / (hidden + 0.3).mean()) - 1) < 1e-5
 
 
-def test_chunks_are_encoded_one_by_one(reference, tokenizer, tower):
+def test_chunks_are_encoded_one_by_one(reference, tokenizer, encoder):
     """Joined along M, each with the weights and the mean of its own row."""
     red, cat = tokenizer.encode("red"), tokenizer.encode("cat")
     text = "cat " * 70 + "(red:1.5) " * 10 + "cat"
     first = by_hand(reference, tokenizer, cat * 70 + red * 5, [1] * 70 + [1.5] * 5)
     second = by_hand(reference, tokenizer, red * 5 + cat, [1.5] * 5 + [1])
-    ours = encode(text, tokenizer, tower, long="chunks")
+    ours = encode(text, tokenizer, encoder, long="chunks")
     assert ours.shape == (1, 2 * LENGTH, CONFIG.dim)
     assert difference(ours, torch.cat([first, second], dim=1)) < 1e-5
-    assert difference(encode(text, tokenizer, tower), first) < 1e-5
+    assert difference(encode(text, tokenizer, encoder), first) < 1e-5
 
 
-def test_a_batch_is_filled_up_with_the_empty_prompt(reference, tokenizer, tower):
+def test_a_batch_is_filled_up_with_the_empty_prompt(reference, tokenizer, encoder):
     cat = tokenizer.encode("cat")
     empty = theirs(reference, tokenizer, [])
-    prompt, negative, none = encode(["cat " * 160, "(cat:0.5)", ""], tokenizer, tower, long="chunks")[:, None]
+    prompt, negative, none = encode(["cat " * 160, "(cat:0.5)", ""], tokenizer, encoder, long="chunks")[:, None]
     assert prompt.shape == negative.shape == none.shape == (1, 3 * LENGTH, CONFIG.dim)
     full = theirs(reference, tokenizer, cat * ROOM)
     assert difference(prompt, torch.cat([full, full, theirs(reference, tokenizer, cat * 10)], dim=1)) < 1e-5
@@ -369,19 +369,19 @@ def test_a_batch_is_filled_up_with_the_empty_prompt(reference, tokenizer, tower)
 
 
 @pytest.mark.parametrize("long", ["cut", "chunks"])
-def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(long, tokenizer, tower):
+def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(long, tokenizer, encoder):
     texts = ["a (red:1.4) cat", "", "cat " * 60, "(apple:0.3)"]
-    batch = encode(texts, tokenizer, tower, long=long)
+    batch = encode(texts, tokenizer, encoder, long=long)
     for text, row in zip(texts, batch, strict=True):
-        assert difference(encode(text, tokenizer, tower, long=long), row[None]) < 1e-5
-    again = encode(["a red cat", *texts[1:3]], tokenizer, tower, long=long)
-    plain_rows = encode(["a (red:1.4) cat", *texts[1:3]], tokenizer, tower, long=long)[1:]
+        assert difference(encode(text, tokenizer, encoder, long=long), row[None]) < 1e-5
+    again = encode(["a red cat", *texts[1:3]], tokenizer, encoder, long=long)
+    plain_rows = encode(["a (red:1.4) cat", *texts[1:3]], tokenizer, encoder, long=long)[1:]
     assert torch.equal(again[1:], plain_rows)           # a neighbour's weights change no bit
 
 
-def test_short_prompts_are_the_same_in_both_ways(tokenizer, tower):
+def test_short_prompts_are_the_same_in_both_ways(tokenizer, encoder):
     for text in ("", "a (red:1.4) cat", "cat " * 75):
-        assert torch.equal(encode(text, tokenizer, tower, long="chunks"), encode(text, tokenizer, tower))
+        assert torch.equal(encode(text, tokenizer, encoder, long="chunks"), encode(text, tokenizer, encoder))
 
 
 def test_the_mean_is_put_back():
@@ -405,14 +405,14 @@ def test_a_mean_of_zero_stays_finite():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_types_are_kept(dtype, tokenizer, tower):
+def test_types_are_kept(dtype, tokenizer, encoder):
     twin = TextEncoder(CONFIG).eval()
-    twin.load_state_dict(tower.state_dict())
+    twin.load_state_dict(encoder.state_dict())
     text = "a (red:1.3) apple and a (cat:0.7)"
     ours = encode(text, tokenizer, twin.to(dtype))
     assert ours.dtype == dtype
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float64: 1e-5}[dtype]
-    assert difference(ours.double(), encode(text, tokenizer, tower).double()) < tolerance
+    assert difference(ours.double(), encode(text, tokenizer, encoder).double()) < tolerance
     [(ids, weights)] = rows(weigh(text, tokenizer), tokenizer, LENGTH, "cut")
     hidden = twin(torch.tensor([ids])).hidden
     assert torch.equal(ours, weighted(hidden, torch.tensor([weights], dtype=torch.float64)))
@@ -420,8 +420,8 @@ def test_types_are_kept(dtype, tokenizer, tower):
 
 def test_nothing_waits_for_the_device(tokenizer):
     """On the meta device, which has no values, reading one raises, and so does mixing devices."""
-    tower = TextEncoder(CONFIG).to("meta")
-    context = encode(["a (red:1.3) cat", "cat " * 80], tokenizer, tower, long="chunks")
+    encoder = TextEncoder(CONFIG).to("meta")
+    context = encode(["a (red:1.3) cat", "cat " * 80], tokenizer, encoder, long="chunks")
     assert context.device.type == "meta" and context.shape == (2, 2 * LENGTH, CONFIG.dim)
 
 
@@ -430,20 +430,20 @@ def test_added_words_are_weighed_and_kept_whole(long):
     tokenizer, n = with_toy(4), 4
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(0)
-    tower = TextEncoder(config).eval().requires_grad_(False)
+    encoder = TextEncoder(config).eval().requires_grad_(False)
     first = tokenizer.vocab_size - n
     toy = list(range(first, first + n))
     cat = tokenizer.encode("cat")
-    ours = encode("cat " * 72 + "(<toy>:1.5)", tokenizer, tower, long=long, restore_mean=False)
+    ours = encode("cat " * 72 + "(<toy>:1.5)", tokenizer, encoder, long=long, restore_mean=False)
     if long == "cut":
-        hidden = tower(tokenizer("cat " * 72 + "<toy>")).hidden
+        hidden = encoder(tokenizer("cat " * 72 + "<toy>")).hidden
         assert torch.equal(ours[:, 73:76], hidden[:, 73:76] * 1.5) and torch.equal(ours[:, :73], hidden[:, :73])
     else:
         row = torch.tensor([[tokenizer.start, *toy] + [tokenizer.end] * (LENGTH - 1 - n)])
-        hidden = tower(row).hidden
+        hidden = encoder(row).hidden
         torch.testing.assert_close(ours[:, LENGTH + 1:LENGTH + 1 + n], hidden[:, 1:1 + n] * 1.5)
         row = torch.tensor([[tokenizer.start, *cat * 72] + [tokenizer.end] * (LENGTH - 73)])
-        torch.testing.assert_close(ours[:, :LENGTH], tower(row).hidden)
+        torch.testing.assert_close(ours[:, :LENGTH], encoder(row).hidden)
 
 
 @pytest.mark.parametrize("arguments, settings, words", [
@@ -451,18 +451,18 @@ def test_added_words_are_weighed_and_kept_whole(long):
     ([[]], {}, "no prompt to encode: give one or more"),
     (["a \ud800 cat"], {}, "not valid Unicode"),
 ])
-def test_bad_input_is_told_in_a_sentence(arguments, settings, words, tokenizer, tower):
+def test_bad_input_is_told_in_a_sentence(arguments, settings, words, tokenizer, encoder):
     with pytest.raises(ValueError, match=words) as told:
-        encode(*arguments, tokenizer, tower, **settings)
+        encode(*arguments, tokenizer, encoder, **settings)
     assert "\n" not in str(told.value)
 
 
 def test_a_word_without_an_embedding_is_told():
     tokenizer = with_toy()
-    tower = TextEncoder(replace(CONFIG, vocab_size=tokenizer.vocab_size - 3))
-    assert encode("a cat", tokenizer, tower).isfinite().all()
+    encoder = TextEncoder(replace(CONFIG, vocab_size=tokenizer.vocab_size - 3))
+    assert encode("a cat", tokenizer, encoder).isfinite().all()
     with pytest.raises(ValueError, match=r"knows \d+ ids, and '<toy>' has one past them: add its embedding"):
-        encode("a <toy>", tokenizer, tower)
+        encode("a <toy>", tokenizer, encoder)
 
 
 def test_ids_are_known_up_to_the_size_of_the_embedding():
@@ -474,9 +474,9 @@ def test_ids_are_known_up_to_the_size_of_the_embedding():
         encode("a <toy>", tokenizer, short)
 
 
-def test_weights_can_be_learnt_through(tokenizer, tower):
+def test_weights_can_be_learnt_through(tokenizer, encoder):
     """The hidden states are not cut off from what made them, as textual inversion needs it."""
     twin = TextEncoder(CONFIG)
-    twin.load_state_dict(tower.state_dict())
+    twin.load_state_dict(encoder.state_dict())
     encode("a (red:1.3) cat", tokenizer, twin).square().sum().backward()
     assert math.isfinite(twin.embeddings.token_embedding.weight.grad.abs().sum().item())

@@ -46,7 +46,7 @@ def test_a_layer_takes_the_slower_of_the_two():
 
 
 def test_a_batch_reuses_the_weights():
-    """Twice the pictures, twice the arithmetic, less than twice the bytes."""
+    """Twice the images, twice the arithmetic, less than twice the bytes."""
     once, twice = (Work() + sum((one for _, one in work(PRESETS["sd15"].unet, 64, batch)), Work()) for batch in (2, 4))
     assert twice.bytes < 1.9 * once.bytes and twice.flops == pytest.approx(2 * once.flops, rel=1e-3)
 
@@ -70,12 +70,12 @@ def test_a_run_is_its_passes_and_the_decoder():
 def test_the_ledger_counts_weights_and_maps():
     told = memory_ledger(PRESETS["sd15"], 512)
     assert told["weights of the U-Net"] == 2 * 859_520_964
-    assert told["largest attention map"] == 2 * 2 * 8 * 4096**2             # a guided picture, 8 heads, half precision
+    assert told["largest attention map"] == 2 * 2 * 8 * 4096**2             # a guided image, 8 heads, half precision
     assert told["latents"] == 2 * 2 * 4 * 64 * 64 and told["texts"] == 2 * 2 * 77 * 768
     assert told["decoder"] == 2 * 2 * 256 * 512 * 512                       # 256 channels in, 256 out, at full size
     large = memory_ledger(PRESETS["sd15"], 1024, batch=3)
     assert large["largest attention map"] == 3 * 16 * told["largest attention map"]
-    assert large["decoder"] == 4 * told["decoder"], "pictures are decoded one by one"
+    assert large["decoder"] == 4 * told["decoder"], "images are decoded one by one"
     assert large["skips"] == 12 * told["skips"]
 
 

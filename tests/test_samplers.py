@@ -323,7 +323,7 @@ def test_unipcs_weights_integrate_a_parabola_exactly(rise, rise_last):
     assert samplers.correction(rise, None) == (0.0, 0.5)
 
 
-def test_deterministic_samplers_come_to_one_picture():
+def test_deterministic_samplers_come_to_one_image():
     """On a network of which nobody knows the solution: twice the steps, and they are closer to one another."""
     schedule, apart = NoiseSchedule(NoiseConfig(prediction="v_prediction")), []
     for n in (25, 50, 100, 200):
@@ -418,11 +418,11 @@ def test_zero_terminal_snr_works_in_every_sampler(name, n, spacing):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_perfect_denoiser_is_obeyed(name):
-    """A network that knows the picture leads to it; Stable Diffusion's DDIM and PNDM stop just short of it."""
-    schedule, picture = NoiseSchedule(NoiseConfig()), torch.full(SHAPE, 0.5)
-    *_, last = SAMPLERS[name](lambda x, t: picture, noise(), grid_for(name, schedule, 7), schedule)
-    assert (last.x - picture).abs().max() < (0.2 if name in AT_TIMESTEP_0 else 1e-6)
-    assert torch.equal(last.x0, picture)
+    """A network that knows the image leads to it; Stable Diffusion's DDIM and PNDM stop just short of it."""
+    schedule, image = NoiseSchedule(NoiseConfig()), torch.full(SHAPE, 0.5)
+    *_, last = SAMPLERS[name](lambda x, t: image, noise(), grid_for(name, schedule, 7), schedule)
+    assert (last.x - image).abs().max() < (0.2 if name in AT_TIMESTEP_0 else 1e-6)
+    assert torch.equal(last.x0, image)
 
 
 @pytest.mark.parametrize("config", [NoiseConfig(), MINI])

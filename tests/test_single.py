@@ -146,7 +146,7 @@ def test_an_sd_2_file_without_a_prediction_is_refused_before_a_tensor_is_read(ne
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
-def test_text_towers_are_told_by_their_keys(older, newer, words, tmp_path, prefix):
+def test_text_encoders_are_told_by_their_keys(older, newer, words, tmp_path, prefix):
     for theirs, prediction in ((older, None), (newer, "epsilon")):
         tensors = {name: one for name, one in theirs.tensors.items() if not name.startswith((HF, OPEN_CLIP))}
         there = {f"cond_stage_model.transformer.{prefix}{name}": one for name, one in text_state(theirs.text).items()}
@@ -337,8 +337,8 @@ def test_what_tensors_cannot_tell_is_written_beside_them(config, tmp_path):
     assert {name.split(".")[0] for name in names} == {"model", "first_stage_model", "cond_stage_model", "sdlearn"}
 
 
-def test_a_tower_of_many_layers_loses_none(tmp_path):
-    """Of a published SD 2.x' text tower the 24th layer is passed over; of one of ours nothing is."""
+def test_a_encoder_of_many_layers_loses_none(tmp_path):
+    """Of a published SD 2.x' text encoder the 24th layer is passed over; of one of ours nothing is."""
     text = replace(tiny_config().text, layers=25, activation="gelu")
     parts = tiny_parts(config=replace(tiny_config(), text=text))
     file = save_single(tmp_path / "tiny.safetensors", parts)

@@ -1,4 +1,4 @@
-"""Figures and widget of notebook 10: pictures keep their proportions, the widget draws what is set."""
+"""Figures and widget of notebook 10: images keep their proportions, the widget draws what is set."""
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ def model():
 
 
 def boxes(drawing):
-    """x, y, width and height of each picture in pixels, from the upper left."""
+    """x, y, width and height of each image in pixels, from the upper left."""
     found = [axes.get_position() for axes in drawing.axes]
     return [(round(one.x0 * drawing.width), round((1 - one.y1) * drawing.height), round(one.width * drawing.width),
              round(one.height * drawing.height)) for one in found]
 
 
-def test_pictures_keep_one_scale_and_do_not_overlap():
+def test_images_keep_one_scale_and_do_not_overlap():
     drawing = true_sizes(IMAGES, ["one", "two", "three", "four"], title="Sizes", zoom=1.5)
     found = boxes(drawing)
     assert [box[2:] for box in found] == [(96, 96), (384, 192), (192, 384), (600, 150)]
@@ -42,7 +42,7 @@ def test_rows_break_where_they_are_told_to():
     assert found[1][1] > found[0][1] and found[2][1] == found[1][1]
 
 
-@pytest.mark.parametrize("given, words", [(([],), "0 pictures"), ((IMAGES, ["one"]), "1 captions"),
+@pytest.mark.parametrize("given, words", [(([],), "0 images"), ((IMAGES, ["one"]), "1 captions"),
                                           ((IMAGES, (), 3.0), "smaller zoom")])
 def test_what_cannot_be_shown_is_told(given, words):
     images, captions, zoom = (*given, (), 1.0)[:3] if len(given) < 3 else given
@@ -59,7 +59,7 @@ def test_things_lie_as_far_from_the_border_and_from_each_other_as_they_do():
     assert np.isnan(spacing([alone], (128, 128), 128)[1]) and np.isnan(spacing([[]], (128, 128), 128)).all()
 
 
-def test_boxes_lie_where_they_are_and_pictures_have_their_colours():
+def test_boxes_lie_where_they_are_and_images_have_their_colours():
     drawn = box_map((96, 64), [[(10, 10, 30, 30)], [], [(50.4, 20, 80, 50)]])
     assert drawn.shape == (64, 96, 3) and drawn.dtype == np.uint8
     first, third, ground = drawn[20, 20], drawn[35, 65], drawn[5, 5]

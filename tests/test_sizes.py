@@ -209,7 +209,7 @@ def test_two_passes_are_text2img_and_img2img(model):
     assert found[0].size == (2 * own, own)
 
 
-def test_a_small_picture_is_one_pass(model):
+def test_a_small_image_is_one_pass(model):
     found = two_pass(model, "a cat", 16, steps=2)
     assert found[0].tobytes() == model.text2img("a cat", size=16, steps=2)[0].tobytes()
 

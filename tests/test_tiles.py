@@ -93,7 +93,7 @@ def test_tiles_are_put_together_on_the_latents_device():
     assert found.device.type == "meta" and found.shape == (1, 3, 10, 14)
 
 
-def test_one_tile_is_the_whole_picture():
+def test_one_tile_is_the_whole_image():
     vae = tiny_parts(config=tiny_config()).vae
     latent = torch.randn(1, 4, 6, 5)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_the_colour_of_a_tint_is_the_one_that_its_name_says():
 
 
 def test_a_scene_shows_the_tint_of_each_object():
-    """In the picture, too: the exact colour of the tint lies within the object's own mask, and in no other."""
+    """In the image, too: the exact colour of the tint lies within the object's own mask, and in no other."""
     drawn = scene_of(["apple", "car"], colours=["green", "pink"], relation="left", background="white", seed=2)
     for i, colour in enumerate(("green", "pink")):
         shown = (drawn.image == rgb(COLOURS[colour][0])).all(axis=-1)

@@ -303,7 +303,7 @@ def test_scaling_brings_latents_to_unit_deviation(config):
     assert float(latents.std().detach()) == pytest.approx(1, rel=1e-4)
 
 
-def test_pictures_survive_the_way_to_tensors_and_back():
+def test_images_survive_the_way_to_tensors_and_back():
     image = image_of(3)
     assert (to_images(to_tensor([image]))[0] == image).all()
     a = torch.zeros(1, 3, 8, 8)
@@ -313,31 +313,31 @@ def test_pictures_survive_the_way_to_tensors_and_back():
 
 def test_shortening_changes_no_embedding(config, run):
     tokenizer = stages.train_tokenizer(config, run)
-    towers = CLIP(config.text, config.vision).eval()
+    encoders = CLIP(config.text, config.vision).eval()
     ids = tokenizer(["a cat", "a red apple to the left of a cat on a yellow background"])
     short = shortest(ids, tokenizer.end)
     assert short.shape[1] < 40 and (short[:, -1] == tokenizer.end).all()
-    torch.testing.assert_close(towers.encode_text(short), towers.encode_text(ids))
+    torch.testing.assert_close(encoders.encode_text(short), encoders.encode_text(ids))
 
 
-def test_retrieval_of_random_and_of_perfect_towers(config, run):
+def test_retrieval_of_random_and_of_perfect_encoders(config, run):
     tokenizer = stages.train_tokenizer(config, run)
-    towers = CLIP(config.text, config.vision).eval()
-    assert retrieval(towers, tokenizer, count=40) < 0.3
+    encoders = CLIP(config.text, config.vision).eval()
+    assert retrieval(encoders, tokenizer, count=40) < 0.3
     count = iter(range(10**6))
 
-    def own(things):                                # the i-th picture and the i-th caption meet
+    def own(things):                                # the i-th image and the i-th caption meet
         return torch.stack([torch.nn.functional.one_hot(torch.tensor(next(count) % 20), 20).float() for _ in things])
 
-    towers.encode_image = towers.encode_text = own
-    assert retrieval(towers, tokenizer, count=20) == 1
+    encoders.encode_image = encoders.encode_text = own
+    assert retrieval(encoders, tokenizer, count=20) == 1
 
 
 def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, tmp_path):
-    towers = stages.averaged(CLIP(config.text, config.vision), run, "clip")
+    encoders = stages.averaged(CLIP(config.text, config.vision), run, "clip")
     vae, tokenizer = stages.trained_vae(config, run), stages.train_tokenizer(config, run)
     make = {"world": CORE, "image_size": 128, "capacity": 60, "first": 50}
-    cache = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+    cache = LatentCache(tmp_path, vae, encoders.text_model, tokenizer, **make)
     assert len(cache) == 50
     latents, contexts = cache.batch(7, torch.Generator().manual_seed(0))
     assert latents.shape == (7, 4, 16, 16) and contexts.shape == (7, 77, config.text.dim)
@@ -348,14 +348,14 @@ def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, 
     assert len(cache) == 60 and cache.meta["made"] == 100
     for array in cache.arrays.values():
         array.flush()
-    again = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+    again = LatentCache(tmp_path, vae, encoders.text_model, tokenizer, **make)
     assert again.meta["made"] == 100
     for name in again.arrays:                       # pages that were never written out read as zeros
         again.arrays[name][7] = 0
         again.arrays[name].flush()
-        again = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **make)
+        again = LatentCache(tmp_path, vae, encoders.text_model, tokenizer, **make)
         assert again.meta["made"] == 50 and all(array[7].any() for array in again.arrays.values())
-    other = LatentCache(tmp_path, vae, towers.text_model, tokenizer, **{**make, "world": replace(CORE, pair=0.0)})
+    other = LatentCache(tmp_path, vae, encoders.text_model, tokenizer, **{**make, "world": replace(CORE, pair=0.0)})
     assert other.meta["made"] == 50, "scenes of another world are made anew"
 
 
@@ -637,12 +637,12 @@ def test_a_wrong_caption_of_its_own_is_one_more_wrong_answer():
     plain = contrastive_loss(images, texts, scale)
     assert loss_with_wrong(images, torch.cat([texts, -100 * wrong]), scale) == pytest.approx(float(plain), rel=1e-5)
     assert loss_with_wrong(images, torch.cat([texts, wrong]), scale) > plain
-    # the same texts again: of each picture's answers two are right, so half of the probability is gone
+    # the same texts again: of each image's answers two are right, so half of the probability is gone
     twice = loss_with_wrong(images, texts.repeat(2, 1), scale)
     assert float(twice - plain) == pytest.approx(math.log(2) / 2, rel=1e-4)
 
 
-def test_towers_that_know_and_that_guess_are_told_apart(config, run):
+def test_encoders_that_know_and_that_guess_are_told_apart(config, run):
     class Knows:                                                # the truth of a scene as its vector
         logit_scale = torch.zeros(1)
 
@@ -678,20 +678,20 @@ def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
 
 
 def test_what_training_alone_needs_is_not_shipped_and_not_asked_for(config):
-    towers, plain = CLIPWithClassifier(config), CLIP(config.text, config.vision)
-    torch.nn.init.normal_(towers.scaffold.answer.weight)
-    before = towers.scaffold.answer.weight.clone()
-    load_weights(towers, plain.state_dict())                    # a run that starts from shipped weights
-    assert torch.equal(towers.scaffold.answer.weight, before)
-    assert torch.equal(towers.text_projection.weight, plain.text_projection.weight)
+    encoders, plain = CLIPWithClassifier(config), CLIP(config.text, config.vision)
+    torch.nn.init.normal_(encoders.scaffold.answer.weight)
+    before = encoders.scaffold.answer.weight.clone()
+    load_weights(encoders, plain.state_dict())                    # a run that starts from shipped weights
+    assert torch.equal(encoders.scaffold.answer.weight, before)
+    assert torch.equal(encoders.text_projection.weight, plain.text_projection.weight)
     fresh = CLIP(config.text, config.vision)
-    load_weights(fresh, towers.state_dict())                    # shipping
+    load_weights(fresh, encoders.state_dict())                    # shipping
     assert torch.equal(fresh.text_projection.weight, plain.text_projection.weight)
-    weights = {name: value for name, value in towers.state_dict().items() if name != "logit_scale"}
+    weights = {name: value for name, value in encoders.state_dict().items() if name != "logit_scale"}
     with pytest.raises(RuntimeError, match="logit_scale"):
         load_weights(fresh, weights)
     with pytest.raises(RuntimeError, match="another"):
-        load_weights(fresh, towers.state_dict() | {"another": torch.zeros(1)})
+        load_weights(fresh, encoders.state_dict() | {"another": torch.zeros(1)})
 
 
 def test_clip_learns_pairs(config, run, tmp_path):

@@ -66,7 +66,7 @@ def test_what_learns_learns_and_everything_else_keeps_its_bits(config, run, stag
     assert all(0 <= value <= 1 for value in figures.values())
 
 
-def test_half_of_a_loras_pictures_are_of_the_class(recipes):
+def test_half_of_a_loras_images_are_of_the_class(recipes):
     recipe = recipes["lora"]
     seen = recipe.rows(torch.Generator().manual_seed(0))
     assert (seen < concept.TAUGHT).sum() == (seen >= concept.TAUGHT).sum() == recipe.batch_size // 2
@@ -90,7 +90,7 @@ def test_half_of_a_loras_pictures_are_of_the_class(recipes):
      {"fidelity", "class kept"}),
 ], ids=["all learnt", "nothing learnt", "class forgotten", "learnt on one background alone"])
 def test_figures_tell_what_was_learnt_and_what_was_forgotten(recipes, monkeypatch, stage, draws, high):
-    """Pictures of what a model would draw, which knows the new thing and the class or takes one for the other."""
+    """Images of what a model would draw, which knows the new thing and the class or takes one for the other."""
     recipe = recipes[stage]
 
     def drawn(prompts):
@@ -98,7 +98,7 @@ def test_figures_tell_what_was_learnt_and_what_was_forgotten(recipes, monkeypatc
         for seed, prompt in enumerate(prompts):
             [background] = [word for word in (concept.GROUND, concept.ELSEWHERE) if word in prompt]
             name = draws(recipe.words in prompt, background)
-            shown.append(concept.pictures_of(name, 1, 10 * seed, background)[0].image)
+            shown.append(concept.images_of(name, 1, 10 * seed, background)[0].image)
         return to_tensor(shown)
 
     monkeypatch.setattr(recipe, "drawn", drawn)
@@ -108,7 +108,7 @@ def test_figures_tell_what_was_learnt_and_what_was_forgotten(recipes, monkeypatc
 
 
 @pytest.mark.parametrize("stage", ["word", "lora"])
-def test_figures_are_of_pictures_that_the_averaged_weights_draw(recipes, monkeypatch, stage):
+def test_figures_are_of_images_that_the_averaged_weights_draw(recipes, monkeypatch, stage):
     """Not of those of the model that is being trained: drawn while the averaged ones are in place, and only then."""
     recipe = recipes[stage]
     averaged = copy.deepcopy(recipe.model)
@@ -196,7 +196,7 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
         with torch.no_grad():
             next(getattr(parts, part).parameters()).add_(0.5)
         save_folder(model, parts, dtype=torch.float16)
-        name = {"unet": "U-Net", "text": "text tower"}[part]
+        name = {"unet": "U-Net", "text": "text encoder"}[part]
         with pytest.raises(CheckpointError, match=f"another base than the one in .*: the {name} is not the same"):
             load_concept(model)
         assert adapters.ship_adapters(config, run, model, count=1) == {} and not (model / CONCEPT).exists()

@@ -269,7 +269,7 @@ def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(co
 
 
 @pytest.mark.parametrize("stage", ["edges", "depth"])
-def test_agreement_compares_each_kind_of_picture_with_its_own_scenes_hint(config, run, stage):
+def test_agreement_compares_each_kind_of_image_with_its_own_scenes_hint(config, run, stage):
     recipe = make(stage, config, run, first=0, capacity=4)
     agree = {"edges": edge_f1, "depth": covered_iou}[stage]
     drawn = [scene(seed, "test", CORE) for seed in range(4)]
@@ -283,7 +283,7 @@ def test_agreement_compares_each_kind_of_picture_with_its_own_scenes_hint(config
     assert wanted["with_hint"] > 0.7 > wanted["without"] + 0.1
 
 
-def test_a_report_tells_pictures_with_the_hint_from_those_without(config, run, monkeypatch):
+def test_a_report_tells_images_with_the_hint_from_those_without(config, run, monkeypatch):
     """A ControlNet that gives the scenes themselves, on a U-Net that gives flat grey."""
     monkeypatch.setattr(control, "SHOWN", 3)
     recipe = make("edges", config, run, first=0, capacity=4)
@@ -669,7 +669,7 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
 
 
 def drawn_by(recipe, network, prompts):
-    """A picture for each prompt of one pass of a network over noise, uint8 (B, 128, 128, 3)."""
+    """An image for each prompt of one pass of a network over noise, uint8 (B, 128, 128, 3)."""
     context = recipe.text(recipe.tokenizer(prompts)).hidden
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -731,8 +731,8 @@ def test_a_lesson_learns_from_nothing_and_can_be_sampled(config, base):
     assert lesson.step == 12 and lesson.samples == 96 and told[-1] < told[0]
     assert set(classroom.heard(lesson, unseen)) == {"right@999", "wrong@999", "right@700", "wrong@700"}
     assert lesson.parts.config.name == "classroom" and parts.unet.state_dict().keys() == before.keys()
-    picture, = StableDiffusion(lesson.parts).text2img("a star", steps=2)
-    assert picture.size == (128, 128)
+    image, = StableDiffusion(lesson.parts).text2img("a star", steps=2)
+    assert image.size == (128, 128)
     again = [one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)]
     assert again == pytest.approx([one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)])
     assert sum(1 for _ in classroom.learn(parts, material, minutes=1e-9)) == 1

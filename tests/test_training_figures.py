@@ -53,7 +53,7 @@ def rectangle(*bounds, side=32):
     return mask
 
 
-def picture(mask):
+def image(mask):
     """White where the mask is, on a grey background."""
     return np.where(mask[..., None] > 0, 255, 90).repeat(3, axis=2).astype(np.uint8)
 
@@ -64,12 +64,12 @@ def picture(mask):
     ((8, 16, 8, 16), (4, 20, 4, 20), 1 / 4), ((8, 12, 8, 12), (20, 24, 20, 24), 0),
 ], ids=["equal", "shifted", "drawn too large", "drawn too small", "apart"])
 def test_covered_iou_is_intersection_over_union(drawn, wanted, iou):
-    assert covered_iou(picture(rectangle(*drawn)), rectangle(*wanted)) == pytest.approx(iou)
+    assert covered_iou(image(rectangle(*drawn)), rectangle(*wanted)) == pytest.approx(iou)
 
 
 def test_covered_iou_of_nothing_is_zero():
     empty = np.zeros((32, 32), np.uint8)
-    assert covered_iou(picture(empty), empty) == covered_iou(picture(rectangle(8, 16, 8, 16)), empty) == 0
+    assert covered_iou(image(empty), empty) == covered_iou(image(rectangle(8, 16, 8, 16)), empty) == 0
 
 
 def test_edge_f1_is_of_precision_and_recall():
@@ -82,9 +82,9 @@ def test_edge_f1_is_of_precision_and_recall():
         return found
 
     one, two = rectangle(4, 16, 4, 16, side=48), rectangle(28, 40, 28, 40, side=48)
-    assert edge_f1(picture(one), edges(one)) == 1
-    assert edge_f1(picture(one), edges(one, two)) == edge_f1(picture(one | two), edges(one)) == pytest.approx(2 / 3)
-    assert edge_f1(picture(one), edges(two)) == 0
+    assert edge_f1(image(one), edges(one)) == 1
+    assert edge_f1(image(one), edges(one, two)) == edge_f1(image(one | two), edges(one)) == pytest.approx(2 / 3)
+    assert edge_f1(image(one), edges(two)) == 0
 
 
 # --- the choice among captions ------------------------------------------------------------------------
@@ -94,12 +94,12 @@ def test_edge_f1_is_of_precision_and_recall():
     ([-1.0, -1.0, -1.0, 0.6], 0.0),
 ], ids=["one better", "all worse", "all better", "the last one better"])
 def test_a_prompt_is_chosen_if_it_is_nearer_than_the_best_of_its_rivals(rivals, share):
-    """Towers whose image is the first axis, so that a text's first number is its similarity."""
+    """Encoders whose image is the first axis, so that a text's first number is its similarity."""
     def vectors(similarities):
         along = torch.tensor(similarities)
         return torch.stack([along, (1 - along**2).sqrt()], dim=1)
 
-    class Towers:
+    class CLIPWithClassifier:
         def encode_image(self, pixels):
             return vectors([1.0] * len(pixels))
 
@@ -111,19 +111,19 @@ def test_a_prompt_is_chosen_if_it_is_nearer_than_the_best_of_its_rivals(rivals, 
 
     tokenizer.end = 2
     images, prompts = [np.zeros((8, 8, 3), np.uint8)] * 3, ["a cat", "a car", "a star"]
-    assert chosen_rightly(Towers(), tokenizer, images, prompts, others=len(rivals)) == share
+    assert chosen_rightly(CLIPWithClassifier(), tokenizer, images, prompts, others=len(rivals)) == share
 
 
-def test_each_picture_is_compared_with_its_own_prompt():
-    """Two pictures whose prompts are exchanged are both chosen wrongly where rivals lie between."""
-    class Towers:
+def test_each_image_is_compared_with_its_own_prompt():
+    """Two images whose prompts are exchanged are both chosen wrongly where rivals lie between."""
+    class CLIPWithClassifier:
         def encode_image(self, pixels):
             return torch.eye(3)[:2]
 
         def encode_text(self, ids):
             return torch.eye(3)[[1, 0]] if len(ids) == 2 else torch.tensor([[0.5, 0.5, 0.7]] * len(ids))
 
-    class Right(Towers):
+    class Right(CLIPWithClassifier):
         def encode_text(self, ids):
             return super().encode_text(ids).flip(0) if len(ids) == 2 else super().encode_text(ids)
 
@@ -132,7 +132,8 @@ def test_each_picture_is_compared_with_its_own_prompt():
 
     tokenizer.end = 2
     given = tokenizer, [np.zeros((8, 8, 3), np.uint8)] * 2, ["a cat", "a car"]
-    assert chosen_rightly(Towers(), *given, others=4) == 0 and chosen_rightly(Right(), *given, others=4) == 1
+    assert chosen_rightly(CLIPWithClassifier(), *given, others=4) == 0
+    assert chosen_rightly(Right(), *given, others=4) == 1
 
 
 # --- the judge ----------------------------------------------------------------------------------------

@@ -69,16 +69,16 @@ def test_losses_of_reports_are_of_the_test_split(config, run, asked, stage):
 def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
     vae = stages.trained_vae(config, run)
     clip = stages.make_clip(config, run, batch_size=2)
-    towers, tokenizer = clip.model, clip.tokenizer
+    encoders, tokenizer = clip.model, clip.tokenizer
     for measure in (
         lambda: stages.make_vae(config, run, world=HARD).report(vae, tmp_path, 1),
         lambda: fixed_prompts(4, HARD),
-        lambda: retrieval(towers, tokenizer, count=3, world=HARD),
-        lambda: told_apart(towers, tokenizer, count=3, world=HARD),
-        lambda: read_rightly(towers, tokenizer, count=3, world=HARD),
+        lambda: retrieval(encoders, tokenizer, count=3, world=HARD),
+        lambda: told_apart(encoders, tokenizer, count=3, world=HARD),
+        lambda: read_rightly(encoders, tokenizer, count=3, world=HARD),
         lambda: card.autoencoder_psnr(vae, count=3, world=HARD),
         lambda: card.autoencoder_by_size(vae, count=1, world=HARD),
-        lambda: card.chosen_rightly(towers, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"], others=3,
+        lambda: card.chosen_rightly(encoders, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"], others=3,
                                     world=HARD),
     ):
         asked.clear()
@@ -92,7 +92,7 @@ def test_the_scaling_factor_and_the_tokenizer_are_of_the_training_split(config, 
     assert len(asked) >= 21 and set(asked) == {("train", FULL)}
 
 
-def test_a_card_tells_drawn_pictures_from_real_scenes(config, run, monkeypatch, tmp_path):
+def test_a_card_tells_drawn_images_from_real_scenes(config, run, monkeypatch, tmp_path):
     """The choice among captions is of what the U-Net draws, then of the prompts' own scenes through the autoencoder."""
     prompts, seen = fixed_prompts(3, CORE), []
     for name in ("retrieval", "autoencoder_psnr", "autoencoder_by_size", "reconstruction_under_noise"):

@@ -357,7 +357,7 @@ def test_the_text_and_the_timestep_are_heard():
     out = unet(x, 500, context)
     assert not torch.allclose(unet(x, 500, context.flip(2)), out, atol=1e-3)
     assert not torch.allclose(unet(x, 400, context), out, atol=1e-3)
-    # Text is a set to cross-attention: places are told apart by the text tower alone.
+    # Text is a set to cross-attention: places are told apart by the text encoder alone.
     same(unet(x, 500, context.flip(1)), out)
 
 

@@ -191,16 +191,16 @@ def test_a_table_writes_its_numbers():
 
 def test_the_widget_shows_what_is_set(model):
     widget = UNetBreaker(model, [scene(0, "test"), scene(1, "test")])
-    before = widget.picture.value
+    before = widget.image.value
     widget.controls["time"].value = 50
-    told = widget.picture.value
+    told = widget.image.value
     assert told != before
     widget.controls["skips"].value = tuple(range(widget.skip_count))
     widget.controls["attn2"].value = False
-    assert widget.picture.value != told
+    assert widget.image.value != told
     assert widget.settings() == {"scene": 0, "t": 500, "time": 50, "skips": (0, 1, 2, 3), "silent": ["attn2"]}
-    pictures, captions = widget.look(1, 100, time=50)
-    assert len(pictures) == len(captions) == 4 and captions[0] == scene(1, "test").caption
+    images, captions = widget.look(1, 100, time=50)
+    assert len(images) == len(captions) == 4 and captions[0] == scene(1, "test").caption
     still = widget.still()
     assert still.width <= WIDTH and sum("no skips" in one for one in words(still)) == 3
     with pytest.raises(ValueError, match="no scenes"):

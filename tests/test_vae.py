@@ -215,7 +215,7 @@ def test_decoding_in_parts_is_decoding(tiny, at_once):
 
 
 @torch.no_grad()
-def test_pictures_of_a_batch_do_not_mix(tiny):
+def test_images_of_a_batch_do_not_mix(tiny):
     pixels = torch.rand(3, 3, 8, 8) * 2 - 1
     changed = pixels.clone()
     changed[1] = 0

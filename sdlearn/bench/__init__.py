@@ -1,4 +1,4 @@
-"""How long a picture takes: side by side with diffusers, and rung by rung from the plain loop to the fast one.
+"""How long an image takes: side by side with diffusers, and rung by rung from the plain loop to the fast one.
 
     python -m sdlearn bench --preset mini --steps 20 --against diffusers
     python -m sdlearn ladder --preset sd15 --device cuda

@@ -10,7 +10,7 @@ FLAGS = {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "epilogue_fu
 
 
 def speed_up(pipe, gpu: bool):
-    """Change a pipeline of diffusers as the guide "Accelerate inference" says. Its pictures stay, up to rounding.
+    """Change a pipeline of diffusers as the guide "Accelerate inference" says. Its images stay, up to rounding.
 
     channels_last, U-Net and decoder compiled whole; on a GPU as "max-autotune" with the compiler's `FLAGS`, and with
     the projections of every attention fused, which keeps the unfused ones in memory, too. The guide sets the flags for

@@ -30,7 +30,7 @@ class Row:
     seconds: float
     times: float | None
     memory: float | None
-    differs: int                        # shades of 255, at most: from a race's first picture, a ladder's one before
+    differs: int                        # shades of 255, at most: from a race's first image, a ladder's one before
     exact: bool = True
     from_first: int | None = None       # shades, of a ladder; None in older files, which do not tell
 
@@ -89,7 +89,7 @@ def table(one: Kept) -> str:
         told = ["not compared" if row.times is None else f"{row.times:.2f} of the first's",
                 "" if row.memory is None else f"{row.memory:.0f} MiB", f"differs by {row.differs} of 255",
                 "" if row.from_first is None else f"from the first by {row.from_first}",
-                "" if row.exact else "another picture"]
+                "" if row.exact else "another image"]
         lines.append(f"  {row.name:24}{row.seconds:9.3f} s, {', '.join(filter(None, told))}")
     return "\n".join(lines)
 

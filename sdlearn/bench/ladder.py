@@ -1,11 +1,11 @@
-"""From the plain loop to the fast one, rung by rung: each is measured against the one before, and paints its picture.
+"""From the plain loop to the fast one, rung by rung: each is measured against the one before, and paints its image.
 
     python -m sdlearn ladder --preset sd15 --device cuda --out ladder.json
 
 A rung changes one thing. Times are of two neighbours, turn by turn in one process, so that a busy machine slows both.
-An exact rung may move the picture by rounding only, from the one before and from the first, so that small steps do not
-add up to another picture; a rung that is not exact, fewer steps or an interval of guidance,
-paints another picture of the same prompt, and says so.
+An exact rung may move the image by rounding only, from the one before and from the first, so that small steps do not
+add up to another image; a rung that is not exact, fewer steps or an interval of guidance,
+paints another image of the same prompt, and says so.
 """
 
 import gc
@@ -37,7 +37,7 @@ ALL_MAPS = 2**62            # no attention map is too large for the first rungs
 
 @dataclass(frozen=True)
 class Rung:
-    """How pictures are made. name: what this rung changes; exact: whether the picture stays, up to rounding.
+    """How images are made. name: what this rung changes; exact: whether the image stays, up to rounding.
 
     dtype: of the weights and of the network's arithmetic. fused: attention by PyTorch's kernel, which holds no map.
     one_batch: both halves of guidance in one pass. reuse: keys, values and time embeddings of a run made once.
@@ -118,13 +118,13 @@ class Ready:
     model: StableDiffusion | None
     paint: Callable[[Tensor], Tensor] | None
     latents: Tensor | None
-    pictures: np.ndarray
+    images: np.ndarray
     memory: int | None                  # None on a CPU, where nothing tells
 
 
 def climb(race: Race, rungs: list[Rung], watch: Callable = lambda items, **_: items,
           folder: Path | None = None) -> dict:
-    """Every rung's seconds for the latents of a batch, its ratio to the rung before, how far its pictures are off from
+    """Every rung's seconds for the latents of a batch, its ratio to the rung before, how far its images are off from
     that rung's and from the first's.
 
     race: preset, device, batch, guidance, size and rounds; type, sampler and steps are the rungs' own. folder: of a
@@ -139,7 +139,7 @@ def climb(race: Race, rungs: list[Rung], watch: Callable = lambda items, **_: it
         for rung in watch(rungs, total=len(rungs), desc="rungs"):
             model = before.model if before and alike(before.rung, rung) else loaded(race, rung, folder)
             ready = prepared(race, rung, model, noise)
-            first = first or replace(ready, model=None, paint=None, latents=None)      # its pictures, not its memory
+            first = first or replace(ready, model=None, paint=None, latents=None)      # its images, not its memory
             both = [ready] if before is None else [before, ready]
             seconds = turns(race, [one.paint for one in both], noise)
             told.append(costs(race, ready, seconds[-1]) | compared(both, seconds) | from_first(first, ready))
@@ -179,7 +179,7 @@ def prepared(race: Race, rung: Rung, model: StableDiffusion, noise: Tensor) -> R
 
 
 def decoder(model: StableDiffusion) -> Callable[[Tensor], Tensor]:
-    """A function from latents (B, C, h, w) to pixels (B, 3, H, W), one picture at a time."""
+    """A function from latents (B, C, h, w) to pixels (B, 3, H, W), one image at a time."""
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         return model.vae.to_pixels(latents.to(model.dtype), at_once=1)
@@ -208,25 +208,25 @@ def costs(race: Race, ready: Ready, seconds: list[float]) -> dict:
 
 
 def passes(rung: Rung, model: StableDiffusion, guidance: float) -> int:
-    """Passes of the U-Net for one picture."""
+    """Passes of the U-Net for one image."""
     return guided_passes((t for t, _ in grid_for(rung.sampler, model.schedule, rung.steps)), guidance, rung.interval)
 
 
 def compared(both: list[Ready], seconds: list[list[float]]) -> dict:
-    """The last rung against the one before: the median of the ratios of turns, and how far the pictures are off."""
+    """The last rung against the one before: the median of the ratios of turns, and how far the images are off."""
     ratio = median(a / b for a, b in zip(seconds[-1], seconds[0], strict=True))
     off, same = apart(both[0], both[-1])
-    return {"of the rung before": ratio, **off, "the same picture": same}
+    return {"of the rung before": ratio, **off, "the same image": same}
 
 
 def from_first(first: Ready, ready: Ready) -> dict:
-    """How far a rung's pictures are off from the first one's."""
+    """How far a rung's images are off from the first one's."""
     off, same = apart(first, ready)
-    return {f"{name} from the first": value for name, value in off.items()} | {"the first's picture": same}
+    return {f"{name} from the first": value for name, value in off.items()} | {"the first's image": same}
 
 
 def apart(one: Ready, other: Ready) -> tuple[dict[str, float], bool]:
     """`race.distance` of what two rungs painted, and whether it is rounding, in the coarser of their types."""
-    off = distance(one.pictures, other.pictures)
+    off = distance(one.images, other.images)
     largest, mean = max(ROUNDING[one.rung.dtype], ROUNDING[other.rung.dtype])
     return off, off["largest difference"] <= largest and off["mean difference"] <= mean

@@ -1,7 +1,7 @@
 """Side by side with diffusers: the same weights, the same noise, one process, turn by turn.
 
 Machines are noisy and differ, so what counts is the ratio of two times of one turn, and its median over turns. Two
-programs that make different pictures cannot be compared: then there are times and no ratio.
+programs that make different images cannot be compared: then there are times and no ratio.
 """
 
 import gc
@@ -35,14 +35,14 @@ from .roofline import least_seconds_of_run
 PROMPT = "a red apple to the left of a cat on a yellow background"
 SAMPLERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
 CONTENDERS = ("sdlearn", "sdlearn compiled", "diffusers", "diffusers compiled")
-# Of 255, at most and on average. Rounding in float32 moves a picture by less than a shade. In half precision it adds
+# Of 255, at most and on average. Rounding in float32 moves an image by less than a shade. In half precision it adds
 # up over the steps: `mini`, 20 steps, here and in diffusers: 41 and 0.9 in bfloat16, 3 and 0.1 in float16, where
-# another seed's picture is 255 and 43 away.
+# another seed's image is 255 and 43 away.
 ROUNDING = {"float32": (2, 0.1), "bfloat16": (128, 3.0), "float16": (16, 0.5)}
 
 
 class ImagesDiffer(FloatingPointError):
-    """Two contenders made different pictures, so that no ratio of their times means anything."""
+    """Two contenders made different images, so that no ratio of their times means anything."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def weights(race: Race, folder: Path) -> Path:
 
 
 def contender(name: str, race: Race, folder: Path) -> Callable[[torch.Tensor], np.ndarray]:
-    """A function from noise (B, C, h, w) to pictures, uint8 (B, H, W, 3), ready but for its first call."""
+    """A function from noise (B, C, h, w) to images, uint8 (B, H, W, 3), ready but for its first call."""
     make = ours if name.startswith("sdlearn") else theirs
     return make(race, folder, compiled=name.endswith("compiled"))
 
@@ -107,11 +107,11 @@ def ours(race: Race, folder: Path, compiled: bool):
         model.compile()
     _, grid = spacing(race)
 
-    def pictures(noise):
+    def make_images(noise):
         images = model.text2img(PROMPT, latent=noise, steps=race.steps, sampler=race.sampler, guidance=race.guidance,
                                 batch=race.batch, size=race.side, spacing=grid)
         return np.stack([np.asarray(image) for image in images])
-    return pictures
+    return make_images
 
 
 def theirs(race: Race, folder: Path, compiled: bool):
@@ -127,12 +127,12 @@ def theirs(race: Race, folder: Path, compiled: bool):
     if compiled:
         speed_up(pipe, gpu=race.device.startswith("cuda"))
 
-    def pictures(noise):
+    def make_images(noise):
         out = pipe([PROMPT] * race.batch, latents=noise.to(race.device, getattr(torch, race.dtype)),
                    num_inference_steps=race.steps, guidance_scale=race.guidance, width=race.side, height=race.side,
                    output_type="np").images
         return (out * 255).round().astype(np.uint8)
-    return pictures
+    return make_images
 
 
 def spacing(race: Race) -> tuple[str, str]:
@@ -143,9 +143,9 @@ def spacing(race: Race) -> tuple[str, str]:
 
 
 def run(race: Race, names: tuple[str, ...], watch: Callable = lambda items, **_: items) -> dict:
-    """Every contender's seconds, pictures a second, steps a second, memory and distance from the first's picture.
+    """Every contender's seconds, images a second, steps a second, memory and distance from the first's image.
 
-    `ratios` are of the first's time to each other's, turn by turn, the median; they are left out where a picture
+    `ratios` are of the first's time to each other's, turn by turn, the median; they are left out where an image
     differs beyond rounding. watch(items, total=, desc=) may show progress, as tqdm does.
     """
     if race.threads:
@@ -175,11 +175,11 @@ def rotated(names: Sequence, turn: int) -> Iterator:
     return iter((*names[start:], *names[:start]))
 
 
-def timed(race: Race, pictures: Callable, noise: torch.Tensor) -> float:
+def timed(race: Race, make_images: Callable, noise: torch.Tensor) -> float:
     wait = torch.cuda.synchronize if race.device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
-    pictures(noise)
+    make_images(noise)
     wait()
     return time.perf_counter() - start
 
@@ -192,7 +192,7 @@ def before_memory(race: Race):
 
 
 def in_a_process(name: str, race: Race, folder: Path) -> float:
-    """Peak resident memory, MiB, of a process that does nothing but make the pictures once."""
+    """Peak resident memory, MiB, of a process that does nothing but make the images once."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (name, race, folder))
@@ -224,7 +224,7 @@ def report(race: Race, names, seconds: dict, made: dict, memory: dict) -> dict:
     for name in names:
         middle = median(seconds[name])
         results[name] = {"seconds": middle, "guided steps a second": race.steps / middle,
-                         "pictures a second": race.batch / middle, "peak memory, MiB": round(memory[name]),
+                         "images a second": race.batch / middle, "peak memory, MiB": round(memory[name]),
                          "TFLOP/s of the U-Net": flops / middle / 1e12,
                          **({"share of the roofline": least / middle} if least else {}),
                          **distance(made[first], made[name]),
@@ -237,6 +237,6 @@ def report(race: Race, names, seconds: dict, made: dict, memory: dict) -> dict:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Of two lots of pictures, in shades of 255."""
+    """Of two lots of images, in shades of 255."""
     off = np.abs(a.astype(int) - b.astype(int))
     return {"largest difference": int(off.max()), "mean difference": float(off.mean())}

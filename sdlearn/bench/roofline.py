@@ -46,7 +46,7 @@ class Work:
 def work(config: UNetConfig, side: int, batch: int = 2, bytes_each: int = 2) -> list[tuple[str, Work]]:
     """(kind, work) of every layer in one pass of a U-Net for `batch` latents of side x side cells.
 
-    batch: 2 for one guided picture. bytes_each: of a number, 2 in half precision. Sums, activations and the layout of
+    batch: 2 for one guided image. bytes_each: of a number, 2 in half precision. Sums, activations and the layout of
     tokens are left out: a compiler joins them with what stands before them.
     """
     unet, found = empty_unet(config), []
@@ -111,8 +111,8 @@ def least_seconds(found: list[tuple[str, Work]], peak: Peak) -> float:
 
 def least_seconds_of_run(config: ModelConfig, size: int, peak: Peak, *, steps: int, batch: int = 1, guided: bool = True,
                          bytes_each: int = 2) -> float:
-    """The roofline of pictures of size x size pixels: a whole pass of the U-Net at every step, for both halves of
-    guidance if it is `guided`, and the decoder, for all of a batch at once. The text tower is left out.
+    """The roofline of images of size x size pixels: a whole pass of the U-Net at every step, for both halves of
+    guidance if it is `guided`, and the decoder, for all of a batch at once. The text encoder is left out.
 
     The chip's peak is that of bfloat16: float32 gets nowhere near, and its share is small for that reason, too.
     """
@@ -122,14 +122,14 @@ def least_seconds_of_run(config: ModelConfig, size: int, peak: Peak, *, steps: i
 
 
 def memory_ledger(config: ModelConfig, size: int, batch: int = 1, bytes_each: int = 2) -> dict[str, int]:
-    """Bytes by what they are for, while guided pictures of size x size pixels are made; they are not all there at once.
+    """Bytes by what they are for, while guided images of size x size pixels are made; they are not all there at once.
 
     Weights stay. "skips" are what the U-Net's way down keeps for its way up; "largest attention map" is there only
-    where attention does not run fused; "decoder" is what the VAE's widest layer reads and writes, for one picture.
+    where attention does not run fused; "decoder" is what the VAE's widest layer reads and writes, for one image.
     """
     side, both = size // config.vae.factor, 2 * batch
     with torch.device("meta"):
-        parts = {"text tower": TextEncoder(config.text), "U-Net": empty_unet(config.unet), "VAE": VAE(config.vae)}
+        parts = {"text encoder": TextEncoder(config.text), "U-Net": empty_unet(config.unet), "VAE": VAE(config.vae)}
         unet, width = parts["U-Net"], config.unet.context_dim
         x, text = torch.empty(both, config.unet.in_channels, side, side), torch.empty(both, TOKENS, width)
         with torch.no_grad():

@@ -40,7 +40,7 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "sq
 # --- U-Net: diffusers' UNet2DConditionModel ---------------------------------------------------------
 
 def unet_to_dict(config: UNetConfig, latent_size: int) -> dict:
-    """`latent_size` is the side of the latents the model was trained at, a default for pictures' size."""
+    """`latent_size` is the side of the latents the model was trained at, a default for images' size."""
     encoder = _encoder_to_dict(config)
     return {
         "_class_name": "UNet2DConditionModel",
@@ -158,7 +158,7 @@ def vae_from_dict(values: dict) -> VAEConfig:
     )
 
 
-# --- towers: transformers' CLIPTextModel and CLIPVisionModelWithProjection ---------------------------
+# --- encoders: transformers' CLIPTextModel and CLIPVisionModelWithProjection ---------------------------
 
 def text_to_dict(config: TextConfig, start: int | None = None, end: int | None = None) -> dict:
     """`start` and `end` are the tokenizer's ids, by default the last two of the vocabulary."""

@@ -22,7 +22,7 @@ HF_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.mod
 CONTROL = "control_model."
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-# Left beside the weights by the code that trained them, and the last layer of OpenCLIP's text tower with
+# Left beside the weights by the code that trained them, and the last layer of OpenCLIP's text encoder with
 # what follows it, which Stable Diffusion 2.x does not run.
 IGNORED = re.compile(
     r"model_ema\.|(first_stage_model\.)?loss\.|(betas|alphas_cumprod(_prev)?|scale_factor|logvar)$"
@@ -49,7 +49,7 @@ def read_config(file: Path, shapes: dict[str, Shape], prediction: str | None = N
     check_parts(file, shapes)
     unet, text = unet_config(file, part(shapes, UNET)), text_config(shapes)
     if text.dim != unet.context_dim:
-        raise CheckpointError(f"{file} has a U-Net that reads text {unet.context_dim} wide, but its text tower is "
+        raise CheckpointError(f"{file} has a U-Net that reads text {unet.context_dim} wide, but its text encoder is "
                               f"{text.dim} wide; its parts are of different models, use another file.")
     if unet.in_channels not in (4, 9):
         raise CheckpointError(f"{file} has a U-Net of {unet.in_channels} input channels; only models with 4, from "
@@ -66,14 +66,14 @@ def read_config(file: Path, shapes: dict[str, Shape], prediction: str | None = N
 
 def check_parts(file: Path, shapes: dict[str, Shape]):
     missing = [name for name, prefixes in (("U-Net", [UNET]), ("autoencoder", [VAE]),
-                                           ("text tower", [HF_TEXT, OPEN_CLIP_TEXT]))
+                                           ("text encoder", [HF_TEXT, OPEN_CLIP_TEXT]))
                if not any(name.startswith(prefix) for name in shapes for prefix in prefixes)]
     if not missing:
         return
     for pattern, told in OTHERS.items():
         if any(re.match(pattern, name) for name in shapes):
             raise CheckpointError(f"{file} holds {told}, not a whole Stable Diffusion 1.x or 2.x in the layout of "
-                                  "single files; give a file with U-Net, autoencoder and text tower.")
+                                  "single files; give a file with U-Net, autoencoder and text encoder.")
     raise CheckpointError(f"{file} has no {' and no '.join(missing)}; give a single file with all parts of a Stable "
                           "Diffusion 1.x or 2.x.")
 
@@ -126,7 +126,7 @@ def vae_config(shapes: dict[str, Shape]) -> VAEConfig:
 
 
 def text_config(shapes: dict[str, Shape]) -> TextConfig:
-    """Of a whole file's tensors, in either layout of the text tower; its activation follows its width."""
+    """Of a whole file's tensors, in either layout of the text encoder; its activation follows its width."""
     names = part({name: shape for name, shape in shapes.items() if not IGNORED.match(name)}, "cond_stage_model.")
     dim = vote(names, r".*\.(layer_norm\d|final_layer_norm|ln_\d|ln_final)\.\w+", 0, 768)
     published = PRESETS["sd2_base" if dim == 1024 else "sd15"].text

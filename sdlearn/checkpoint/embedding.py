@@ -1,6 +1,6 @@
 """Textual-inversion files: a word and its vectors, as diffusers and as AUTOMATIC1111's web UI keep them.
 
-n  vectors of the word      D  width of the text tower
+n  vectors of the word      D  width of the text encoder
 
     diffusers       {"<toy>": (D,) or (n, D)}                                   .safetensors, .bin
     the web UI      {"string_to_param": {"*": (n, D)}, "name": "toy", ...}      .pt

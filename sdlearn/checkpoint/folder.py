@@ -6,7 +6,7 @@
     text_encoder/           config.json, model.safetensors
     tokenizer/              vocab.json, merges.txt and what transformers wants beside them
     scheduler/              scheduler_config.json: the noise schedule and what the U-Net predicts
-    vision/                 ours: CLIP's vision tower, both projections and the logit scale
+    vision/                 ours: CLIP's image encoder, both projections and the logit scale
     sampling.json           ours: {"num_inference_steps": n, "guidance_scale": w}, the default sampling settings
     world.json              ours: {"objects": [...], "words": [...]}, what the model was taught
 
@@ -41,7 +41,7 @@ DIFFUSERS_VERSION = "0.36.0"        # the oldest whose classes take all the keys
 
 @dataclass
 class Parts:
-    """The parts of a model, in memory. `clip` shares its text tower with `text`."""
+    """The parts of a model, in memory. `clip` shares its text encoder with `text`."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -132,7 +132,7 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     vision_file = folder / "vision" / "config.json"
     vision = _read(vision_file, configs.vision_from_dict) if vision_file.exists() else None
     if unet.context_dim != text.dim:
-        raise CheckpointError(f"{unet_file} asks for text {unet.context_dim} wide, but the text tower "
+        raise CheckpointError(f"{unet_file} asks for text {unet.context_dim} wide, but the text encoder "
                               f"beside it is {text.dim} wide; the parts must come from one model.")
     check_vocabulary(text_file, text, tokenizer)
     side = _read(unet_file, lambda values: int(values["sample_size"])) * vae.factor
@@ -186,7 +186,7 @@ def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name
 
 
 def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **place) -> CLIP:
-    """CLIP around a text tower that is there already."""
+    """CLIP around a text encoder that is there already."""
     with torch.device("meta"):
         clip = CLIP(config.text, config.vision)
     rest = read_tensors(file, beside_text(shapes(clip)), **place)
@@ -196,7 +196,7 @@ def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **place) -> CL
 
 
 def beside_text(tensors: dict) -> dict:
-    """What CLIP has beside its text tower."""
+    """What CLIP has beside its text encoder."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("text_model.")}
 
 

@@ -134,7 +134,7 @@ def vae_places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def open_clip_places(names: Iterable[str]) -> dict[str, Place]:
-    """Of SD 2.x' text tower, where queries, keys and values are stacked in one tensor."""
+    """Of SD 2.x' text encoder, where queries, keys and values are stacked in one tensor."""
     def place(name: str) -> Place:
         match name.split("."):
             case ["embeddings", "position_embedding", "weight"]:
@@ -147,7 +147,7 @@ def open_clip_places(names: Iterable[str]) -> dict[str, Place]:
                 return Place(f"transformer.resblocks.{i}.attn.in_proj_{kind}", third=STACKED.index(proj))
             case ["encoder", "layers", i, *layer, kind]:
                 return Place(f"transformer.resblocks.{i}.{OPEN_CLIP['.'.join(layer)]}.{kind}")
-        raise ValueError(f"there is no rule for a tensor '{name}' of a text tower")
+        raise ValueError(f"there is no rule for a tensor '{name}' of a text encoder")
 
     return {name: place(name) for name in names}
 
@@ -162,7 +162,7 @@ def vae_name(name: str) -> str:
 
 
 def text_name(name: str) -> str | None:
-    """transformers wrote text towers with and without a prefix, and old ones with their positions 0...76."""
+    """transformers wrote text encoders with and without a prefix, and old ones with their positions 0...76."""
     return None if name.endswith("embeddings.position_ids") else name.removeprefix("text_model.")
 
 

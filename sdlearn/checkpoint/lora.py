@@ -6,7 +6,7 @@
                 older: <attention>.processor.to_q_lora.down.weight ..., with or without unet. before it
     PEFT        unet.<layer>.lora_A.weight (down), .lora_B.weight (up); text_encoder.<layer>.lora_A.weight ...
 
-Layers of the text tower carry "text_model." before their name, which newer files may leave out. A layer
+Layers of the text encoder carry "text_model." before their name, which newer files may leave out. A layer
 without an alpha has a scale of 1. Every key of a file must be understood, and belong to a layer of the model
 that it is read for.
 """
@@ -38,7 +38,7 @@ METADATA = "lora_adapter_metadata"      # in a header: PEFT's settings, as JSON
 
 
 def load_lora(file: str | Path, unet: nn.Module, text: nn.Module) -> LoRA:
-    """A LoRA file of any spelling, in float32, for a U-Net and a text tower.
+    """A LoRA file of any spelling, in float32, for a U-Net and a text encoder.
 
     .safetensors, or a pickle (.bin, .pt), of which nothing is run. Raises CheckpointError, in a sentence
     that names the file, for one that is missing or damaged, keys that are no LoRA's, a LoRA for layers that

@@ -148,9 +148,9 @@ def load_concept(model: str | Path = "mini") -> Concept:
 
 
 def _base_of(model: Path) -> dict[str, str]:
-    """What a concept is good with: fingerprints of U-Net and text tower."""
+    """What a concept is good with: fingerprints of U-Net and text encoder."""
     text = weights_file(model / "text_encoder" / TRANSFORMERS_FILE)
-    return {"U-Net": fingerprint(base_file(model)), "text tower": fingerprint(text)}
+    return {"U-Net": fingerprint(base_file(model)), "text encoder": fingerprint(text)}
 
 
 def remove_strangers(model: Path) -> list[str]:

@@ -2,10 +2,10 @@
 
     model.diffusion_model.          the U-Net
     first_stage_model.              the autoencoder
-    cond_stage_model.transformer.   SD 1.x' text tower, under the names of transformers
-    cond_stage_model.model.         SD 2.x' text tower, under those of OpenCLIP
+    cond_stage_model.transformer.   SD 1.x' text encoder, under the names of transformers
+    cond_stage_model.model.         SD 2.x' text encoder, under those of OpenCLIP
     control_model.                  a ControlNet, which also comes alone, with or without this prefix
-    sdlearn.vision.                 ours: CLIP's vision tower, both projections and the logit scale
+    sdlearn.vision.                 ours: CLIP's image encoder, both projections and the logit scale
 
 Published files are .safetensors or .ckpt; what is written is .safetensors, with the configs and the
 tokenizer in its header. A file without that header is an SD 1.x or 2.x, whose config is read off the tensors.
@@ -76,7 +76,7 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
 def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a .safetensors file that `load_single` and programs for SD 1.x and 2.x open.
 
-    The text tower is written as SD 1.x has it where it is one of SD 1.x (quick GELU, padded with the end
+    The text encoder is written as SD 1.x has it where it is one of SD 1.x (quick GELU, padded with the end
     token), else as SD 2.x has it, without the last layer of OpenCLIP's that Stable Diffusion does not run.
     Floating-point tensors are written in `dtype`. Raises CheckpointError when it cannot be written.
     """
@@ -127,7 +127,7 @@ def empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 def places_of(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str], Place]:
-    """The place of each tensor by (part, our name), when the text tower lies under the prefix `text`."""
+    """The place of each tensor by (part, our name), when the text encoder lies under the prefix `text`."""
     tables = {
         "unet": (detect.UNET, unet_places), "vae": (detect.VAE, vae_places),
         "text": (text, open_clip_places if text == detect.OPEN_CLIP_TEXT else same_places),

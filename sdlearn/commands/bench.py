@@ -1,4 +1,4 @@
-"""`python -m sdlearn bench`: how long a picture takes, side by side with diffusers."""
+"""`python -m sdlearn bench`: how long an image takes, side by side with diffusers."""
 
 import argparse
 from pathlib import Path
@@ -29,7 +29,7 @@ def add_race_arguments(parser: argparse.ArgumentParser, default):
     parser.add_argument("--preset", choices=sorted(PRESETS), default=default.preset,
                         help="shipped weights where there are some, else random ones (%(default)s)")
     parser.add_argument("--device", default=default.device, help="cpu or cuda (%(default)s)")
-    parser.add_argument("--batch", type=positive(int), default=default.batch, help="pictures at once (%(default)s)")
+    parser.add_argument("--batch", type=positive(int), default=default.batch, help="images at once (%(default)s)")
     parser.add_argument("--guidance", type=float, default=default.guidance, help="(%(default)s)")
     parser.add_argument("--size", type=positive(int), help="pixels of a side (the preset's own)")
     parser.add_argument("--rounds", type=positive(int), default=default.rounds, help="turns that count (%(default)s)")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace):
     keep(args, result)
     print(table(result))
     if not result["alike"]:
-        raise ImagesDiffer("the pictures differ by more than rounding, so there is no ratio")
+        raise ImagesDiffer("the images differ by more than rounding, so there is no ratio")
 
 
 def table(result: dict) -> str:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     plan = Plan()
     parser.add_argument("--model", default="mini", help=f"{', '.join(shipped())} or a model folder (%(default)s)")
     parser.add_argument("--prompts", type=int, default=plan.prompts, help="of each of the eight tasks (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=plan.seeds, help="pictures of each prompt (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=plan.seeds, help="images of each prompt (%(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="SCALE",
                         help="one or more, each a column of the table (the model's default: 3 for mini)")
     parser.add_argument("--steps", type=int, help="of the sampler (the model's default: 20 for mini)")

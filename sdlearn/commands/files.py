@@ -16,7 +16,7 @@ def check_writable(files: list[Path]) -> list[Path]:
     """The files, when a PNG can be written at each of them: asked before the work, not after."""
     for file in files:
         if file.suffix.lower() != ".png":
-            raise SettingsError(f"{file} does not end in .png; pictures are written as PNG files")
+            raise SettingsError(f"{file} does not end in .png; images are written as PNG files")
         _check(file)
     return files
 
@@ -41,7 +41,7 @@ def _check(file: Path):
 
 
 def save_png(file: Path, image, settings: dict):
-    """Write a picture with its settings, as JSON, in PNG text named "sdlearn"."""
+    """Write an image with its settings, as JSON, in PNG text named "sdlearn"."""
     info = PngInfo()
     info.add_text("Software", "sdlearn")
     info.add_text("sdlearn", json.dumps(settings))
@@ -49,8 +49,8 @@ def save_png(file: Path, image, settings: dict):
         image.save(beside, format="PNG", pnginfo=info)
 
 
-def check_pictures(folder: Path) -> Path:
-    """A folder for pictures, which is made where there is none. Raises SettingsError where it cannot be."""
+def check_images(folder: Path) -> Path:
+    """A folder for images, which is made where there is none. Raises SettingsError where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

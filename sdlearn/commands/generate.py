@@ -1,11 +1,11 @@
-"""`python -m sdlearn generate`: pictures of a prompt, from noise or from a picture, and what they are to follow.
+"""`python -m sdlearn generate`: images of a prompt, from noise or from an image, and what they are to follow.
 
 Of many prompts in a file, too, which processes share out among them:
 
-    accelerate launch --multi_gpu --num_processes 2 -m sdlearn generate --prompts prompts.txt --out pictures
+    accelerate launch --multi_gpu --num_processes 2 -m sdlearn generate --prompts prompts.txt --out images
 
 Without the two options accelerate starts a process for each GPU where there are several, and otherwise one, unless
-`accelerate config` was told something else. What a picture was made with stands in its PNG, the model by its source as
+`accelerate config` was told something else. What an image was made with stands in its PNG, the model by its source as
 it was given and by a fingerprint of its U-Net's weights; with --prompts what tells anything else is made anew.
 """
 
@@ -27,7 +27,7 @@ from ..prompt import LONG
 from ..samplers import SAMPLERS
 from ..schedule import SPACINGS
 from .export import DTYPES
-from .files import check_pictures, check_writable, save_png, settings_of
+from .files import check_images, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
 
 SETTINGS = ("steps", "sampler", "spacing", "guidance", "rescale", "size", "batch", "seed", "long_prompts")
@@ -37,7 +37,7 @@ OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "predicti
 
 def add_arguments(parser: argparse.ArgumentParser):
     default = Settings()
-    parser.add_argument("prompt", nargs="?", help="what to draw, \"(red:1.3)\" heard more; \"\" for a picture without "
+    parser.add_argument("prompt", nargs="?", help="what to draw, \"(red:1.3)\" heard more; \"\" for an image without "
                                                   "a prompt")
     parser.add_argument("--prompts", type=Path, metavar="FILE",
                         help="a prompt in each line instead; goes on where it was cut off. Processes that torchrun or "
@@ -49,17 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--guidance", type=float, help="1 is none (the model's default: 3 for mini)")
     parser.add_argument("--rescale", type=float, default=default.rescale, help="of guidance, 0 to 1 (%(default)s)")
     parser.add_argument("--size", type=size, help="pixels: a side, or WIDTHxHEIGHT (the image's or the model's own)")
-    parser.add_argument("--batch", type=int, default=default.batch, help="pictures (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the first picture (%(default)s)")
+    parser.add_argument("--batch", type=int, default=default.batch, help="images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the first image (%(default)s)")
     parser.add_argument("--long-prompts", default=default.long_prompts,
                         help=f"past 77 tokens: {' or '.join(LONG)} (%(default)s)")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image to start from")
     parser.add_argument("--strength", type=float, help="how much of the image's noise is new, above 0 to 1 (0.8; "
                                                        "with a mask 1)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="the image is made anew where it is white")
     parser.add_argument("--resample", type=int, default=1, metavar="N", help="with a mask: each step N times (1)")
     parser.add_argument("--control", nargs="+", action="append", default=[], metavar=("NET", "HINT"),
-                        help="a ControlNet's folder, file or hub name, a picture, and a strength if it is not 1; may "
+                        help="a ControlNet's folder, file or hub name, an image, and a strength if it is not 1; may "
                              "be given again")
     parser.add_argument("--lora", nargs="+", action="append", default=[], metavar=("FILE", "STRENGTH"),
                         help="a LoRA file, and a strength if it is not 1; may be given again")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace):
         raise SettingsError("give a prompt, or a file of them with --prompts, and not both")
     settings = {name: getattr(args, name) for name in SETTINGS}
     asked = read_prompts(args.prompts) if args.prompts else [args.prompt]
-    files = [picture_files(out, args.batch) for out in outputs(args, asked)]
+    files = [image_files(out, args.batch) for out in outputs(args, asked)]
     for some in files:
         check_writable(some)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,9 +111,9 @@ def run(args: argparse.Namespace):
 
 
 def make(model: StableDiffusion, args: argparse.Namespace, prompt: str, given: dict) -> list[Image.Image]:
-    """Pictures of one prompt, with a bar, and with a note of what will not be heard."""
+    """Images of one prompt, with a bar, and with a note of what will not be heard."""
     if not prompt.strip():
-        print("note: the prompt is empty, so the picture is unconditional", file=sys.stderr)
+        print("note: the prompt is empty, so the image is unconditional", file=sys.stderr)
     for _, message in model.doubts(prompt, args.negative, long_prompts=args.long_prompts):
         print(f"note: {message}", file=sys.stderr)
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def outputs(args: argparse.Namespace, asked: list[str]) -> list[Path]:
     """A file for each prompt; in a folder they are numbered, so that equal prompts have files of their own."""
     if not args.prompts:
         return [args.out or default_name(args.prompt, args.seed)]
-    folder = check_pictures(args.out or Path(args.prompts.stem))
+    folder = check_images(args.out or Path(args.prompts.stem))
     return [folder / f"{i:04d}-{default_name(prompt, args.seed)}" for i, prompt in enumerate(asked)]
 
 
@@ -162,7 +162,7 @@ def add_learned(model: StableDiffusion, args: argparse.Namespace):
 
 
 def task(model: StableDiffusion, args: argparse.Namespace) -> dict:
-    """What the run starts from and follows: pictures opened, ControlNets loaded."""
+    """What the run starts from and follows: images opened, ControlNets loaded."""
     given = {}
     if args.image:
         given |= {"image": opened(args.image), "strength": 0.8 if args.mask is None else 1.0}
@@ -185,18 +185,18 @@ def with_number(given: list[str], count: int, option: str) -> tuple[list[str], f
             raise ValueError
         return names, float(number[0]) if number else 1.0
     except ValueError:
-        what = "a file" if count == 1 else "a folder, a picture"
+        what = "a file" if count == 1 else "a folder, an image"
         raise SettingsError(f"{option} takes {what} and a number if it is not 1, not '{' '.join(given)}'") from None
 
 
 def opened(file: Path) -> Image.Image:
-    """A picture from disk. Raises SettingsError for a file that is none."""
+    """An image from disk. Raises SettingsError for a file that is none."""
     try:
         image = Image.open(file)
         image.load()
         return image
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise SettingsError(f"{file} is not a picture that can be read: "
+        raise SettingsError(f"{file} is not an image that can be read: "
                             f"{getattr(error, 'strerror', None) or error}") from error
 
 
@@ -207,9 +207,9 @@ def told_of(value):
 
 def default_name(prompt: str, seed: int) -> Path:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return Path(f"{words or 'picture'}-{seed}.png")
+    return Path(f"{words or 'image'}-{seed}.png")
 
 
-def picture_files(out: Path, batch: int) -> list[Path]:
-    """`out` for one picture, name-0.png, name-1.png ... for more."""
+def image_files(out: Path, batch: int) -> list[Path]:
+    """`out` for one image, name-0.png, name-1.png ... for more."""
     return [out] if batch == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(batch)]

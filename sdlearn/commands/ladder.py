@@ -27,8 +27,8 @@ def run(args: argparse.Namespace):
     keep(args, result)
     print(table(result))
     if off := [told["rung"] for told in result["ladder"]
-               if told["exact"] and not (told["the same picture"] and told["the first's picture"])]:
-        raise ImagesDiffer("these rungs should paint the picture of the one before and of the first, but do not: "
+               if told["exact"] and not (told["the same image"] and told["the first's image"])]:
+        raise ImagesDiffer("these rungs should paint the image of the one before and of the first, but do not: "
                              f"{', '.join(off)}")
 
 
@@ -41,5 +41,5 @@ def table(result: dict) -> str:
                      f"{told['of the rung before']:8.2f}{told['of the first']:7.2f}"
                      f"{told.get('peak memory, MiB', '-'):>8}{told['largest difference']:7} /255"
                      f"{told['largest difference from the first']:11} /255"
-                     f"{'' if told['exact'] else '  another picture'}")
+                     f"{'' if told['exact'] else '  another image'}")
     return "\n".join([*lines, f"decoding takes {result['seconds to decode']:.3f} seconds more"])

@@ -1,4 +1,4 @@
-"""OpenMoji scenes: pictures, captions and exact layouts from a seed, with no download."""
+"""OpenMoji scenes: images, captions and exact layouts from a seed, with no download."""
 
 from .captions import vocabulary, with_article
 from .scenes import SIDE, Placed, Scene, scene, scene_of, scenes

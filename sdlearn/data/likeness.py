@@ -1,9 +1,9 @@
-"""How much a thing in a picture looks like a kind of object: by its pixels, with no network.
+"""How much a thing in an image looks like a kind of object: by its pixels, with no network.
 
-B  pictures     R  references       H, W  pixels        S  side of a cut-out
+B  images     R  references       H, W  pixels        S  side of a cut-out
 
-A vision tower sees what it was trained to tell apart. Of a thing that it was never shown it knows little, so it is no
-judge of whether a picture shows just that thing. Here a thing is cut out of its plain ground, brought to one size and
+An image encoder sees what it was trained to tell apart. Of a thing that it was never shown it knows little, so it is no
+judge of whether an image shows just that thing. Here a thing is cut out of its plain ground, brought to one size and
 compared colour by colour, so that neither its place nor its size counts:
 
     likeness(cutouts(pixels), kinds(["alien", "robot"]))        # (B, 2)
@@ -23,17 +23,17 @@ LEAST = 30              # pixels of a thing: fewer are specks
 
 
 def cutouts(pixels: Tensor, *, jump: float = JUMP) -> Tensor:
-    """What stands on the plain ground of each picture, (B, 4, S, S): colours in [-1, 1] and how much is covered.
+    """What stands on the plain ground of each image, (B, 4, S, S): colours in [-1, 1] and how much is covered.
 
     pixels: (B, 3, H, W) in [-1, 1]. The ground is each colour's median, so it has to fill more than half of the
-    picture. All that differs from it is cut out together: two things are one odd thing. Nothing is all zeros.
+    image. All that differs from it is cut out together: two things are one odd thing. Nothing is all zeros.
     """
     found = []
-    for picture in pixels.float().clamp(-1, 1):
-        ground = picture.flatten(1).median(dim=1).values[:, None, None]               # (3, 1, 1)
-        differs = (picture - ground).square().mean(dim=0).sqrt() > jump               # (H, W)
+    for image in pixels.float().clamp(-1, 1):
+        ground = image.flatten(1).median(dim=1).values[:, None, None]               # (3, 1, 1)
+        differs = (image - ground).square().mean(dim=0).sqrt() > jump               # (H, W)
         near = F.avg_pool2d(differs[None, None].float(), 3, stride=1, padding=1)[0, 0]
-        found.append(_square(picture, near > 0.5))                                    # without single pixels
+        found.append(_square(image, near > 0.5))                                    # without single pixels
     return torch.stack(found)
 
 

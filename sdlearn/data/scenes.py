@@ -1,4 +1,4 @@
-"""Scenes: a seed gives a picture, its caption, and exactly what is where.
+"""Scenes: a seed gives an image, its caption, and exactly what is where.
 
 Everything random about a scene comes from one `random.Random`, seeded with a string that names the
 split and the seed, and everything drawn is integer arithmetic: the same seed gives the same bytes
@@ -30,7 +30,7 @@ from .world import (
     is_held_out,
 )
 
-SIDE = 128              # native width and height of a picture, in pixels
+SIDE = 128              # native width and height of an image, in pixels
 MARGIN = 2              # pixels that stay free along the edge
 MOST = 4                # objects in a scene
 # The longer side of an object at most, in pixels, by how many objects there are.
@@ -67,7 +67,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene and everything that can be asked about it; pictures are made when asked for."""
+    """A scene and everything that can be asked about it; images are made when asked for."""
 
     seed: int
     split: str

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in a grid, each with its caption beneath."""
+"""A contact sheet: images in a grid, each with its caption beneath."""
 
 import textwrap
 
@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def contact_sheet(images, captions, columns: int = 8, gap: int = 12, lines: int = 3) -> Image.Image:
-    """`images` uint8 arrays (H, W, 3) of one size, `captions` as many strings; a PIL picture.
+    """`images` uint8 arrays (H, W, 3) of one size, `captions` as many strings; a PIL image.
 
-    Captions are wrapped to the pictures' width and cut after `lines` lines.
+    Captions are wrapped to the images' width and cut after `lines` lines.
     """
     images = [np.asarray(image) for image in images]
     if len(images) != len(captions) or not images:
-        raise ValueError(f"a sheet needs one caption for each picture, not {len(captions)} for {len(images)}")
+        raise ValueError(f"a sheet needs one caption for each image, not {len(captions)} for {len(images)}")
     height, width = images[0].shape[:2]
     font = ImageFont.load_default(size=11)
     line = 14

@@ -1,4 +1,4 @@
-"""The judge and the measures: how well pictures show what was asked for."""
+"""The judge and the measures: how well images show what was asked for."""
 
 from .detector import Detector, DetectorConfig, look
 from .judge import Detection, Judge, Seen, load_judge, save_judge

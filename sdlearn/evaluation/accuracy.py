@@ -72,7 +72,7 @@ def accuracy(judge: Judge, *, count: int = 1000, start: int = 0, split: str = "t
              change=lambda images: images) -> dict[str, float]:
     """Precision, recall (all, and by size class), colour, background, and scenes without any error.
 
-    change: what is done to the pictures (a list of bytes (H, W, 3)) before the judge sees them.
+    change: what is done to the images (a list of bytes (H, W, 3)) before the judge sees them.
     """
     tally = Tally()
     for first in range(start, start + count, 32):
@@ -92,22 +92,22 @@ def measure_on_scenes(model: Detector, *, count: int = 512, shown: int = 16, wor
 
 def detection_sheet(images: Sequence, found: Sequence[Seen], *, columns: int = 4, zoom: int = 2,
                     captions: Sequence[str] | None = None) -> Image.Image:
-    """Pictures (PIL, or bytes (H, W, 3)) with the boxes of what the judge saw, and its words beneath each."""
+    """Images (PIL, or bytes (H, W, 3)) with the boxes of what the judge saw, and its words beneath each."""
     told = captions or [words(seen) for seen in found]
     return contact_sheet([boxed(image, seen, zoom) for image, seen in zip(images, found, strict=True)], told, columns,
                          lines=3)
 
 
 def boxed(image, seen: Seen, zoom: int = 2) -> np.ndarray:
-    """The picture `zoom` times larger, with a box around every object found."""
-    picture = Image.fromarray(np.asarray(image))
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
+    """The image `zoom` times larger, with a box around every object found."""
+    shown = Image.fromarray(np.asarray(image))
+    shown = shown.resize((shown.width * zoom, shown.height * zoom), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(shown)
     for one in seen.objects:
         left, top, right, bottom = (zoom * side for side in one.box)
         draw.rectangle((left, top, right, bottom), outline="#ff00aa")
         draw.text((left + 2, top + 1), f"{one.name} {one.score:.2f}", fill="#ff00aa")
-    return np.asarray(picture)
+    return np.asarray(shown)
 
 
 def words(seen: Seen) -> str:

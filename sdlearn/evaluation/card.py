@@ -58,13 +58,13 @@ def card(judge: Judge, figures: dict) -> str:
     return "\n".join((
         "# The judge", "",
         f"A detector of {count / 1e6:.2f} M parameters that finds the {len(config.objects)} objects of the scenes, the "
-        "colours they", "show and the background, in pictures of any size. It says how well a model follows its "
+        "colours they", "show and the background, in images of any size. It says how well a model follows its "
         "prompts: see", "`python -m sdlearn evaluate`. It is made after Zhou et al. 2019, \"Objects as points\".", "",
         "## Training", "",
-        "On scenes of `sdlearn.data` alone, drawn on the fly, never on pictures of a model. In half of them every",
+        "On scenes of `sdlearn.data` alone, drawn on the fly, never on images of a model. In half of them every",
         "combination of objects and colours is as likely as any other, so that the held-out ones are no stranger to it",
         "than the rest. Three in four are blurred, shifted in colour and given fine and coarse noise, so that what an",
-        "autoencoder does to a picture does not matter. Three in ten have blobs behind their objects, outlined, in the",
+        "autoencoder does to an image does not matter. Three in ten have blobs behind their objects, outlined, in the",
         "same colours, that are nothing: what a model draws that has learnt little. One in twenty has no object.", "",
         f"`python -m sdlearn train judge`: {training['step']:,} steps, {training['samples']:,} scenes, "
         f"{training['seconds'] / 60:.0f} minutes of", f"{figures['machine']}, shared with other work.", "",
@@ -73,11 +73,11 @@ def card(judge: Judge, figures: dict) -> str:
         "class is,", "and its box shares half of the area that both cover.", "",
         "| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|", *rows, "",
         "A colour is the one that is seen: an apple that is red by nature and one that is tinted red are one and the",
-        "same picture. Classes that come in one look only have no colour.", "",
+        "same image. Classes that come in one look only have no colour.", "",
         "## Limits", "",
-        "It knows the drawings of the scenes. What it says of other pictures, photographs say, means nothing; a thing",
+        "It knows the drawings of the scenes. What it says of other images, photographs say, means nothing; a thing",
         f"that is only nearly drawn may be found or not, at its threshold of {config.threshold}, and a blob in an "
-        "object's colours", "may be taken for the object: look at the sheet of failures, and at the pictures.", "",
+        "object's colours", "may be taken for the object: look at the sheet of failures, and at the images.", "",
         "## Licence", "",
         "Trained on OpenMoji art, so shared under CC BY-SA 4.0. All emojis designed by OpenMoji, the open-source emoji",
         "and icon project.", ""))

@@ -39,7 +39,7 @@ class Plan:
     """What is to be measured. Raises ValueError for what cannot be."""
 
     prompts: int = PER_TASK             # of each task
-    seeds: int = 4                      # pictures of each prompt
+    seeds: int = 4                      # images of each prompt
     guidance: tuple[float, ...] | None = None       # None: the model's default scale alone
     steps: int | None = None            # None: the model's default
     sampler: str = "dpmpp_2m"
@@ -84,8 +84,8 @@ def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
     figures = {"model": model.config.name, **circumstances(), "settings": asdict(plan),
                DEFAULTS: asdict(model.config.sampling),
                AUTOENCODER: autoencoder_psnr(model.vae, objects, count=min(SCENES, 5 * plan.prompts)),
-               "judge on unseen scenes": (known_figures() or {}).get("unseen scenes"), "columns": {}, "pictures": {}}
-    columns, features, sees = [], {}, sees_pictures(model)
+               "judge on unseen scenes": (known_figures() or {}).get("unseen scenes"), "columns": {}, "images": {}}
+    columns, features, sees = [], {}, sees_images(model)
     for title, judged, kept in passes(model, plan, prompts, judge):
         judged = list(watch(judged, total=len(prompts) * plan.seeds, desc=title))
         columns.append(column(title, judged, model.clip))
@@ -93,7 +93,7 @@ def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
         if sees:
             features[title] = vision_features(model.clip, [one.image for one in in_captions_words(judged)])
         if kept:
-            figures["pictures"][title] = results(judged)
+            figures["images"][title] = results(judged)
         write(out, figures, worst(judged) if kept else [], title)
     plain = [prompt for prompt in prompts if prompt.kind is None]
     if not sees or len(plain) * plan.seeds < 2:
@@ -103,8 +103,8 @@ def run(model, plan: Plan, out: Path, *, judge: Judge | None = None,
     return table(columns) + "\n" + frechet_lines(figures[FRECHET], columns)
 
 
-def sees_pictures(model) -> bool:
-    """Whether the model has a vision tower that sees its pictures, and the scenes, at their size."""
+def sees_images(model) -> bool:
+    """Whether the model has an image encoder that sees its images, and the scenes, at their size."""
     return model.clip is not None and model.clip.vision_model.config.image_size == model.config.image_size == SIDE
 
 
@@ -123,11 +123,11 @@ def distances(features: dict[str, Tensor], others: Tensor) -> dict[str, float]:
 
 def frechet_lines(found: dict[str, float], columns: Sequence[Column]) -> str:
     return line("Fréchet distance", [figure(found.get(one.title)) for one in columns]) + (
-        f"\nOf the towers' features, to the scenes; of as many other scenes of the same prompts: {found['floor']:.3f}")
+        f"\nOf the encoders' features, to the scenes; as many other scenes of the same prompts: {found['floor']:.3f}")
 
 
 def passes(model, plan: Plan, prompts: Sequence[Prompt], judge: Judge) -> Iterator[tuple[str, Iterator[Judged], bool]]:
-    """What is judged, one after the other: a title, the pictures, and whether each of them is told in the figures."""
+    """What is judged, one after the other: a title, the images, and whether each of them is told in the figures."""
     for scale in plan.guidance:
         yield f"w = {scale:g}", evaluate(model, prompts, seeds=plan.seeds, judge=judge, steps=plan.steps,
                                          sampler=plan.sampler, guidance=scale), True

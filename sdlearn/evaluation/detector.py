@@ -1,11 +1,11 @@
-"""The judge: a small network that finds the objects of a picture, their colours, and the background.
+"""The judge: a small network that finds the objects of an image, their colours, and the background.
 
-B  batch        H, W  pixels                    K  objects at most in a picture, the rest is padding
+B  batch        H, W  pixels                    K  objects at most in an image, the rest is padding
 h, w  cells, H/4 and W/4                        N  classes of objects        C  colours and "none"
 
 It follows Zhou et al. 2019, "Objects as points": an object is a peak in the heatmap of its class, and the cell
 of the peak says how far off the centre lies, how large the object is and what colour it has. It is trained on
-scenes alone, never on pictures that a model made, so that it has no opinion about any model.
+scenes alone, never on images that a model made, so that it has no opinion about any model.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ DEEPEST = 16            # pixels of a cell of the lowest level: sides are padded
 UNIT = 32.0             # pixels; sizes are learnt as logarithms of multiples of it
 
 # What a natural fill is called. An apple's natural red is the very red that a tint gives, so the two cannot be told
-# apart in a picture: the judge names the colour that is seen, whether it is a tint or nature's.
+# apart in an image: the judge names the colour that is seen, whether it is a tint or nature's.
 NAMED = {
     RED: "red", RED_SHADE: "red", ORANGE: "orange", ORANGE_SHADE: "orange", YELLOW: "yellow", YELLOW_SHADE: "yellow",
     GREEN: "green", GREEN_SHADE: "green", BLUE: "blue", LIGHT_BLUE: "blue", PURPLE: "purple", PURPLE_SHADE: "purple",
@@ -76,7 +76,7 @@ class DetectorConfig:
 
 
 class Heads(NamedTuple):
-    """What the network says of each cell, and of the whole picture."""
+    """What the network says of each cell, and of the whole image."""
 
     heat: Tensor                    # (B, N, h, w) logits: an object of this class has its centre here
     offset: Tensor                  # (B, 2, h, w) x and y of the centre in the cell, 0...1
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class Detector(nn.Module):
-    """Down to 1/16 of the picture's sides and up again to 1/4, where everything is read off."""
+    """Down to 1/16 of the image's sides and up again to 1/4, where everything is read off."""
 
     def __init__(self, config: DetectorConfig | None = None):
         super().__init__()
@@ -141,9 +141,9 @@ class Detector(nn.Module):
         nn.init.constant_(self.read.bias[:len(config.objects)], -4.6)   # a probability of 0.01: most cells are empty
 
     def forward(self, pixels: Tensor) -> Heads:
-        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of 4. Raises ValueError for other pictures."""
+        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of 4. Raises ValueError for other images."""
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % STRIDE or pixels.shape[3] % STRIDE:
-            raise ValueError(f"the judge reads pictures (batch, 3, height, width) with sides that are multiples of "
+            raise ValueError(f"the judge reads images (batch, 3, height, width) with sides that are multiples of "
                              f"{STRIDE}, not {tuple(pixels.shape)}: crop or resize them")
         height, width = pixels.shape[2:]
         pixels = F.pad(pixels, (0, -width % DEEPEST, 0, -height % DEEPEST), mode="replicate")

@@ -1,6 +1,6 @@
 """What an inpainting did: to the known pixels, along the border of the mask, and inside of it.
 
-B  pictures    H, W  pixels
+B  images    H, W  pixels
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .judge import Detection, Seen
 
 
 def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
-    """PSNR in dB of the pixels where the mask is 0, of each picture, (B,); infinite where they are equal.
+    """PSNR in dB of the pixels where the mask is 0, of each image, (B,); infinite where they are equal.
 
     pixels, originals (B, 3, H, W) in [-1, 1], peak 2; mask (B, 1, H, W), 1 = repainted.
     """
@@ -22,7 +22,7 @@ def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
 def seam_jump(pixels: Tensor, mask: Tensor) -> Tensor:
     """How far apart neighbours are that the mask's border separates: the mean of |inside - outside|, (B,).
 
-    Pixels (B, 3, H, W), mask (B, 1, H, W). NaN where a mask has no border within the picture.
+    Pixels (B, 3, H, W), mask (B, 1, H, W). NaN where a mask has no border within the image.
     """
     total = count = 0
     for dim in (2, 3):
@@ -41,9 +41,9 @@ def inside(one: Detection, mask: Tensor) -> bool:
 
 
 def found_inside(seen: Sequence[Seen], mask: Tensor, names: Sequence[str]) -> float:
-    """The share of pictures in which the judge has found the object of that name with its middle in the mask.
+    """The share of images in which the judge has found the object of that name with its middle in the mask.
 
-    seen: what `Judge.look_at` returns; mask (B, 1, H, W); names: one for each picture.
+    seen: what `Judge.look_at` returns; mask (B, 1, H, W); names: one for each image.
     """
     return sum(any(one.name == name and inside(one, hole) for one in found.objects)
                for found, hole, name in zip(seen, mask, names, strict=True)) / len(names)

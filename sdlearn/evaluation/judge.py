@@ -1,7 +1,7 @@
 """From the network's cells to a list of objects; the judge's weights on disk.
 
     judge = load_judge()
-    [seen] = judge.look_at([picture])
+    [seen] = judge.look_at([image])
     seen.objects, seen.background
 """
 
@@ -22,7 +22,7 @@ from .detector import STRIDE, UNIT, Detector, DetectorConfig, Heads
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "judge"
 CONFIG, TENSORS = "config.json", "model.safetensors"
-MOST = 24               # objects at most in a picture
+MOST = 24               # objects at most in an image
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge has found in one picture; `objects` by falling score."""
+    """What the judge has found in one image; `objects` by falling score."""
 
     objects: tuple[Detection, ...]
     background: str
@@ -56,7 +56,7 @@ class Judge:
 
     @torch.no_grad()
     def look_at(self, images, *, at_once: int = 32) -> list[Seen]:
-        """What is in each picture: PIL pictures or bytes (H, W, 3) of one size, or pixels (B, 3, H, W) in [-1, 1].
+        """What is in each image: PIL images or bytes (H, W, 3) of one size, or pixels (B, 3, H, W) in [-1, 1].
 
         Raises ValueError for sides that are no multiples of 4.
         """
@@ -67,7 +67,7 @@ class Judge:
 
 
 def read_off(heads: Heads, config: DetectorConfig) -> Iterator[Seen]:
-    """The objects and the background of each picture of a batch."""
+    """The objects and the background of each image of a batch."""
     chance = heads.heat.sigmoid()
     peaks = chance * (chance == F.max_pool2d(chance, 3, stride=1, padding=1))         # (B, N, h, w)
     columns = peaks.shape[3]
@@ -86,7 +86,7 @@ def read_off(heads: Heads, config: DetectorConfig) -> Iterator[Seen]:
 
 
 def at_cell(heads: Heads, config: DetectorConfig, i: int, kind: int, row: int, column: int, score: float) -> Detection:
-    """What picture i's cell says of an object of class `kind`."""
+    """What image i's cell says of an object of class `kind`."""
     x, y = (STRIDE * (start + part) for start, part in
             zip((column, row), heads.offset[i, :, row, column].tolist(), strict=True))
     width, height = (heads.size[i, :, row, column].exp() * UNIT).tolist()

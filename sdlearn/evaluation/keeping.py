@@ -1,4 +1,4 @@
-"""An evaluation beside the weights that it measured: the figures without the single pictures, and a page to read."""
+"""An evaluation beside the weights that it measured: the figures without the single images, and a page to read."""
 
 import json
 import textwrap
@@ -34,7 +34,7 @@ def keep(out: Path, model: str | Path, *, fewest: int = FEWEST_PROMPTS) -> Path:
     folder = model_folder(model)
     figures = json.loads((out / FIGURES).read_text(encoding="utf-8"))
     check_prompts(figures["settings"]["prompts"], fewest)
-    del figures["pictures"]
+    del figures["images"]
     card = folder / "figures.json"
     trained = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
     keep_evaluation(folder, figures, page(figures, trained))
@@ -62,10 +62,10 @@ def page(figures: dict, trained: dict | None = None) -> str:
                                           f"floor {figures[FRECHET]['floor']:.3f}" for title in columns)])
     told = f"""`python -m sdlearn evaluate --keep`, {figures['date']}, {figures['machine']}:
         {settings['prompts']} prompts of each task, {settings['seeds']} seeds each, {settings['steps']} steps of
-        {settings['sampler']}. Percent of pictures that the judge finds right, with the standard error, clustered by
+        {settings['sampler']}. Percent of images that the judge finds right, with the standard error, clustered by
         prompt; w is the guidance scale. `scenes` are real scenes of the same prompts, so they tell the judge's own
         errors; `ceiling` is what is left of them after the autoencoder. The rows below the overall figures are of the
-        prompts in the captions' words alone. The Fréchet distance is one of the towers' features to those of the
+        prompts in the captions' words alone. The Fréchet distance is one of the encoders' features to those of the
         scenes; its floor is that of as many other scenes."""
     table = [["", *columns], ["---"] * (len(columns) + 1), *rows]
     told = textwrap.fill(" ".join(told.split()), 118)

@@ -34,7 +34,7 @@ def pointing(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> Poi
     """
     if len(heat) != len(scenes):
         raise ValueError(f"there are maps of {len(heat)} captions for {len(scenes)} scenes: give one for each")
-    nouns, grounds = [], []                             # rows of (in own, in other, own's share of the picture)
+    nouns, grounds = [], []                             # rows of (in own, in other, own's share of the image)
     for one, maps in zip(scenes, heat, strict=True):
         for name, count in {group.name: group.count for group in one.groups}.items():
             own = boxes_of(one, lambda thing, name=name: thing.name == name)

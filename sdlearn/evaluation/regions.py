@@ -1,6 +1,6 @@
 """How many separate things stand on a plain ground: a count that needs no detector, and works at every size.
 
-B  pictures        h, w  blocks of a picture
+B  images        h, w  blocks of an image
 """
 
 import torch
@@ -15,10 +15,10 @@ LEAST = 8               # blocks of a region that counts: two latent cells of a 
 
 
 def regions(images, *, block: int = BLOCK, jump: float = JUMP, least: int = LEAST) -> list[list[int]]:
-    """Of each picture the areas, in pixels, of the separate regions that differ from its ground, the largest first.
+    """Of each image the areas, in pixels, of the separate regions that differ from its ground, the largest first.
 
-    The ground is each colour's median, so it has to fill more than half of the picture. Blocks that touch, corners
-    included, are one region: things that touch count once. Pictures as in `metrics`, of one size; ValueError for
+    The ground is each colour's median, so it has to fill more than half of the image. Blocks that touch, corners
+    included, are one region: things that touch count once. Images as in `metrics`, of one size; ValueError for
     others. block, jump, least: see above.
     """
     blocks = F.avg_pool2d(as_pixels(images).clamp(-1, 1), block)                      # (B, 3, h, w)

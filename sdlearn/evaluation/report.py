@@ -23,7 +23,7 @@ WORST = 28              # failures on the sheet
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: where the pictures come from, and what the judge says of them."""
+    """One column of the table: where the images come from, and what the judge says of them."""
 
     title: str
     scores: Scores
@@ -33,9 +33,9 @@ class Column:
 
 
 def column(title: str, judged: Sequence[Judged], clip=None) -> Column:
-    """Scores of pictures, and measures of those of prompts in the captions' words.
+    """Scores of images, and measures of those of prompts in the captions' words.
 
-    clip: the model's towers, if it has any that see pictures of this size.
+    clip: the model's encoders, if it has any that see images of this size.
     """
     plain = in_captions_words(judged)
     groups = [group for group in by_prompt([one.image for one in plain], [one.prompt for one in plain]).values()
@@ -64,7 +64,7 @@ def table(columns: Sequence[Column]) -> str:
         rows.append(("overall (mean of the six)", [one.scores.overall for one in columns]))
     rows.append(("background, where asked", [one.scores.background for one in columns]))
     rows.append(("more than was asked for", [one.scores.duplicates for one in columns]))
-    lines = [line("% of pictures", [one.title for one in columns])]
+    lines = [line("% of images", [one.title for one in columns])]
     lines += [line(name, [percent(share) for share in shares]) for name, shares in rows]
     names = list(dict.fromkeys(name for one in columns for name in one.measures))
     lines += [line(name, [figure(one.measures.get(name)) for one in columns]) for name in names]
@@ -88,11 +88,11 @@ def told(one: Column) -> dict:
     return {"tasks": one.scores.tasks, "standard error": one.scores.errors,
             "overall": one.scores.overall, "standard error of overall": one.scores.overall_error,
             "background": one.scores.background, "more than was asked for": one.scores.duplicates,
-            "pictures": one.scores.pictures, **one.measures, "counts": one.counts, "wordings": one.wordings}
+            "images": one.scores.images, **one.measures, "counts": one.counts, "wordings": one.wordings}
 
 
 def results(judged: Sequence[Judged]) -> list[dict]:
-    """Every picture for JSON: what was asked, what the judge saw, and the verdict."""
+    """Every image for JSON: what was asked, what the judge saw, and the verdict."""
     return [{"task": one.prompt.task, "kind": one.prompt.kind, "prompt": one.prompt.text, "seed": one.seed,
              "right": one.verdict.right, "wrong": list(one.verdict.wrong), "background": one.verdict.background,
              "seen": words(one.verdict.seen)}
@@ -115,7 +115,7 @@ def worst(judged: Sequence[Judged], count: int = WORST) -> list[Judged]:
 
 
 def failure_sheet(judged: Sequence[Judged]) -> Image.Image:
-    """Pictures with the boxes of what the judge saw; beneath, what was asked, and why it is wrong."""
+    """Images with the boxes of what the judge saw; beneath, what was asked, and why it is wrong."""
     captions = [f"{one.prompt.text} (seed {one.seed}) - {'; '.join(one.verdict.wrong)}" for one in judged]
     return detection_sheet([one.image for one in judged], [one.verdict.seen for one in judged], captions=captions)
 

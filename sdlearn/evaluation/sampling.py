@@ -1,4 +1,4 @@
-"""Pictures to be judged: what a model makes of the prompts, and real scenes of the same, as its ceiling.
+"""Images to be judged: what a model makes of the prompts, and real scenes of the same, as its ceiling.
 
 `model` is a `pipeline.StableDiffusion`, or anything with its parts.
 """
@@ -19,12 +19,12 @@ from .judge import Judge, load_judge
 from .scoring import Scores, Verdict, judge_images, scores
 from .tasks import Prompt
 
-AT_ONCE = 32            # pictures in a batch
+AT_ONCE = 32            # images in a batch
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One picture, what it was to show, and the verdict."""
+    """One image, what it was to show, and the verdict."""
 
     prompt: Prompt
     seed: int
@@ -33,14 +33,14 @@ class Judged:
 
 
 def scores_of(judged: Sequence[Judged]) -> Scores:
-    """The shares of right pictures."""
+    """The shares of right images."""
     return scores([one.prompt for one in judged], [one.verdict for one in judged])
 
 
 @torch.no_grad()
 def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int | None = None, sampler: str = "dpmpp_2m",
            guidance: float | None = None) -> list[Image.Image]:
-    """One picture for each text and seed, in one batch: the one that `generate TEXT --seed SEED` gives, up to the
+    """One image for each text and seed, in one batch: the one that `generate TEXT --seed SEED` gives, up to the
     rounding of arithmetic on a batch. steps, guidance: the model's defaults unless given. Raises what
     `StableDiffusion.steps` raises."""
     chosen = model.checked({"steps": steps, "sampler": sampler, "guidance": guidance, "batch": len(texts)})
@@ -57,7 +57,7 @@ def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int | No
 
 def evaluate(model, prompts: Sequence[Prompt], *, seeds: int | Sequence[int] = 4, judge: Judge | None = None,
              at_once: int = AT_ONCE, **settings) -> Iterator[Judged]:
-    """Pictures of the prompts, judged, one after the other as their batches are done: all seeds of a prompt together.
+    """Images of the prompts, judged, one after the other as their batches are done: all seeds of a prompt together.
 
         results = list(evaluate(model, prompts_for(model.world["objects"], count=25), guidance=3))
         scores_of(results).overall
@@ -66,7 +66,7 @@ def evaluate(model, prompts: Sequence[Prompt], *, seeds: int | Sequence[int] = 4
     inpainting model, CheckpointError where there is no judge, both before anything is made.
     """
     if model.inpaints:
-        raise ValueError(f"'{model.config.name}' is an inpainting model, which makes no pictures from prompts alone; "
+        raise ValueError(f"'{model.config.name}' is an inpainting model, which makes no images from prompts alone; "
                          "evaluate a model that does")
     judge = judge or load_judge(device=model.device)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
@@ -109,7 +109,7 @@ def evaluate_scenes(prompts: Sequence[Prompt], *, seeds: int = 1, vae=None, judg
 
 @torch.no_grad()
 def through(vae, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures encoded (the mean of the posterior) and decoded again, uint8 (B, H, W, 3)."""
+    """Images encoded (the mean of the posterior) and decoded again, uint8 (B, H, W, 3)."""
     parameter = next(vae.parameters())
     pixels = to_tensor(images).to(parameter.device, parameter.dtype)
     return to_images(vae.to_pixels(vae.to_latent(pixels), at_once=1).float())

@@ -1,4 +1,4 @@
-"""Is a picture what the prompt asks for? GenEval's rules on what the judge saw.
+"""Is an image what the prompt asks for? GenEval's rules on what the judge saw.
 
 Ghosh et al. 2023, section 3: all wanted objects are there; of a count, exactly so many; a colour is that of the
 detections with the highest scores; a relation is read off the centres of the boxes.
@@ -30,7 +30,7 @@ class Verdict:
 
 
 def verdict(wanted: Wanted, seen: Seen) -> Verdict:
-    """What the judge's findings in one picture mean for what was wanted of it."""
+    """What the judge's findings in one image mean for what was wanted of it."""
     groups = [[one for one in seen.objects if one.name == thing.name][:thing.count] for thing in wanted.things]
     wrong = []
     for thing, group in zip(wanted.things, groups, strict=True):
@@ -60,26 +60,26 @@ def related(first: Detection, second: Detection, relation: str) -> bool:
 
 
 def judge_images(images, prompts: Sequence[Prompt], judge: Judge | None = None) -> list[Verdict]:
-    """A verdict on each picture: PIL pictures, bytes (H, W, 3), or pixels (B, 3, H, W) in [-1, 1].
+    """A verdict on each image: PIL images, bytes (H, W, 3), or pixels (B, 3, H, W) in [-1, 1].
 
-    Raises ValueError when there is not one prompt for each picture, CheckpointError where no judge is there.
+    Raises ValueError when there is not one prompt for each image, CheckpointError where no judge is there.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"there are {len(images)} pictures for {len(prompts)} prompts; give one prompt for each")
+        raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; give one prompt for each")
     judge = judge or load_judge()
     return [verdict(prompt.wanted, seen) for prompt, seen in zip(prompts, judge.look_at(images), strict=True)]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of right pictures."""
+    """Shares of right images."""
 
     tasks: dict[str, float]
     errors: dict[str, float | None]     # standard errors of these, clustered by prompt; None of a single prompt
     overall: float | None           # mean of GenEval's six tasks; None unless all six are there
     background: float | None        # share of right backgrounds where one was asked for
-    duplicates: float               # share of pictures with more of a thing than was asked for
-    pictures: int
+    duplicates: float               # share of images with more of a thing than was asked for
+    images: int
 
     @property
     def overall_error(self) -> float | None:
@@ -89,7 +89,7 @@ class Scores:
 
 
 def scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
-    """The shares over pictures; one prompt for each verdict. Raises ValueError when there is none.
+    """The shares over images; one prompt for each verdict. Raises ValueError when there is none.
 
     Backgrounds and duplicates are those of the prompts in the captions' words, as far as there are any.
     """
@@ -138,7 +138,7 @@ def count_confusion(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> d
 
 
 def duplicate_rate(prompts: Sequence[Prompt], seen: Sequence[Seen]) -> float:
-    """Share of pictures in which something that was asked for is there more often than asked."""
+    """Share of images in which something that was asked for is there more often than asked."""
     return mean([any(more(thing, one) > 0 for thing in prompt.wanted.things)
                  for prompt, one in zip(prompts, seen, strict=True)])
 

@@ -1,6 +1,6 @@
 """What a model is asked for: GenEval's six tasks in the world of the scenes, held-out combinations, other wordings.
 
-Ghosh et al. 2023, "GenEval": each prompt asks for things that a detector can count, locate and colour, so a picture
+Ghosh et al. 2023, "GenEval": each prompt asks for things that a detector can count, locate and colour, so an image
 is right or wrong. The prompts are fixed: the same objects give the same prompts, on every machine. Those of the
 first seven tasks are drawn at random and worded as captions are; those of the eighth are written by hand.
 """
@@ -32,7 +32,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a picture has to show. The relation is of the first thing to the second."""
+    """What an image has to show. The relation is of the first thing to the second."""
 
     things: tuple[Thing, ...]
     relation: str | None = None

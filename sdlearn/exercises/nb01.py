@@ -19,10 +19,10 @@ lesson = Lesson(1, "VAE latents")
 
 decibels = lesson.exercise(
     1, psnr, grade="guided", minutes=4,
-    asks="Write `psnr(a, b)`: peak signal-to-noise ratio in dB of each picture, (B,), for pixels (B, 3, H, W) in "
+    asks="Write `psnr(a, b)`: peak signal-to-noise ratio in dB of each image, (B,), for pixels (B, 3, H, W) in "
          "[-1, 1]: ten times the decimal logarithm of peak squared over the mean squared error.",
     hints=["The peak is the largest difference that two pixels can have: how far is it from -1 to 1?",
-           "The mean runs over all numbers of one picture, and not over the batch: `.mean(dim=(1, 2, 3))`.",
+           "The mean runs over all numbers of one image, and not over the batch: `.mean(dim=(1, 2, 3))`.",
            "`10 * torch.log10(peak**2 / error)`, and the peak is 2."])
 
 ONE, OTHER = randn(3, 3, 8, 8).clamp(-1, 1), randn(3, 3, 8, 8, seed=1).clamp(-1, 1)  # (B, 3, H, W)
@@ -30,23 +30,23 @@ NEAR = ONE + torch.tensor([0.01, 0.1, 0.3])[:, None, None, None] * randn(3, 3, 8
 
 
 @decibels.test("shape")
-def one_number_for_each_picture(psnr):
+def one_number_for_each_image(psnr):
     psnr.agrees(lambda answer: answer(ONE, NEAR) * 0)
 
 
 @decibels.test("value")
-def of_pictures_near_to_each_other(psnr):
+def of_images_near_to_each_other(psnr):
     psnr.same(ONE, NEAR)
 
 
 @decibels.test("value")
-def of_other_pictures(psnr):
+def of_other_images(psnr):
     psnr.same(ONE, OTHER)
 
 
 @decibels.test("edge case")
-def equal_pictures_have_no_error(psnr):
-    require(bool(psnr(ONE, ONE).isposinf().all()), "Two equal pictures have no error, so the ratio is infinite: log of "
+def equal_images_have_no_error(psnr):
+    require(bool(psnr(ONE, ONE).isposinf().all()), "Two equal images have no error, so the ratio is infinite: log of "
             "a number over zero is `inf` in PyTorch, and nothing has to be added to the error")
 
 
@@ -63,15 +63,15 @@ for diagnosis, answer in [
     ("decibels are made with the decimal logarithm, and this is the natural one",
      of_errors(lambda e: 10 * (4 / e).log())),
     ("the error stands above the peak: the more error, the fewer decibels", of_errors(lambda e: 10 * (e / 4).log10())),
-    ("the errors of a picture are summed up: take their mean",
+    ("the errors of an image are summed up: take their mean",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().sum(dim=(1, 2, 3)))),
     ("this is the mean absolute error: square first",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.abs().mean(dim=(1, 2, 3)))),
     ("this is the square of the mean, where errors up and down cancel out: square first",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.mean(dim=(1, 2, 3)).square())),
-    ("the mean runs over the batch as well: give one number for each picture",
+    ("the mean runs over the batch as well: give one number for each image",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().mean())),
-    ("this is one number for the whole batch: give a tensor with one for each picture",
+    ("this is one number for the whole batch: give a tensor with one for each image",
      of_errors(lambda e: 10 * math.log10(4 / e), lambda off: off.square().mean())),
     ("the mean runs over the colours alone: it runs over rows and columns as well",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().mean(dim=1))),
@@ -180,7 +180,7 @@ for diagnosis, answer in [
 divergence = lesson.exercise(
     6, Gaussian.kl, name="gaussian_kl", grade="supported", minutes=8,
     asks="Write `gaussian_kl(posterior)`: the Kullback-Leibler divergence of the diagonal Gaussian from the standard "
-         "normal, in nats, summed for each picture: (B,), in float32 whatever the type of mean and logvar.",
+         "normal, in nats, summed for each image: (B,), in float32 whatever the type of mean and logvar.",
     beyond="In the package it is the method `Gaussian.kl`.",
     hints=["The numbers of a latent are independent, so their divergences add up: find that of one number first.",
            "KL(q||p) is the mean under q of log q - log p. Under q the mean of z² is mean² + variance, and that of "
@@ -251,7 +251,7 @@ for diagnosis, answer in [
      of_terms(lambda m, lv: right_terms(m, lv) / math.log(2))),
     ("this is the mean over the numbers of a latent: sum them up",
      of_terms(right_terms, lambda terms: terms.mean(dim=(1, 2, 3)))),
-    ("the batch is summed up as well: give one number for each picture", of_terms(right_terms, torch.sum)),
+    ("the batch is summed up as well: give one number for each image", of_terms(right_terms, torch.sum)),
     ("only the channels are summed up: the sum runs over rows and columns as well",
      of_terms(right_terms, lambda t: t.sum(dim=1))),
     ("float16 ends at 65504, and the square of the mean is beyond: compute in float32",
@@ -266,7 +266,7 @@ scaled = lesson.exercise(
     7, VAE.to_latent, VAE.to_pixels, name="scaled", grade="on your own", minutes=8,
     asks="Write `to_latent(vae, pixels, generator=None)` and `to_pixels(vae, latent)`: between pixels and the scaled "
          "latents that the U-Net works with. The mode of the posterior, or a sample where there is a generator.",
-    beyond="In the package they are methods of `VAE`, and `to_pixels` can decode a few pictures at a time.",
+    beyond="In the package they are methods of `VAE`, and `to_pixels` can decode a few images at a time.",
     hints=["`vae.encode(pixels)` gives a Gaussian with `mode()` and `sample(generator)`, `vae.decode(latent)` gives "
            "pixels; neither knows of the factor, `vae.config.scaling_factor`.",
            "Scaled latents have a standard deviation near 1. Stable Diffusion's unscaled ones have about 5.5, and its "
@@ -296,7 +296,7 @@ def noise() -> torch.Generator:
 def there_and_back(to_latent, to_pixels):
     vae = small_vae()
     require_shape(to_latent(vae, PIXELS), LATENT.shape, "The latent")
-    require_shape(to_pixels(vae, LATENT), PIXELS.shape, "The picture")
+    require_shape(to_pixels(vae, LATENT), PIXELS.shape, "The image")
 
 
 @scaled.test("value")
@@ -310,14 +310,14 @@ def a_sample(to_latent, to_pixels):
 
 
 @scaled.test("value")
-def the_picture(to_latent, to_pixels):
-    to_pixels.agrees(lambda answer: answer(small_vae(), LATENT), what="The picture")
+def the_image(to_latent, to_pixels):
+    to_pixels.agrees(lambda answer: answer(small_vae(), LATENT), what="The image")
 
 
 @scaled.test("edge case")
 def another_factor(to_latent, to_pixels):
     to_latent.agrees(lambda answer: answer(small_vae(2.0), PIXELS), what="With a factor of 2, the latent")
-    to_pixels.agrees(lambda answer: answer(small_vae(2.0), 9 * LATENT), what="Of a large latent, the picture")
+    to_pixels.agrees(lambda answer: answer(small_vae(2.0), 9 * LATENT), what="Of a large latent, the image")
 
 
 def chosen(posterior: Gaussian, generator: torch.Generator | None) -> Tensor:
@@ -345,11 +345,11 @@ for diagnosis, answer in [
     ("the factor is left out", lambda vae, latent: vae.decode(latent)),
     ("it is multiplied by the factor: what was multiplied must be divided",
      lambda vae, latent: vae.decode(latent * vae.config.scaling_factor)),
-    ("the picture is divided by the factor: it is the latent that is scaled, before it is decoded",
+    ("the image is divided by the factor: it is the latent that is scaled, before it is decoded",
      lambda vae, latent: vae.decode(latent) / vae.config.scaling_factor),
     ("0.18215 is Stable Diffusion's: each autoencoder has its own, in its config",
      lambda vae, latent: vae.decode(latent / 0.18215)),
-    ("the picture is cut off at -1 and 1: leave that to who shows it, for a loss needs what lies beyond",
+    ("the image is cut off at -1 and 1: leave that to who shows it, for a loss needs what lies beyond",
      lambda vae, latent: vae.to_pixels(latent).clamp(-1, 1)),
 ]:
     scaled.mistake(diagnosis, of="to_pixels")(answer)

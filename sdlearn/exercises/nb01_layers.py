@@ -13,7 +13,7 @@ from .nb01 import lesson
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """Group normalisation of x (B, C, h, w), with a weight and a bias for each channel, (C,). Wu & He 2018.
 
-    Neighbouring channels form `groups` groups. The numbers of one group in one picture, over its rows and
+    Neighbouring channels form `groups` groups. The numbers of one group in one image, over its rows and
     columns too, get mean 0 and variance 1; eps is added to the variance.
     """
     grouped = x.reshape(len(x), groups, -1)                                         # (B, G, C/G * h * w)
@@ -25,9 +25,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float 
 norm = lesson.exercise(
     2, group_norm, grade="supported", minutes=8,
     asks="Write `group_norm(x, groups, weight, bias, eps=1e-6)` for x (B, C, h, w): mean 0 and variance 1 for the "
-         "numbers of each group of neighbouring channels in each picture, then a weight and a bias for each channel, "
+         "numbers of each group of neighbouring channels in each image, then a weight and a bias for each channel, "
          "(C,).",
-    hints=["Which numbers share a mean? All of one picture, of C / groups channels side by side, at all places.",
+    hints=["Which numbers share a mean? All of one image, of C / groups channels side by side, at all places.",
            "`x.reshape(B, groups, -1)` puts the numbers of a group into one row: take mean and variance over it.",
            "The variance is the mean of squared deviations, not divided by n - 1: `var(..., unbiased=False)`; eps is "
            "added to it before the root is taken.",
@@ -59,10 +59,10 @@ def with_weight_and_bias(group_norm):
 
 
 @norm.test("edge case")
-def a_picture_does_not_know_its_neighbours(group_norm):
+def an_image_does_not_know_its_neighbours(group_norm):
     alone = group_norm(X[:1], 3, WEIGHT, BIAS)
     require(torch.allclose(group_norm(X, 3, WEIGHT, BIAS)[:1], alone, atol=1e-5),
-            "A picture comes out otherwise in another batch: its mean and variance must be its own")
+            "An image comes out otherwise in another batch: its mean and variance must be its own")
 
 
 @norm.test("edge case")
@@ -97,11 +97,11 @@ def rows_of(x, groups):
 for diagnosis, answer in [
     ("the groups share one mean: this is one group of all channels",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, 1), eps=eps), w, b)),
-    ("all numbers share one mean: those of a group in a picture have their own", lambda x, g, w, b, eps=1e-6: scaled(
+    ("all numbers share one mean: those of a group in an image have their own", lambda x, g, w, b, eps=1e-6: scaled(
         normalised(x, x.reshape(1, 1, -1), eps=eps), w, b)),
     ("each channel has a mean of its own: this is instance normalisation",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, x.flatten(2), eps=eps), w, b)),
-    ("the pictures of the batch share mean and variance: each has its own",
+    ("the images of the batch share mean and variance: each has its own",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(
          x, x.reshape(len(x), g, -1), dim=(0, 2), eps=eps), w, b)),
     ("each place has a mean of its own: rows and columns belong to the group too",

@@ -25,7 +25,7 @@ mask = lesson.exercise(
     4, causal_mask, grade="guided", minutes=2,
     asks="Write `causal_mask(length)`: (L, L) of bool; row i is True at the places that token i may look at.",
     hints=["Write the mask for three tokens on paper: token 0 sees one place, token 2 sees three.",
-           "`torch.ones(L, L, dtype=torch.bool)` is the mask of a tower that sees all; `.tril()` and `.triu()` each "
+           "`torch.ones(L, L, dtype=torch.bool)` is the mask of an encoder that sees all; `.tril()` and `.triu()` each "
            "keep a triangle of it."])
 
 
@@ -117,7 +117,7 @@ def pooled(hidden: Tensor, ids: Tensor, end: int) -> Tensor:
 pool = lesson.exercise(
     6, pooled, grade="supported", minutes=5,
     asks="Write `pooled(hidden, ids, end)`: the hidden state (B, L, D) at the first end token of each row, (B, D).",
-    beyond="In the package it is the last lines of `TextTower.forward`, where a row without an end token is read at "
+    beyond="In the package it is the last lines of `TextEncoder.forward`, where a row without an end token is read at "
            "its first one.",
     hints=["First the places: where in each row of ids does `end` stand for the first time?",
            "`(ids == end).int().argmax(dim=1)` gives the first of the largest, and True is larger than False.",
@@ -188,7 +188,7 @@ contrast = lesson.exercise(
     asks="Write `contrastive_loss(image_embeds, text_embeds, logit_scale)`: symmetric InfoNCE of unit vectors (B, S) "
          "whose rows belong together; `logit_scale` is the logarithm of the scale, which stays at or below 100.",
     beyond="The package's checks the shapes, and keeps autocast out.",
-    hints=["First the matrix of cosines (B, B), pictures in rows, times the scale. Which entries belong together?",
+    hints=["First the matrix of cosines (B, B), images in rows, times the scale. Which entries belong together?",
            "Row i is a classification among B texts, and i is the right class: "
            "`F.cross_entropy(logits, torch.arange(B))`.",
            "The same along the columns: transpose. The loss is the mean of the two.",
@@ -211,7 +211,7 @@ def of_random_vectors(contrastive_loss):
 @contrast.test("value")
 def both_directions_count_alike(contrastive_loss):
     there, back = contrastive_loss(IMAGES, TEXTS, SCALE), contrastive_loss(TEXTS, IMAGES, SCALE)
-    require(torch.allclose(there, back, atol=1e-5), "The loss is another one when pictures and texts change places")
+    require(torch.allclose(there, back, atol=1e-5), "The loss is another one when images and texts change places")
 
 
 @contrast.test("edge case")
@@ -239,9 +239,9 @@ def scaled(by) -> Callable:
 
 
 for diagnosis, answer in [
-    ("only each picture looks for its text: each text must look for its picture as well",
+    ("only each image looks for its text: each text must look for its image as well",
      of_logits(lambda logits, own: F.cross_entropy(logits, own))),
-    ("only each text looks for its picture: each picture must look for its text as well",
+    ("only each text looks for its image: each image must look for its text as well",
      of_logits(lambda logits, own: F.cross_entropy(logits.T, own))),
     ("the two directions are added where their mean is asked for",
      of_logits(lambda logits, own: F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))),
@@ -267,7 +267,7 @@ for diagnosis, answer in [
 # --- 2.8 ----------------------------------------------------------------------------------------------
 
 def zero_shot(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Cosines (B, C) of pictures (B, S) with classes, of which each is told in P sentences: (C, P, S).
+    """Cosines (B, C) of images (B, S) with classes, of which each is told in P sentences: (C, P, S).
 
     All vectors have length 1. A class is the mean of its sentences, brought back to length 1 (Radford et
     al. 2021, section 3.1.4).
@@ -278,42 +278,42 @@ def zero_shot(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 
 classify = lesson.exercise(
     8, zero_shot, grade="on your own", minutes=8,
-    asks="Write `zero_shot(image_embeds, text_embeds)`: cosines (B, C) of pictures (B, S) with C classes, each told in "
+    asks="Write `zero_shot(image_embeds, text_embeds)`: cosines (B, C) of images (B, S) with C classes, each told in "
          "P sentences (C, P, S). A class is the mean of its sentences' unit vectors, brought back to length 1.",
     hints=["Which axis of (C, P, S) holds the sentences of one class?",
            "The mean of unit vectors is shorter than 1, and shorter for a class whose sentences disagree.",
            "`F.normalize(x, dim=-1)` brings vectors to length 1; then one matrix product."])
 
-PICTURES = F.normalize(randn(5, 8, seed=3), dim=-1)                                 # (B, S)
+IMAGES = F.normalize(randn(5, 8, seed=3), dim=-1)                                 # (B, S)
 SAID = F.normalize(randn(4, 3, 8, seed=4), dim=-1)                                  # (C, P, S)
 
 
 @classify.test("shape")
-def each_picture_with_each_class(zero_shot):
-    zero_shot.agrees(lambda answer: answer(PICTURES, SAID) * 0)
+def each_image_with_each_class(zero_shot):
+    zero_shot.agrees(lambda answer: answer(IMAGES, SAID) * 0)
 
 
 @classify.test("value")
 def one_sentence(zero_shot):
-    zero_shot.agrees(lambda answer: answer(PICTURES, SAID[:, :1]), what="With one sentence a class, the result")
+    zero_shot.agrees(lambda answer: answer(IMAGES, SAID[:, :1]), what="With one sentence a class, the result")
 
 
 @classify.test("value")
 def several_sentences(zero_shot):
-    zero_shot.same(PICTURES, SAID)
+    zero_shot.same(IMAGES, SAID)
 
 
 @classify.test("edge case")
 def a_class_whose_sentences_are_all_it_has(zero_shot):
-    picture = SAID[2].mean(0, keepdim=True)
-    picture = picture / picture.norm()
-    require(torch.isclose(zero_shot(picture, SAID)[0, 2], torch.ones(()), atol=1e-4),
-            "A picture that points where a class points has another cosine than 1 with it")
+    image = SAID[2].mean(0, keepdim=True)
+    image = image / image.norm()
+    require(torch.isclose(zero_shot(image, SAID)[0, 2], torch.ones(()), atol=1e-4),
+            "An image that points where a class points has another cosine than 1 with it")
 
 
 @classify.test("edge case")
-def one_class_and_one_picture(zero_shot):
-    zero_shot.agrees(lambda answer: answer(PICTURES[:1], SAID[:1]), what="With one picture and one class, the result")
+def one_class_and_one_image(zero_shot):
+    zero_shot.agrees(lambda answer: answer(IMAGES[:1], SAID[:1]), what="With one image and one class, the result")
 
 
 for diagnosis, answer in [
@@ -328,7 +328,7 @@ for diagnosis, answer in [
      lambda images, texts: zero_shot(images, texts).softmax(-1)),
     ("this is the number of the best class: give the cosines of all of them",
      lambda images, texts: zero_shot(images, texts).argmax(-1)),
-    ("classes stand in the rows: pictures must", lambda images, texts: zero_shot(images, texts).T),
+    ("classes stand in the rows: images must", lambda images, texts: zero_shot(images, texts).T),
     ("the vectors are brought to length 1 along the classes: along the last axis, each by itself",
      lambda images, texts: images @ F.normalize(texts.mean(1), dim=0).T),
 ]:

@@ -144,7 +144,7 @@ def target_at_both_ends(target):
 
 @target.test("edge case")
 def target_without_any_signal(target):
-    """With zero terminal SNR x_999 is the noise itself, and v is -x0: the picture, from the prompt alone."""
+    """With zero terminal SNR x_999 is the noise itself, and v is -x0: the image, from the prompt alone."""
     target.same(ZERO_SNR, X0, NOISE, 999)
 
 
@@ -154,7 +154,7 @@ def targets_at_timesteps_of_their_own(target):
 
 
 target.mistake(ONE_NUMBER)(at_one(lambda x0, noise, a, s: a * noise - s * x0))
-target.mistake("this is eps: v also has a share of the picture in it")(with_shares(lambda x0, noise, a, s: noise))
+target.mistake("this is eps: v also has a share of the image in it")(with_shares(lambda x0, noise, a, s: noise))
 target.mistake("this is x0: v also has a share of the noise in it")(with_shares(lambda x0, noise, a, s: x0))
 target.mistake("this is x_t itself: v is its derivative by the angle, and cos becomes -sin")(
     with_shares(lambda x0, noise, a, s: a * x0 + s * noise))
@@ -239,7 +239,7 @@ for diagnosis, eps, v in [
     ("the eps is taken for v: does the function look at `prediction`?", right_v, right_v),
     ("alpha x + sigma v has the wrong sign: put v = alpha eps - sigma x0 in, and see whether eps drops out",
      right_eps, lambda v, x, a, s: a * x + s * v),
-    ("alpha v + sigma x is the noise: the picture is the other one", right_eps, lambda v, x, a, s: a * v + s * x),
+    ("alpha v + sigma x is the noise: the image is the other one", right_eps, lambda v, x, a, s: a * v + s * x),
     ("it is divided by alpha, which is for eps: alpha² + sigma² = 1 has done it already",
      right_eps, lambda v, x, a, s: (a * x - s * v) / a),
     ("alpha and sigma have changed places", right_eps, lambda v, x, a, s: s * x - a * v),
@@ -253,11 +253,11 @@ to_x0.mistake(ONE_NUMBER)(lambda schedule, output, x, t, prediction: at_one(
 
 grid = lesson.exercise(
     4, timesteps, grade="supported", minutes=8,
-    asks="Write `timesteps(schedule, n)`: the leading grid, n pairs (t, t_prev) from noise to picture.",
+    asks="Write `timesteps(schedule, n)`: the leading grid, n pairs (t, t_prev) from noise to image.",
     beyond='The package\'s `timesteps` has four more spacings; the exercise asks for "leading" alone, the default.',
     hints=["The stride is N // n. Go in steps of it, from the largest timestep to the smallest.",
            "Multiples of the stride, from 0 on, each plus 1, are Stable Diffusion's grid: 751, 501, 251, 1 for n = 4.",
-           "The second of a pair is the next one's first; after the last comes None, the clean picture. `zip` the list "
+           "The second of a pair is the next one's first; after the last comes None, the clean image. `zip` the list "
            "with itself, moved by one."])
 
 
@@ -281,9 +281,9 @@ def as_many_pairs_as_steps(timesteps):
 def steps_hang_together(timesteps):
     found = pairs(timesteps, 4)
     require(found[0][0] > found[-1][0],
-            f"It goes from t = {found[0][0]} to {found[-1][0]}: sampling leads from noise to picture, so t falls")
+            f"It goes from t = {found[0][0]} to {found[-1][0]}: sampling leads from noise to image, so t falls")
     require(found[-1][1] is None,
-            f"The last t_prev is {found[-1][1]} where it must be None: what comes after is the clean picture")
+            f"The last t_prev is {found[-1][1]} where it must be None: what comes after is the clean image")
     for (_, t_prev), (t, _) in zip(found, found[1:], strict=False):
         require(t_prev == t, f"A step ends at {t_prev} and the next begins at {t}: they must be the same")
 

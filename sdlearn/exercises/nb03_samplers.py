@@ -18,7 +18,7 @@ LIMIT = 40              # of steps that are asked of a sampler: one that goes on
 
 
 def denoise(x: Tensor, t: float) -> Tensor:
-    """Stands for a network: smooth in x and t, never linear, and each picture by itself."""
+    """Stands for a network: smooth in x and t, never linear, and each image by itself."""
     return torch.tanh(1.3 * x + 0.5 * math.cos(t / 150)) + 0.2 * x.flip(-1)
 
 
@@ -124,7 +124,7 @@ def one_step_of_the_posterior(ddpm):
     first, second = (walk(ddpm, grid=[(500, 400)], generator=seeded(seed))[0] for seed in (1, 2))
     [mean] = walk(stepping(lambda *values: posterior(*values, std=lambda *_: 0.0)), grid=[(500, 400)])
     require(not torch.equal(first, second) or torch.allclose(first, mean, atol=1e-4),
-            "Two generators with different seeds give one picture: does the noise come from `generator`?")
+            "Two generators with different seeds give one image: does the noise come from `generator`?")
     ddpm.agrees(lambda answer: walk(answer, grid=[(500, 400)], generator=seeded()))
 
 

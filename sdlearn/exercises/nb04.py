@@ -236,10 +236,10 @@ cross_attention = lesson.exercise(
     4, CrossAttention, grade="on your own", minutes=20,
     asks="Write the module `CrossAttention(dim, context_dim, heads)`, whose forward(x, context) reads the text.",
     beyond="The package's module is self-attention as well (no context), takes a mask, and can be watched; the "
-           "exercise asks for a picture that reads a text.",
+           "exercise asks for an image that reads a text.",
     hints=["Four linear layers: to_q, to_k, to_v without bias, and to_out, a Sequential of one with bias. The names "
            "are those of the checkpoints.",
-           "The picture asks: q from x. The text answers: k and v from the context, whose tokens have `context_dim` "
+           "The image asks: q from x. The text answers: k and v from the context, whose tokens have `context_dim` "
            "channels.",
            "`self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))`."])
 
@@ -263,7 +263,7 @@ def parameters_have_the_checkpoints_names(CrossAttention):
 
 
 @cross_attention.test("shape")
-def a_picture_stays_a_picture(CrossAttention):
+def an_image_stays_an_image(CrossAttention):
     require_shape(read(CrossAttention), X.shape)
 
 
@@ -349,7 +349,7 @@ class KeysTwice(Variant):
         return self.to_out(attend(q, k, k, self.heads))
 
 
-@cross_attention.mistake("the text asks and the picture answers: q comes from x, k and v from the context")
+@cross_attention.mistake("the text asks and the image answers: q comes from x, k and v from the context")
 class TurnedRound(Variant):
     def __init__(self, dim, context_dim, heads):
         super().__init__(dim, context_dim, heads)

@@ -148,23 +148,23 @@ for diagnosis, answer in [
 
 heat = lesson.exercise(
     7, heat_maps, grade="supported", minutes=15, also=[_halved],
-    asks="Write `heat_maps(maps, size)`: from the maps (B, H, N, M) of several layers, by name, one picture for each "
+    asks="Write `heat_maps(maps, size)`: from the maps (B, H, N, M) of several layers, by name, one image for each "
          "token, (B, M, rows, columns).",
     beyond="The package's says which layer does not fit.",
-    hints=["For each layer: the mean over its heads, (B, N, M). Then a picture for each token: tokens before cells.",
+    hints=["For each layer: the mean over its heads, (B, N, M). Then an image for each token: tokens before cells.",
            "The N cells lie row by row. How many rows? Halve `size`, rounding up, until rows * columns is N.",
            "`F.interpolate(x, size=size, mode=\"bilinear\")` enlarges (B, M, rows, columns). At the end the mean over "
            "the layers."])
 
 SQUARE = {"fine": randn(2, 3, 64, 5).softmax(-1), "coarse": randn(2, 3, 16, 5, seed=1).softmax(-1)}
-# 8 x 18 and 4 x 9 cells: as many as in a square, so that taking it for one is no error, but a wrong picture.
+# 8 x 18 and 4 x 9 cells: as many as in a square, so that taking it for one is no error, but a wrong image.
 WIDE = {"fine": randn(1, 2, 144, 4, seed=2).softmax(-1), "coarse": randn(1, 2, 36, 4, seed=3).softmax(-1)}
 ODD = {"fine": randn(1, 2, 35, 4, seed=4).softmax(-1), "coarse": randn(1, 2, 12, 4, seed=5).softmax(-1)}    # 5x7, 3x4
 FIRST = {"fine": SQUARE["fine"]}
 
 
 @heat.test("shape")
-def a_picture_for_each_token(heat_maps):
+def an_image_for_each_token(heat_maps):
     require_shape(heat_maps(SQUARE, (16, 16)), (2, 5, 16, 16))
 
 
@@ -191,8 +191,8 @@ def tokens_share_out_a_whole(heat_maps):
 
 
 @heat.test("edge case")
-def a_wide_picture(heat_maps):
-    heat_maps.agrees(lambda answer: answer(WIDE, (16, 36)), what="Of a wide picture the result")
+def a_wide_image(heat_maps):
+    heat_maps.agrees(lambda answer: answer(WIDE, (16, 36)), what="Of a wide image the result")
 
 
 @heat.test("edge case")
@@ -231,7 +231,7 @@ for diagnosis, answer in [
      heat_by(join=lambda layers: (x := torch.stack(layers).mean(dim=0)) / x.amax(dim=(2, 3), keepdim=True))),
     ("this enlarges by repeating cells, and the bilinear way was asked for", heat_by(mode="nearest")),
     ("this is bicubic, and the bilinear way was asked for", heat_by(mode="bicubic")),
-    ("align_corners stretches the cells to the border of the picture: leave it out", heat_by(align_corners=True)),
-    ("the picture is not square: the number of cells alone does not tell its rows", heat_by(square=True)),
+    ("align_corners stretches the cells to the border of the image: leave it out", heat_by(align_corners=True)),
+    ("the image is not square: the number of cells alone does not tell its rows", heat_by(square=True)),
 ]:
     heat.mistake(diagnosis)(answer)

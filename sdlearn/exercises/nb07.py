@@ -88,7 +88,7 @@ gradients = lesson.exercise(
          "behind = dL/dy: the gradients of the weight (C, C), of the bias (C,) and of x (B, C, h, w).",
     hints=["One cell first: y_o = sum over i of W_oi x_i + b_o. So dy_o/dW_oi is x_i, dy_o/db_o is 1, dy_o/dx_i is "
            "W_oi.",
-           "The same weight works on every cell of every picture: its gradient is the sum over batch, rows and "
+           "The same weight works on every cell of every image: its gradient is the sum over batch, rows and "
            "columns.",
            '`torch.einsum("bohw,bihw->oi", behind, x)` sums what is not named after the arrow. Of x it is W '
            'transposed times behind: `"oi,bohw->bihw"`.'])

@@ -152,6 +152,6 @@ def no_time(net, x, t, context, encoded, strength=1.0):
     return [strength * one for one in made(net, x, 0.0, context, encoded)]
 
 
-@residuals.mistake("twins of hints stand side by side: the batch [u; c] holds all pictures twice, one after the other")
+@residuals.mistake("twins of hints stand side by side: the batch [u; c] holds all images twice, one after the other")
 def side_by_side(net, x, t, context, encoded, strength=1.0):
     return [strength * one for one in made(net, x, t, context, encoded, spread=twins)]

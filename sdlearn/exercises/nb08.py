@@ -84,7 +84,7 @@ for diagnosis, answer in [
 
 pasting = lesson.exercise(
     2, paste, grade="guided", minutes=5, also=[soft_mask],
-    asks="Write `paste(original, generated, mask, *, seam=0)`: the original where the mask is 0, the generated picture "
+    asks="Write `paste(original, generated, mask, *, seam=0)`: the original where the mask is 0, the generated image "
          "where it is 1. Between them it goes over by `soft_mask(mask, seam)`, which is 1 within the mask and falls to "
          "0 over `seam` pixels outside of it.",
     beyond="The package's function also checks that the sizes fit.",
@@ -97,18 +97,18 @@ BOX[0, :, 3:8, 4:11] = BOX[1, :, 5:9, 2:7] = 1
 
 
 @pasting.test("shape")
-def a_picture(paste):
+def an_image(paste):
     require_shape(paste(ORIGINAL, GENERATED, BOX), ORIGINAL.shape)
 
 
 @pasting.test("value")
 def a_hard_edge(paste):
-    paste.agrees(lambda answer: answer(ORIGINAL, GENERATED, BOX), what="The picture")
+    paste.agrees(lambda answer: answer(ORIGINAL, GENERATED, BOX), what="The image")
 
 
 @pasting.test("value")
 def a_soft_edge(paste):
-    paste.agrees(lambda answer: answer(ORIGINAL, GENERATED, BOX, seam=2), what="With a seam of 2, the picture")
+    paste.agrees(lambda answer: answer(ORIGINAL, GENERATED, BOX, seam=2), what="With a seam of 2, the image")
 
 
 @pasting.test("edge case")

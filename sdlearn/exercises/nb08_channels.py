@@ -127,7 +127,7 @@ nine = lesson.exercise(
          "latents, and guidance's batch [u; c] holds all latents twice.",
     beyond="The package's function also checks the sizes, and that the U-Net reads so many channels.",
     hints=["`torch.cat([x, mask, masked_latent], dim=1)` joins channels; 4, 1 and 4 of them.",
-           "Where x holds n = len(x) // len(mask) times as many pictures as the mask, the *whole batch* of masks is "
+           "Where x holds n = len(x) // len(mask) times as many images as the mask, the *whole batch* of masks is "
            "repeated n times: `mask.repeat(n, 1, 1, 1)`; the masked latent likewise.",
            "A function inside of a function: `def run(x, t, context, residuals=None): ... return unet(..., t, context, "
            "residuals)`, then `return run`."])
@@ -203,9 +203,9 @@ for diagnosis, answer in [
      handing(lambda x, m, z: [x * m, m, z])),
     ("the masked latent is cut out once more: it was made from grey-filled pixels, and stays as it was encoded",
      handing(lambda x, m, z: [x, m, z * (1 - m)])),
-    ("twins of masks stand side by side: [u; c] holds all pictures twice, one after the other",
+    ("twins of masks stand side by side: [u; c] holds all images twice, one after the other",
      handing(lambda x, m, z: [x, m, z], spread=twins)),
-    ("the masks are not repeated: [u; c] holds all pictures twice, and one mask may serve several",
+    ("the masks are not repeated: [u; c] holds all images twice, and one mask may serve several",
      handing(lambda x, m, z: [x, m, z], spread=lambda one, *_: one)),
     ("`expand` stretches a batch of one only: repeat the batch",
      handing(lambda x, m, z: [x, m, z], spread=lambda one, n, *_: one.expand(n * len(one), -1, -1, -1))),

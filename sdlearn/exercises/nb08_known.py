@@ -73,7 +73,7 @@ def at_other_timesteps(blended):
 
 
 @blending.test("edge case")
-def one_picture_for_the_batch(blended):
+def one_image_for_the_batch(blended):
     blended.agrees(lambda answer: answer(network, KNOWN[:1], MASK[:1], NOISE[:1], SCHEDULE)(X, 500),
                    what="With one known latent for two of x, the x0")
 
@@ -223,7 +223,7 @@ def returned(x: Tensor, noise: Tensor, t: float, t_prev: float, schedule: NoiseS
 
 for diagnosis, answer in [
     ("every pass is yielded: one step for each pair of the grid, after its last pass", resampled(every=True)),
-    ("the last step, to the picture, is repeated as well: it is taken once",
+    ("the last step, to the image, is repeated as well: it is taken once",
      resampled(count=lambda times, last: times)),
     ("each step is taken `times` times more: `times` is how often in all",
      resampled(count=lambda times, last: 1 if last else times + 1)),

@@ -106,7 +106,7 @@ for diagnosis, answer in [
 
 prior = lesson.exercise(
     2, prior_preserved, grade="guided", minutes=4,
-    asks="Write `prior_preserved(losses, weight)`: DreamBooth's loss from those of the pictures, (2B,): first B of the "
+    asks="Write `prior_preserved(losses, weight)`: DreamBooth's loss from those of the images, (2B,): first B of the "
          "thing, then B of its class. The mean of the first half plus `weight` times the mean of the second.",
     hints=["The thing's losses come first, then as many of the class's: `losses.chunk(2)` gives both halves.",
            "The result is one number, to call `backward()` on: a tensor with no dimensions.",
@@ -134,7 +134,7 @@ def no_prior(prior_preserved):
 for diagnosis, answer in [
     ("the weight belongs to the class's half, not to the thing's", lambda x, w: w * x[:3].mean() + x[3:].mean()),
     ("the weight is not used", lambda x, w: x[:len(x) // 2].mean() + x[len(x) // 2:].mean()),
-    ("this is the mean over all pictures: the two halves are weighed differently", lambda x, w: x.mean()),
+    ("this is the mean over all images: the two halves are weighed differently", lambda x, w: x.mean()),
     ("both halves are multiplied by the weight", lambda x, w: w * (x[:3].mean() + x[3:].mean())),
     ("sums in place of means: the loss would grow with the batch", lambda x, w: x[:3].sum() + w * x[3:].sum()),
     ("the two halves follow each other, they do not take turns", lambda x, w: x[::2].mean() + w * x[1::2].mean()),
@@ -151,9 +151,9 @@ for diagnosis, answer in [
 whole = lesson.exercise(
     3, dreambooth_loss, grade="on your own", minutes=15,
     asks="Write `dreambooth_loss(network, schedule, latents, contexts, generator, prior_weight=1.0)`: the diffusion "
-         "loss of one run of the network on pictures of the thing, and of its class where `latents` holds both.",
+         "loss of one run of the network on images of the thing, and of its class where `latents` holds both.",
     hints=["One batch for one run: `torch.cat(list(latents))` is (B or 2B, C, h, w). It needs as many contexts.",
-           "Each prompt belongs to B pictures in a row: `repeat_interleave` repeats a row at once, `repeat` the whole "
+           "Each prompt belongs to B images in a row: `repeat_interleave` repeats a row at once, `repeat` the whole "
            "list.",
            "`diffusion_losses(network, schedule, batch, each, generator)` gives the losses (B or 2B,); with two kinds "
            "`prior_preserved` makes one number of them, with one their mean."])
@@ -222,17 +222,17 @@ def composed(spread: Callable = lambda contexts, n: contexts.repeat_interleave(n
 
 
 for diagnosis, parts in [
-    ("thing's and class's prompts take turns: the first B pictures all have the first prompt",
+    ("thing's and class's prompts take turns: the first B images all have the first prompt",
      {"spread": lambda contexts, n: contexts.repeat(n, 1, 1)}),
-    ("all pictures are shown under the thing's prompt", {
+    ("all images are shown under the thing's prompt", {
         "spread": lambda contexts, n: contexts[:1].repeat(n * len(contexts), 1, 1)}),
     ("the prompts have changed places", {"spread": lambda contexts, n: contexts.flip(0).repeat_interleave(n, dim=0)}),
     ("`prior_weight` is not used", {"both": lambda losses, weight: prior_preserved(losses, 1.0)}),
-    ("the mean over all pictures is taken: the class's half has a weight of its own",
+    ("the mean over all images is taken: the class's half has a weight of its own",
      {"both": lambda losses, weight: losses.mean()}),
     ("the weight is on the thing's half", {"both": lambda losses, weight: prior_preserved(losses.flip(0), weight)}),
     ("the class's part is missing", {"both": lambda losses, weight: losses.chunk(2)[0].mean()}),
-    ("there is one kind of picture only: its loss is the mean of all of them", {
+    ("there is one kind of image only: its loss is the mean of all of them", {
         "alone": lambda losses: losses[:2].mean() + losses[2:].mean()}),
 ]:
     whole.mistake(diagnosis)(composed(**parts))

@@ -53,7 +53,7 @@ def one_pair_for_each_level(level_sizes):
 @level_sizes.test("value")
 def squares_and_other_shapes(level_sizes):
     level_sizes.agrees(lambda answer: [answer((128, 128), MINI), answer((512, 512), SD)], what="Of squares, the result")
-    level_sizes.agrees(lambda answer: answer((256, 128), MINI), what="Of a picture 256 wide and 128 high, the result")
+    level_sizes.agrees(lambda answer: answer((256, 128), MINI), what="Of an image 256 wide and 128 high, the result")
 
 
 @level_sizes.test("edge case")
@@ -170,8 +170,8 @@ SCHEDULES = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction="
 
 shifted_time = lesson.exercise(
     3, sizes.shifted_time, grade="supported", minutes=8,
-    asks="Write `shifted_time(schedule, t, times)`: the timestep, with fraction, at which a picture `times` as wide "
-         "and as high is as noisy, at the usual picture's scale, as that one is at t. Beyond the schedule, its ends.",
+    asks="Write `shifted_time(schedule, t, times)`: the timestep, with fraction, at which an image `times` as wide "
+         "and as high is as noisy, at the usual image's scale, as that one is at t. Beyond the schedule, its ends.",
     hints=["Averages over `times` x `times` cells leave the signal and divide the noise's deviation by `times`. So "
            "what has to become of sigma / alpha?",
            "`alpha, sigma = schedule.at(t)`. `schedule.ratios` holds sigma / alpha of all timesteps, increasing; you "
@@ -188,15 +188,15 @@ def a_timestep(shifted_time):
 
 
 @shifted_time.test("value")
-def later_for_larger_pictures(shifted_time):
+def later_for_larger_images(shifted_time):
     shifted_time.agrees(lambda answer: [float(answer(SCHEDULES[0], t, 2)) for t in (100, 500)],
-                        what="For a picture twice as wide, at t = 100 and 500, the timestep")
+                        what="For an image twice as wide, at t = 100 and 500, the timestep")
 
 
 @shifted_time.test("value")
 def for_smaller_ones_too(shifted_time):
     shifted_time.agrees(lambda answer: [float(answer(SCHEDULES[1], 600, times)) for times in (0.5, 1, 3)],
-                        what="For pictures 0.5, 1 and 3 times as wide, at t = 600, the timestep")
+                        what="For images 0.5, 1 and 3 times as wide, at t = 600, the timestep")
 
 
 @shifted_time.test("edge case")
@@ -222,7 +222,7 @@ def looked_up(factor: Callable = lambda times: times, ratio: Callable = lambda a
 for diagnosis, answer in [
     ("this is the factor for the variance: the deviation falls with the side, not with the area",
      looked_up(lambda times: times ** 2)),
-    ("this is the other direction: a larger picture needs more noise", looked_up(lambda times: 1 / times)),
+    ("this is the other direction: a larger image needs more noise", looked_up(lambda times: 1 / times)),
     ("the factor's root is taken", looked_up(lambda times: math.sqrt(times))),
     ("it is t that is multiplied: multiply sigma / alpha, and look up which t has it",
      lambda schedule, t, times: min(float(t * times), schedule.steps - 1.0)),

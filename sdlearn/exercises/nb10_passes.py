@@ -1,4 +1,4 @@
-"""Exercises of notebook 10, its second part: a picture in two passes, and decoding in tiles."""
+"""Exercises of notebook 10, its second part: an image in two passes, and decoding in tiles."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ two_pass = lesson.exercise(
            "`model.config.image_size` is the model's own side.",
            "`fitted((width, height), side, even_step(model.config))` is the size of the first pass: pass it on as "
            "`size=...`, with all of `settings`.",
-           "`image.resize((width, height), Image.Resampling.BICUBIC)` for each picture of the list. `img2img` takes "
-           "the whole list, the negative prompt, `strength` and, again, `settings`; the size is the pictures'."])
+           "`image.resize((width, height), Image.Resampling.BICUBIC)` for each image of the list. `img2img` takes "
+           "the whole list, the negative prompt, `strength` and, again, `settings`; the size is the images'."])
 
 
 class Recorder:
@@ -69,10 +69,10 @@ def pixels(answer: Callable, size, **settings) -> Tensor:
 
 
 @two_pass.test("shape")
-def pictures_of_the_size(two_pass):
+def images_of_the_size(two_pass):
     found = two_pass(Recorder(), "a star", (256, 128))
-    require(isinstance(found, list) and found and hasattr(found[0], "size"), "It must return a list of pictures")
-    require(found[0].size == (256, 128), f"The pictures are {found[0].size[0]}x{found[0].size[1]} where they must be "
+    require(isinstance(found, list) and found and hasattr(found[0], "size"), "It must return a list of images")
+    require(found[0].size == (256, 128), f"The images are {found[0].size[0]}x{found[0].size[1]} where they must be "
                                          "256x128")
 
 
@@ -88,13 +88,13 @@ def in_the_shape(two_pass):
 
 
 @two_pass.test("value")
-def the_pictures_themselves(two_pass):
-    two_pass.agrees(lambda answer: pixels(answer, (256, 192), seed=1), tol=0.05, what="The picture")
+def the_images_themselves(two_pass):
+    two_pass.agrees(lambda answer: pixels(answer, (256, 192), seed=1), tol=0.05, what="The image")
 
 
 @two_pass.test("edge case")
-def several_pictures(two_pass):
-    two_pass.agrees(lambda answer: told(answer, 192, batch=3), what="For three pictures, what the model is asked for")
+def several_images(two_pass):
+    two_pass.agrees(lambda answer: told(answer, 192, batch=3), what="For three images, what the model is asked for")
 
 
 @two_pass.test("edge case")
@@ -127,18 +127,18 @@ for diagnosis, parts in [
     ("the first pass is a square, whatever the shape: squeezing it into shape distorts it",
      {"first": lambda size, own, step: (own, own)}),
     ("the first pass has width and height exchanged", {"first": lambda size, own, step: fitted(size[::-1], own, step)}),
-    ("the first pass has half of the sides: it must have the area of the model's own pictures",
+    ("the first pass has half of the sides: it must have the area of the model's own images",
      {"first": lambda size, own, step: (size[0] // 2, size[1] // 2)}),
     ("`strength` is not passed on, so img2img takes its own", {"second": lambda strength: {}}),
     ("strength is the share that is run: this passes on 1 - strength",
      {"second": lambda strength: {"strength": 1 - strength}}),
     ("the second pass does not get `settings`: seed and steps belong to it as well", {"kept": lambda settings: {}}),
     ("the second pass does not get the negative prompt", {"negative": lambda text: ""}),
-    ("only the first picture is enlarged and passed on", {"large": lambda images, size: images[:1]}),
+    ("only the first image is enlarged and passed on", {"large": lambda images, size: images[:1]}),
     ("compare areas: width * height with the square of the model's own side",
      {"small": lambda w, h, own: max(w, h) <= own}),
     ("a picture of no more than the model's own area needs no second pass", {"small": lambda w, h, own: False}),
-    ("a small picture is drawn at its own size, not at the model's",
+    ("a small image is drawn at its own size, not at the model's",
      {"one": lambda w, h, own: (own, own)}),
     ("enlarged with NEAREST each pixel becomes a square, whose edges the second pass keeps: interpolate",
      {"filters": Image.Resampling.NEAREST}),
@@ -152,7 +152,7 @@ def unpacked(model, prompt, size, negative_prompt="", *, strength=0.5, **setting
     return package_two_pass(model, prompt, (width, height), negative_prompt, strength=strength, **settings)
 
 
-@two_pass.mistake("there is no second pass: the enlarged picture is returned")
+@two_pass.mistake("there is no second pass: the enlarged image is returned")
 def enlarged_alone(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
     width, height = model.size(size)
     own = model.config.image_size
@@ -170,7 +170,7 @@ decode_tiled = lesson.exercise(
     asks="Write `decode_tiled(decode, latent, *, factor, tile=64, overlap=16)`: call `decode` on pieces of at most "
          "`tile` x `tile` cells, and put the pixels together. Neighbours share `overlap` cells, in which one fades "
          "into the other.",
-    hints=["Two sums as large as the picture: of pixels times weights, and of weights. In the end divide one by the "
+    hints=["Two sums as large as the image: of pixels times weights, and of weights. In the end divide one by the "
            "other; then weights need not add up to 1.",
            "`tile_starts(length, tile, overlap)` says where tiles begin along an axis, in cells. A tile's pixels go to "
            "`top * factor` and on.",
@@ -196,7 +196,7 @@ SLOPE = torch.linspace(0, 1, 18).expand(1, 4, 8, 18).contiguous()
 
 
 @decode_tiled.test("shape")
-def a_picture(decode_tiled):
+def an_image(decode_tiled):
     require_shape(decode_tiled(local, LATENT, factor=2, tile=8, overlap=2), (2, 3, 22, 36))
 
 
@@ -216,19 +216,19 @@ def tiles_of_the_size(decode_tiled):
 @decode_tiled.test("value")
 def everything_in_its_place(decode_tiled):
     decode_tiled.agrees(lambda answer: answer(local, LATENT, factor=2, tile=8, overlap=2),
-                        what="With a decoder that looks at each cell alone, the picture")
+                        what="With a decoder that looks at each cell alone, the image")
 
 
 @decode_tiled.test("value")
 def one_fades_into_the_other(decode_tiled):
     """Any weights will do that are gentle: a straight line jumps by 1 / 32 of the difference from pixel to pixel."""
     found = decode_tiled(levelled, SLOPE, factor=8, tile=8, overlap=4)[0, 0, 0]
-    require(bool(found.isfinite().all()), "The picture has values that are not finite: is something divided by a sum "
+    require(bool(found.isfinite().all()), "The image has values that are not finite: is something divided by a sum "
                                           "of weights that is 0?")
     whole = float(found[-1] - found[0])
     require(whole > 0.3, "With a decoder that gives each tile its mean, left and right end must differ")
     jump = float(found.diff().abs().max())
-    require(jump < 0.035, f"At a border of tiles the picture jumps by {jump:.2f} from one pixel to the next, of "
+    require(jump < 0.035, f"At a border of tiles the image jumps by {jump:.2f} from one pixel to the next, of "
                          f"{whole:.2f} from its left to its right end: over the {4 * 8} pixels that two tiles share, "
                          "one has to fade out while the other fades in")
 
@@ -236,13 +236,13 @@ def one_fades_into_the_other(decode_tiled):
 @decode_tiled.test("edge case")
 def what_fits_at_once(decode_tiled):
     decode_tiled.agrees(lambda answer: answer(local, LATENT[:, :, :5, :7], factor=2, tile=8, overlap=2),
-                        what="Of a latent smaller than a tile, the picture")
+                        what="Of a latent smaller than a tile, the image")
 
 
 @decode_tiled.test("edge case")
 def without_overlap(decode_tiled):
     decode_tiled.agrees(lambda answer: answer(local, LATENT, factor=2, tile=4, overlap=0),
-                        what="Without overlap, the picture")
+                        what="Without overlap, the image")
 
 
 def faded(length: int, overlap: int) -> Tensor:
@@ -282,7 +282,7 @@ for diagnosis, parts in [
     ("the last rows and columns are missing: the last tile has to end where the latent does",
      {"starts": lambda length, tile, overlap: list(range(0, max(1, length - tile + 1), tile - overlap))}),
     ("the latent may be smaller than a tile: take rows and columns from what `decode` returns", {"whole": True}),
-    ("at the picture's own border no other tile adds to a weight that falls to 0: there a tile counts whole",
+    ("at the image's own border no other tile adds to a weight that falls to 0: there a tile counts whole",
      {"fade": lambda length, overlap, first, last: faded(length, overlap)}),
 ]:
     decode_tiled.mistake(diagnosis)(tiling(**parts))

@@ -145,12 +145,12 @@ SECONDS = {1: 1.0, 2: 1.6, 4: 2.7, 8: 6.0}          # of one chip, by batch
 fleet = lesson.exercise(
     6, costs.fleet, grade="on your own", minutes=20,
     asks="Write `fleet(rate, seconds, within, *, busy=0.7)`: (batch, chips) of the cheapest service for `rate` "
-         "pictures a second. `seconds` tells, by batch size, how long one chip takes for such a batch. The first "
-         "picture of a batch waits for the others to come, (batch - 1) / rate, and then for the batch: at most "
+         "images a second. `seconds` tells, by batch size, how long one chip takes for such a batch. The first "
+         "image of a batch waits for the others to come, (batch - 1) / rate, and then for the batch: at most "
          "`within` seconds in all. Chips may be busy the share `busy` of the time. Fewest chips win; among equals the "
          "smaller batch. Where no batch is in time, raise ValueError.",
     hints=["Two questions, one after the other: which batches are ready in time, and how many chips does each need?",
-           "A chip makes batch / seconds[batch] pictures a second, and does so `busy` of the time. Chips are whole: "
+           "A chip makes batch / seconds[batch] images a second, and does so `busy` of the time. Chips are whole: "
            "`math.ceil`.",
            "`min` of pairs (chips, batch) takes the fewest chips, then the smaller batch. Where no batch is in time, "
            "raise ValueError."])
@@ -222,12 +222,12 @@ for diagnosis, parts in [
     ("this is the smallest batch that is in time: a larger one may need fewer chips", {"best": min}),
     ("among batches that need as few chips take the smallest", {"best": lambda found: max(
         (-count, batch) for batch, count in found.items())[1]}),
-    ("a batch holds several pictures: seconds over batch is the time of one", {"made": lambda batch, each: 1 / each}),
+    ("a batch holds several images: seconds over batch is the time of one", {"made": lambda batch, each: 1 / each}),
     ("a chip is not busy all of the time", {"share": lambda busy: 1}),
     ("busy a part of the time, a chip makes fewer, so more are needed: divide", {"share": lambda busy: 1 / busy}),
     ("with the fraction cut off there are too few: round up", {"whole": math.floor}),
     ("rounded to the nearest there may be too few: round up", {"whole": round}),
-    ("the first picture waits for those that fill its batch, too", {"wait": lambda batch, rate: 0}),
+    ("the first image waits for those that fill its batch, too", {"wait": lambda batch, rate: 0}),
     ("the last of the batch does not wait for itself: (batch - 1) / rate", {"wait": lambda batch, rate: batch / rate}),
     ("this is the largest batch that is in time, which may need no fewer chips", {"best": max}),
     ("where no batch is in time it must be refused, not answered late", {"refuse": False}),

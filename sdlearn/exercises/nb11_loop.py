@@ -204,7 +204,7 @@ STEPS = [999, 800, 600, 400, 200, 0]
 
 guided_passes = lesson.exercise(
     5, guidance.guided_passes, grade="guided", minutes=4,
-    asks="Write `guided_passes(times, scale, interval=None)`: how often the network runs for one picture at these "
+    asks="Write `guided_passes(times, scale, interval=None)`: how often the network runs for one image at these "
          "timesteps. Guided steps take two passes, also as one batch; where w is 1, or 0, one half is enough. Outside "
          "of the interval (its ends belong to it) w is 1.",
     hints=["`scale_at(t, scale, interval)` of notebook 06 gives w at a timestep: `scale` within the interval, 1 "

@@ -1,6 +1,6 @@
 """One diagram of a latent diffusion model: its parts, and the shape of every tensor between them.
 
-Everything is read off a config; the modules are built without memory, only to be counted. A picture of
+Everything is read off a config; the modules are built without memory, only to be counted. An image of
 batch 1 is drawn, with guidance, so that the U-Net works on a batch of two: without the prompt, with it.
 
 The canvas is 100 wide, and its units are a tenth of an inch.
@@ -25,12 +25,12 @@ OUTPUT = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}         # wha
 
 
 def architecture_diagram(config: ModelConfig) -> Drawing:
-    """The way from a prompt to a picture through a model of this config, with shapes at each arrow.
+    """The way from a prompt to an image through a model of this config, with shapes at each arrow.
 
         architecture_diagram(model.config)
         architecture_diagram(PRESETS["sd15"])       # needs no weights
     """
-    title = f"{config.name}: from a prompt to a picture, one picture with guidance"
+    title = f"{config.name}: from a prompt to an image, one image with guidance"
     drawing = Drawing(WIDE * DPI / 10, HIGH * DPI / 10, title=title, sharpness=1.6, colours=64)
     canvas = Canvas(drawing)
     canvas.text(1, HIGH - 1.8, title, size=11.5, weight="bold")
@@ -43,7 +43,7 @@ def architecture_diagram(config: ModelConfig) -> Drawing:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the diagram, by name, for one guided picture of the model's own size."""
+    """Shape of every tensor in the diagram, by name, for one guided image of the model's own size."""
     side, latent, text = config.image_size, config.latent_size, config.text
     one = (1, config.vae.latent_channels, latent, latent)
     return {
@@ -89,7 +89,7 @@ def _draw_text_path(canvas: "Canvas", config: ModelConfig):
     parameters = told(count_parameters(lambda: TextEncoder(text)))
     canvas.box(1, 46, 15, 9, "prompt", ("and the empty prompt,", "for guidance"), PLAIN, PLAIN_LINE)
     canvas.box(24, 46, 16, 9, "Tokenizer", ("byte-pair encoding,", f"{text.vocab_size:,} tokens"), TEXT, TEXT_LINE)
-    canvas.box(53, 46, 21, 9, "CLIP text tower",
+    canvas.box(53, 46, 21, 9, "CLIP text encoder",
                (f"{text.layers} layers, {text.heads} heads", f"{parameters} parameters"), TEXT, TEXT_LINE)
     canvas.arrow((16, 50.5), (24, 50.5), PLAIN_LINE)
     canvas.label(20, 50.5, "text", PLAIN_LINE)
@@ -128,7 +128,7 @@ def _draw_pixels(canvas: "Canvas", config: ModelConfig):
                (f"a cell to {vae.factor} x {vae.factor} pixels", f"{parameters} parameters"), PIXEL, PIXEL_LINE)
     canvas.arrow((89.7, 34), (89.7, 46), PIXEL_LINE)
     canvas.label(89, 40, "pixels", PIXEL_LINE, shapes["pixels"], ha="right", lift=0)
-    canvas.box(80.5, 46, 18.5, 9, "picture", (f"{config.image_size} x {config.image_size} pixels",),
+    canvas.box(80.5, 46, 18.5, 9, "image", (f"{config.image_size} x {config.image_size} pixels",),
                PLAIN, PLAIN_LINE)
 
 

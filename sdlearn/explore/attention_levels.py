@@ -23,7 +23,7 @@ COLUMNS = {"cells": 300, "heads": 392, "q, of the cells": 500, "k and v, of the 
 
 
 class Level(NamedTuple):
-    """A level of the U-Net, for one picture of the model's own size; `reads` is how many transformers it has."""
+    """A level of the U-Net, for one image of the model's own size; `reads` is how many transformers it has."""
 
     name: str
     side: int
@@ -54,7 +54,7 @@ def text_levels(config: ModelConfig) -> list[Level]:
 
 
 def count_flops(config: ModelConfig) -> tuple[int, dict[str, int]]:
-    """FLOPs of one pass of the U-Net for one picture: in all, and of the maps of each attention layer by name.
+    """FLOPs of one pass of the U-Net for one image: in all, and of the maps of each attention layer by name.
 
     Counted as in `costs.layer_flops`.
     """
@@ -78,7 +78,7 @@ def where_it_reads(config: ModelConfig) -> Drawing:
     """The U-Net of a config, level by level; at those that read the text, the shapes of what attention works on."""
     levels = text_levels(config)
     height = TOP + ROW * len(levels) + 30
-    title = f"{config.name}: where the U-Net reads the text, one picture of {config.image_size} x {config.image_size}"
+    title = f"{config.name}: where the U-Net reads the text, one image of {config.image_size} x {config.image_size}"
     drawing = Drawing(WIDTH, height, title=title, sharpness=1.5, colours=48)
     axes = drawing.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))

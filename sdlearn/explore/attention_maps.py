@@ -1,4 +1,4 @@
-"""Who looks at which word: cells that ask, maps over pictures, levels of a U-Net; a widget to look at any prompt.
+"""Who looks at which word: cells that ask, maps over images, levels of a U-Net; a widget to look at any prompt.
 
 M tokens, of which the last of a prompt are padding; h, w rows and columns. Lengths are in pixels of the screen.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from ipywidgets import HTML, BoundedIntText, Dropdown, HBox, Image, IntSlider, Layout, Play, Text, ToggleButtons, jslink
 from matplotlib.patches import Rectangle
-from PIL import Image as Pictures
+from PIL import Image as Images
 from torch import Tensor
 
 from .. import prompt as prompt_room
@@ -25,8 +25,8 @@ from .figures import EDGE, FAINT, GAP, INK, SIDE, WIDTH, Drawing, _grid, some_of
 from .widgets import REFUSED, SHOWN, WithStill, _enlarged, _png
 
 MOST = 10               # maps in a row
-SMALLEST = 92           # width of a picture in a row of many: a page holds several such figures
-LITTLE = {"a", "an", "and", "of", "on", "the", "to", "with"}       # words that a still picture can do without
+SMALLEST = 92           # width of an image in a row of many: a page holds several such figures
+LITTLE = {"a", "an", "and", "of", "on", "the", "to", "with"}       # words that a still image can do without
 ALL = "all layers"
 STEPS = 10              # shades of a map
 HOT = matplotlib.colormaps["YlOrRd"]
@@ -66,9 +66,9 @@ def literal(text: str) -> str:
 
 # ---------------------------------------------------------------------------- drawings
 
-def overlay(picture, heat: Tensor, top: float | None = None) -> np.ndarray:
-    """A picture in pale grey under a map (h, w), red where the map is `top`, or else its highest; uint8 (H, W, 3)."""
-    pixels = np.asarray(picture, float)
+def overlay(image, heat: Tensor, top: float | None = None) -> np.ndarray:
+    """An image in pale grey under a map (h, w), red where the map is `top`, or else its highest; uint8 (H, W, 3)."""
+    pixels = np.asarray(image, float)
     grey = np.round(pixels.mean(axis=-1, keepdims=True) / 32) * 32          # in steps, as the map: fewer bytes
     pale = 255 - 0.55 * (255 - grey.clip(0, 255))
     share = heat.detach().float()
@@ -80,47 +80,47 @@ def overlay(picture, heat: Tensor, top: float | None = None) -> np.ndarray:
 
 
 def word_maps(rows: Mapping[str, tuple], names: Sequence[str], *, title: str) -> Drawing:
-    """Rows of one picture and its maps, a map for each name; in each the highest weight is red, and told beneath.
+    """Rows of one image and its maps, a map for each name; in each the highest weight is red, and told beneath.
 
-    rows: by name, a picture and maps (names, h, w).
+    rows: by name, an image and maps (names, h, w).
     """
     images, captions = [], []
     columns = len(names) + 1
     room = (WIDTH - SIDE - 2 * EDGE - (columns - 1) * GAP) // columns       # a map in its own size stays crisp
-    for picture, maps in rows.values():
-        picture = _shrunk(picture, room)
-        images += [np.asarray(picture), *(overlay(picture, one) for one in maps)]
-        captions += ["the picture", *(f"{literal(name)}\nup to {float(one.max()):.2f}"
+    for image, maps in rows.values():
+        image = _shrunk(image, room)
+        images += [np.asarray(image), *(overlay(image, one) for one in maps)]
+        captions += ["the image", *(f"{literal(name)}\nup to {float(one.max()):.2f}"
                                       for name, one in zip(names, maps, strict=True))]
     return _grid(images, captions, columns, title, rows=list(rows))
 
 
-def _shrunk(picture, width: int) -> Pictures.Image:
-    """The picture, at most so wide."""
-    picture = Pictures.fromarray(np.asarray(picture))
-    width = min(width, picture.width)
-    return picture.resize((width, round(width * picture.height / picture.width)))
+def _shrunk(image, width: int) -> Images.Image:
+    """The image, at most so wide."""
+    image = Images.fromarray(np.asarray(image))
+    width = min(width, image.width)
+    return image.resize((width, round(width * image.height / image.width)))
 
 
 def image_rows(rows: Mapping[str, Sequence], captions: Sequence[str] = (), *, title: str) -> Drawing:
-    """Rows of small pictures, by name; captions: beneath the last row, one for each column."""
+    """Rows of small images, by name; captions: beneath the last row, one for each column."""
     columns = len(next(iter(rows.values())))
     room = (WIDTH - SIDE - 2 * EDGE - (columns - 1) * GAP) / columns
     width = max(SMALLEST, int(room / 1.5) + 1)          # `_grid` enlarges what fits one and a half times
-    images = [np.asarray(_shrunk(picture, width)) for pictures in rows.values() for picture in pictures]
+    images = [np.asarray(_shrunk(image, width)) for row in rows.values() for image in row]
     told = [""] * (len(images) - columns) + (list(captions) or [""] * columns)
     drawing = _grid(images, told, columns, title, rows=list(rows))
     drawing.colours = 128
     return drawing
 
 
-def cells_asking(picture, weights: Tensor, names: Sequence[str], cells: Sequence[tuple[int, int]], side: int, *,
+def cells_asking(image, weights: Tensor, names: Sequence[str], cells: Sequence[tuple[int, int]], side: int, *,
                  title: str) -> Drawing:
-    """A picture with some of its side x side cells framed, and beside it what each of them takes from each name.
+    """An image with some of its side x side cells framed, and beside it what each of them takes from each name.
 
     weights: (cells, names); cells: (row, column) each.
     """
-    pixels, height = np.asarray(picture), max(230, 16 * len(names) + 82)
+    pixels, height = np.asarray(image), max(230, 16 * len(names) + 82)
     drawing = Drawing(WIDTH, height, title=title, sharpness=1.5, colours=128)
     drawing.headline()
     axes = drawing.add_axes((10 / WIDTH, 1 - 214 / height, 176 / WIDTH, 176 / height))
@@ -174,8 +174,8 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], *, title: 
 class AttentionExplorer(WithStill):
     """A prompt to type, and for each of its words from where it is looked at: at any step, in any layer.
 
-    Press Enter: a picture is made, and its attention kept. At the right what the network saw at the step, at the
-    left the map of the word over it. What was typed and no picture can be made of is told beneath; for the first
+    Press Enter: an image is made, and its attention kept. At the right what the network saw at the step, at the
+    left the map of the word over it. What was typed and no image can be made of is told beneath; for the first
     prompt errors are those of `StableDiffusion.steps`.
     """
 
@@ -189,9 +189,9 @@ class AttentionExplorer(WithStill):
         self.link = jslink((self.play, "value"), (self.step, "value"))
         self.layer = Dropdown(options=[(ALL, ALL)], description="layer", layout=Layout(width="300px"))
         self.message, self.heads = HTML(), HTML()
-        self.pictures = Image(format="png"), Image(format="png")
+        self.images = Image(format="png"), Image(format="png")
         super().__init__([HBox([self.prompt, self.seed]), self.word, HBox([self.step, self.play, self.layer]),
-                          self.message, self.heads, HBox(self.pictures)])
+                          self.message, self.heads, HBox(self.images)])
         self._make(prompt, seed)
         for control in (self.prompt, self.seed):
             control.observe(lambda _: self.draw(), names="value")
@@ -199,7 +199,7 @@ class AttentionExplorer(WithStill):
             control.observe(lambda _: self.show(), names="value")
 
     def draw(self):
-        """Make the picture of what is typed, and keep its attention."""
+        """Make the image of what is typed, and keep its attention."""
         try:
             self._make(self.prompt.value, self.seed.value)
         except REFUSED as error:
@@ -240,8 +240,8 @@ class AttentionExplorer(WithStill):
             return
         heat = self.heat(self.step.value, self.layer.value)[self.word.value]
         [seen] = self.run[self.step.value].images()
-        for place, picture in zip(self.pictures, (Pictures.fromarray(overlay(seen, heat)), seen), strict=True):
-            place.value = _png(_enlarged(picture, SHOWN))
+        for place, image in zip(self.images, (Images.fromarray(overlay(seen, heat)), seen), strict=True):
+            place.value = _png(_enlarged(image, SHOWN))
         word = html.escape(self.names[self.word.value])
         self.heads.value = (f"<b>left:</b> how much each cell takes from <i>{word}</i>, dark red: {heat.max():.2f} "
                             "&ensp; <b>right:</b> what the network saw in the latent at this step")

@@ -62,9 +62,9 @@ def stacked(rows: Mapping[str, Mapping[str, float]], x: str, *, title: str, bene
 
 def ladder_figure(rungs: Sequence[tuple[str, float | None, bool]], *, title: str,
                   x: str = "seconds for the latents of one batch") -> Drawing:
-    """A bar for each rung, (name, seconds or None, whether the picture stays), with its ratio to the rung before.
+    """A bar for each rung, (name, seconds or None, whether the image stays), with its ratio to the rung before.
 
-    Rungs that paint another picture are paler. None: "not measured here". ValueError for no rungs.
+    Rungs that paint another image are paler. None: "not measured here". ValueError for no rungs.
     """
     if not rungs:
         raise ValueError("there are no rungs to draw: give at least one")
@@ -127,10 +127,10 @@ class EstimateExplorer(WithStill):
         wide = {"style": {"description_width": "150px"}, "layout": Layout(width="340px")}
         self.chosen = {name: Dropdown(options=[(str(value), value) for value in values], value=values[0],
                                       description=name.replace("_", " "), **wide) for name, values in choices.items()}
-        self.picture, self.told = Image(format="png"), HTML()
+        self.image, self.told = Image(format="png"), HTML()
         for dropdown in self.chosen.values():
             dropdown.observe(lambda _: self.draw(), "value")
-        super().__init__([HBox([VBox(list(self.chosen.values())), self.told]), self.picture])
+        super().__init__([HBox([VBox(list(self.chosen.values())), self.told]), self.image])
         self.draw()
 
     def settings(self) -> dict:
@@ -144,7 +144,7 @@ class EstimateExplorer(WithStill):
         except REFUSED as error:
             self.told.value = html.escape(str(error))
             return
-        self.picture.value = self._figure().png()
+        self.image.value = self._figure().png()
         self.told.value = "<br>".join(map(html.escape, self.last.told))
 
     def still(self) -> Drawing:

@@ -1,4 +1,4 @@
-"""What learns in each way of teaching a model one new thing, sheets of pictures, and a widget that asks all of them.
+"""What learns in each way of teaching a model one new thing, sheets of images, and a widget that asks all of them.
 
 Lengths are in pixels of the screen.
 """
@@ -27,9 +27,9 @@ LEARNS = {
     "textual inversion": {"table": "row"},
     "LoRA": {"U-Net": "beside"},
     "DreamBooth": {"U-Net": "all"},
-    "DreamBooth, text tower too": {"table": "all", "text tower": "all", "U-Net": "all"},
+    "DreamBooth, text encoder too": {"table": "all", "text encoder": "all", "U-Net": "all"},
 }
-PARTS = {"table": (250, 110), "text tower": (390, 150), "U-Net": (570, 220), "VAE": (820, 90)}      # left, width
+PARTS = {"table": (250, 110), "text encoder": (390, 150), "U-Net": (570, 220), "VAE": (820, 90)}      # left, width
 
 
 def what_learns(*, title: str) -> Drawing:
@@ -75,13 +75,13 @@ def _part(axes, left: float, top: float, width: float, height: float, learns: st
 
 
 def sheet(rows: Mapping[str, Sequence], heads: Sequence[str], *, title: str) -> Drawing:
-    """A row of pictures under each name, and over all columns what they were asked for, written beneath the last row.
+    """A row of images under each name, and over all columns what they were asked for, written beneath the last row.
 
-    rows: as many pictures, uint8 (H, W, 3), in each as there are `heads`. ValueError for other counts.
+    rows: as many images, uint8 (H, W, 3), in each as there are `heads`. ValueError for other counts.
     """
     if not rows or any(len(images) != len(heads) for images in rows.values()):
         counts = ", ".join(f"{name} {len(images)}" for name, images in rows.items()) or "no rows"
-        raise ValueError(f"each row needs a picture for each of the {len(heads)} heads, but there are: {counts}")
+        raise ValueError(f"each row needs an image for each of the {len(heads)} heads, but there are: {counts}")
     images = [np.asarray(image) for row in rows.values() for image in row]
     captions = [""] * (len(images) - len(heads)) + list(heads)
     names = ["\n".join(textwrap.wrap(name.replace("DreamBooth", "Dream-Booth"), 10)) for name in rows]
@@ -89,10 +89,10 @@ def sheet(rows: Mapping[str, Sequence], heads: Sequence[str], *, title: str) -> 
 
 
 class ConceptExplorer(WithStill):
-    """A prompt with {} where the new thing goes, a seed, the LoRA's strength, and a button: a picture by each way.
+    """A prompt with {} where the new thing goes, a seed, the LoRA's strength, and a button: an image by each way.
 
     ways: by name, a model and its words for the thing. lora: which of the ways is a base to which this LoRA is added,
-    and the LoRA. The last rows stay to compare with. The row of the first settings is drawn at once. What no picture
+    and the LoRA. The last rows stay to compare with. The row of the first settings is drawn at once. What no image
     can be made with is told beside the button; nothing is raised.
     """
 
@@ -112,10 +112,10 @@ class ConceptExplorer(WithStill):
         self.draw()
 
     def draw(self):
-        """Make a picture by each way, and put the row above the earlier ones."""
+        """Make an image by each way, and put the row above the earlier ones."""
         self.button.disabled, self.message.value = True, "drawing ..."
         try:
-            images = [self._picture(name, model, words) for name, (model, words) in self.ways.items()]
+            images = [self._image(name, model, words) for name, (model, words) in self.ways.items()]
         except REFUSED as error:
             self.message.value = html.escape(str(error))
         else:
@@ -127,7 +127,7 @@ class ConceptExplorer(WithStill):
         finally:
             self.button.disabled = False
 
-    def _picture(self, name: str, model: StableDiffusion, words: str):
+    def _image(self, name: str, model: StableDiffusion, words: str):
         learnt = self.lora[1] if self.lora and self.lora[0] == name else None
         if learnt is not None:
             model.add_lora(learnt, self.strength.value)

@@ -19,7 +19,7 @@ from ..images import to_tensor
 from ..pipeline import StableDiffusion
 from ..tokenizer import WORD_END, Tokenizer, merge_steps, to_symbols
 from .figures import FAINT, INK, WIDTH, Drawing
-from .widgets import SMALL, WithStill, _picture
+from .widgets import SMALL, WithStill, _image
 
 FILLS = ("#dcf1ec", "#e9e5f9", "#fdedd0", "#dbe9fa", "#fae0ea")     # of words, in turn
 CUT = "#ececee"
@@ -60,7 +60,7 @@ def token_strip(text: str, tokenizer: Tokenizer, length: int = 77, *, title: str
                 scenes: Sequence[Scene] = ()) -> Drawing:
     """The tokens of a prompt, a colour for each word, with their ids; grey is what the row has no place for.
 
-    scenes: pictures to show beneath, with their captions.
+    scenes: images to show beneath, with their captions.
     """
     tokens, title = read(text, tokenizer, length), title or f"{text!r}, token by token"
     chips, x, y = [], 8.0, 40.0
@@ -116,9 +116,9 @@ def matrices(values: Mapping[str, Tensor], *, title: str, x: str, y: str, labels
 
 
 def pairings(scenes: Sequence[Scene], values: Tensor, *, title: str) -> Drawing:
-    """Cosines of captions, in rows, with the pictures of their scenes, in columns; frames mark what belongs together.
+    """Cosines of captions, in rows, with the images of their scenes, in columns; frames mark what belongs together.
 
-    values: (captions, pictures), as many of both as there are scenes. Raises ValueError for another shape.
+    values: (captions, images), as many of both as there are scenes. Raises ValueError for another shape.
     """
     count, cell, left, top = len(scenes), 66, 330, 118
     if values.shape != (count, count):
@@ -139,7 +139,7 @@ def pairings(scenes: Sequence[Scene], values: Tensor, *, title: str) -> Drawing:
     axes.set_yticks(range(count), [_wrapped(scene.caption, 46) for scene in scenes], fontsize=8, color=INK)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    axes.set_xlabel("cosine of a caption (row) with a picture (column); framed: what belongs together", fontsize=8.5,
+    axes.set_xlabel("cosine of a caption (row) with an image (column); framed: what belongs together", fontsize=8.5,
                     color=FAINT)
     drawing.text(0.01, 1 - 14 / drawing.height, title, fontsize=11, fontweight="bold", color=INK, va="center")
     return drawing
@@ -169,12 +169,12 @@ class PromptReader(WithStill):
     """A prompt to type: its tokens in colours, how each word was merged, what is cut, the scenes nearest to it.
 
     Press Enter to read what was typed. What cannot be read is told beneath; nothing is raised.
-    model: with towers, `model.clip`; scenes: among which the nearest are looked for. Raises ValueError without either.
+    model: with encoders, `model.clip`; scenes: searched for the nearest. Raises ValueError without either.
     """
 
     def __init__(self, model: StableDiffusion, scenes: Sequence[Scene], prompt: str):
         if model.clip is None or not scenes:
-            raise ValueError("the nearest scenes are found by both towers: give a model that has its vision tower, "
+            raise ValueError("the nearest scenes are found by both encoders: give a model that has its image encoder, "
                              "and some scenes")
         self.model, self.scenes = model, list(scenes)
         with torch.no_grad():
@@ -188,7 +188,7 @@ class PromptReader(WithStill):
 
     @torch.no_grad()
     def nearest_to(self, prompt: str) -> list[Scene]:
-        """The scenes whose pictures have the largest cosine with the prompt."""
+        """The scenes whose images have the largest cosine with the prompt."""
         tokenizer, length = self.model.tokenizer, self.model.config.text.length
         ids = tokenizer(prompt_room.plain(prompt), length).to(self.model.device)
         text = self.model.clip.encode_text(ids, end=tokenizer.end)                  # (1, S)
@@ -226,4 +226,4 @@ def _chip(token: Token) -> str:
 
 def _card(scene: Scene) -> VBox:
     caption = HTML(f"<small>{html.escape(scene.caption)}</small>", layout=Layout(width=f"{SMALL + 20}px"))
-    return VBox([_picture(Image.fromarray(scene.image), SMALL), caption])
+    return VBox([_image(Image.fromarray(scene.image), SMALL), caption])

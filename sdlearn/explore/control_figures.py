@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ipywidgets import HTML, Button, Dropdown, FloatSlider, HBox, Image, IntSlider, Layout, Text, VBox
-from PIL import Image as Pictures
+from PIL import Image as Images
 from PIL import ImageDraw
 
 from ..config import UNetConfig
@@ -26,9 +26,9 @@ from .figures import FAINT, INK, WIDTH, Drawing, show_images
 from .unet_parts import rungs
 from .widgets import REFUSED, WithStill, _enlarged, _png
 
-KEPT = 4                # pictures that stay to compare with
+KEPT = 4                # images that stay to compare with
 PEN = 3                 # pixels: as wide as the outlines of the scenes' objects
-STEPS = 15              # of the widget's pictures
+STEPS = 15              # of the widget's images
 ROW, TOP = 30, 84       # heights in the diagram
 
 
@@ -118,7 +118,7 @@ def edge_map_of(strokes: Sequence[Shape], side: int = SIDE) -> np.ndarray:
 
     Raises ValueError for a kind that is not in `SHAPES`.
     """
-    paper = Pictures.new("RGB", (side, side), "white")
+    paper = Images.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(paper)
     for stroke in strokes:
         if stroke.kind not in SHAPES:
@@ -129,19 +129,19 @@ def edge_map_of(strokes: Sequence[Shape], side: int = SIDE) -> np.ndarray:
 
 def borders(drawn: np.ndarray) -> np.ndarray:
     """Free-hand lines, bytes (H, W) of 0 and 255, as an edge map of the same form: both borders of each line."""
-    return edges([Pictures.fromarray(255 - drawn).convert("RGB")])[0].numpy().astype(np.uint8) * 255
+    return edges([Images.fromarray(255 - drawn).convert("RGB")])[0].numpy().astype(np.uint8) * 255
 
 
 def as_image(maps: np.ndarray) -> np.ndarray:
-    """A map, uint8 (H, W), as a grey picture (H, W, 3)."""
+    """A map, uint8 (H, W), as a grey image (H, W, 3)."""
     return np.stack([maps] * 3, axis=2)
 
 
 class SketchExplorer(WithStill):
-    """Strokes from sliders make an edge map; the ControlNet's picture of it, with a prompt, a strength and an end.
+    """Strokes from sliders make an edge map; the ControlNet's image of it, with a prompt, a strength and an end.
 
     For straight lines and true circles, and for whom the mouse does not serve; `pad.DrawingPad` is for the free hand.
-    What is being placed is shown in the map at once; "Add" keeps it. The picture of the first strokes is drawn at
+    What is being placed is shown in the map at once; "Add" keeps it. The image of the first strokes is drawn at
     once. Nothing is raised.
     """
 
@@ -192,7 +192,7 @@ class SketchExplorer(WithStill):
                 "seed": self.seed.value}
 
     def draw(self):
-        """Make the picture of the kept strokes, and put it before the earlier ones."""
+        """Make the image of the kept strokes, and put it before the earlier ones."""
         self.button.disabled, self.message.value = True, "drawing ..."
         chosen, drawn = self.settings(), as_image(edge_map_of(self.strokes, self.side))
         try:
@@ -215,9 +215,9 @@ class SketchExplorer(WithStill):
                            [one for said, *_ in self.rows for one in ("the strokes' edges", said)],
                            title="Strokes and what is made of them", columns=4)
 
-    def _card(self, words: str, image: Pictures.Image) -> VBox:
+    def _card(self, words: str, image: Images.Image) -> VBox:
         return VBox([Image(value=_png(_enlarged(image, 2 * self.side)), format="png", layout=Layout(width="240px")),
                      HTML(f"<small>{html.escape(words)}</small>")])
 
     def _show_map(self, drawn: np.ndarray):
-        self.map.value = _png(_enlarged(Pictures.fromarray(as_image(drawn)), 2 * self.side))
+        self.map.value = _png(_enlarged(Images.fromarray(as_image(drawn)), 2 * self.side))

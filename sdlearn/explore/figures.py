@@ -1,4 +1,4 @@
-"""Pictures side by side, and the steps of a sampler as a strip.
+"""Images side by side, and the steps of a sampler as a strip.
 
 Lengths are in pixels of the screen. A figure is at most as wide as a page of a notebook.
 """
@@ -17,11 +17,11 @@ from ..pipeline import SamplingStep
 
 WIDTH = 1020            # of a page
 DPI = 100               # so many pixels are an inch to matplotlib
-GAP, EDGE = 10, 8       # between pictures, and around all of them
+GAP, EDGE = 10, 8       # between images, and around all of them
 LINE = 15               # height of a line of a caption
 HEAD = 34               # height of the title
 SIDE = 76               # width of the names of rows
-ZOOM = 3                # at most, of a picture
+ZOOM = 3                # at most, of an image
 GREYS = 24              # in a palette
 PAPER = 246             # what is as bright as this is white: Pillow picks among neighbours that near at will
 INK, FAINT = "#26262e", "#6b6b76"
@@ -58,13 +58,13 @@ class Drawing(Figure):
         return f"<Drawing: {self.title}>"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        picture = base64.b64encode(self.png()).decode("ascii")
-        return ({"image/png": picture, "text/plain": repr(self)},
+        image = base64.b64encode(self.png()).decode("ascii")
+        return ({"image/png": image, "text/plain": repr(self)},
                 {"image/png": {"width": self.width, "height": self.height}})
 
 
 def _palette(image: Image.Image, colours: int) -> Image.Image:
-    """The image's own colours, with greys beside them: letters would take on the pictures' colours otherwise."""
+    """The image's own colours, with greys beside them: letters would take on the images' colours otherwise."""
     own = np.array(image.quantize(colours).getpalette()[:3 * colours], np.uint8).reshape(-1, 3)
     own[(own >= PAPER).all(axis=1)] = 255               # one white, not several that are almost white
     greys = np.linspace(0, 255, GREYS).round().astype(np.uint8)
@@ -74,26 +74,26 @@ def _palette(image: Image.Image, colours: int) -> Image.Image:
 
 
 def show_images(images: Sequence, captions: Sequence[str] = (), *, title: str, columns: int = 4) -> Drawing:
-    """Pictures in a grid, row by row, each with its caption beneath, under one title.
+    """Images in a grid, row by row, each with its caption beneath, under one title.
 
-    images: PIL pictures or uint8 arrays (H, W, 3), all in cells of the first one's size.
-    captions: one for each picture, or none; they are wrapped to the pictures' width.
-    Raises ValueError for no pictures, or captions that are not as many.
+    images: PIL images or uint8 arrays (H, W, 3), all in cells of the first one's size.
+    captions: one for each image, or none; they are wrapped to the images' width.
+    Raises ValueError for no images, or captions that are not as many.
     """
     images = [np.asarray(image) for image in images]
     if not images:
-        raise ValueError("there are no pictures to show: give at least one")
+        raise ValueError("there are no images to show: give at least one")
     if captions and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one for each, or none")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: give one for each, or none")
     return _grid(images, captions or [""] * len(images), min(columns, len(images)), title)
 
 
 def step_strip(steps: Sequence[SamplingStep], *, columns: int = 7,
-               title: str = "One picture, step by step") -> Drawing:
-    """The first picture of a batch at `columns` of its steps, the first and the last among them.
+               title: str = "One image, step by step") -> Drawing:
+    """The first image of a batch at `columns` of its steps, the first and the last among them.
 
     Above: the latent after the step, decoded with all the noise that is still in it. Below: the clean
-    picture that the network saw when the step began.
+    image that the network saw when the step began.
     """
     steps = some_of(steps, columns)
     captions = [f"step {step.index + 1} of {step.of}\nfrom t = {step.t:.0f}" for step in steps]
@@ -136,7 +136,7 @@ def _grid(images: list[np.ndarray], captions: Sequence[str], columns: int, title
                for i in range(count)]
     total_w = left + columns * (width + GAP) - GAP + EDGE
     total_h = HEAD + sum(beneath) + count * (height + GAP) - GAP + EDGE
-    # A title that is wider than its pictures would be cut off.
+    # A title that is wider than its images would be cut off.
     drawing = Drawing(max(total_w, 9.4 * len(title) + 2 * EDGE), total_h, title=title)
     _write(drawing, EDGE, EDGE, title, size=11, weight="bold")
     top = HEAD
@@ -145,14 +145,14 @@ def _grid(images: list[np.ndarray], captions: Sequence[str], columns: int, title
             _write(drawing, EDGE, top + height / 2, rows[row], va="center")
         for column, place in enumerate(range(row * columns, min((row + 1) * columns, len(images)))):
             x = left + column * (width + GAP)
-            _picture(drawing, images[place], x, top, width, height)
+            _image(drawing, images[place], x, top, width, height)
             _write(drawing, x + width / 2, top + height + 3, captions[place], ha="center")
         top += height + beneath[row] + GAP
     return drawing
 
 
 def _zoom(room: float) -> float:
-    """How much to enlarge a picture that fits `room` times: a whole number, so that its pixels stay sharp, or 1.5."""
+    """How much to enlarge an image that fits `room` times: a whole number, so that its pixels stay sharp, or 1.5."""
     if room < 1:
         return room
     return 1.5 if 1.5 <= room < 2 else min(ZOOM, int(room))
@@ -162,7 +162,7 @@ def _wrapped(caption: str, width: float) -> str:
     return "\n".join(part for line in caption.split("\n") for part in textwrap.wrap(line, max(8, int(width / 6.3))))
 
 
-def _picture(drawing: Drawing, image: np.ndarray, x: float, y: float, width: float, height: float):
+def _image(drawing: Drawing, image: np.ndarray, x: float, y: float, width: float, height: float):
     axes = drawing.add_axes((x / drawing.width, 1 - (y + height) / drawing.height,
                              width / drawing.width, height / drawing.height))
     axes.imshow(image, interpolation="nearest" if width % image.shape[1] == 0 else "antialiased")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from ipywidgets import HTML, Button, FloatSlider, HBox, Image, IntRangeSlider, Layout, Text, VBox
-from PIL import Image as Pictures
+from PIL import Image as Images
 from torch import Tensor
 
 from ..pipeline import PromptWarning, StableDiffusion
@@ -17,7 +17,7 @@ from .curves import COLOURS, plain
 from .figures import GAP, INK, Drawing, show_images
 from .widgets import REFUSED, WithStill, _png
 
-SHOWN = 4               # pictures of a row, seeds from 0 on
+SHOWN = 4               # images of a row, seeds from 0 on
 KEPT = 5                # rows that stay to compare with
 
 
@@ -70,10 +70,10 @@ def in_plane(u: Tensor, c: Tensor, n: Tensor) -> tuple[float, float]:
 
 
 class GuidanceExplorer(WithStill):
-    """A prompt, a negative prompt, scale, rescale and interval to turn, and a button that draws a row of pictures.
+    """A prompt, a negative prompt, scale, rescale and interval to turn, and a button that draws a row of images.
 
     Each row holds the same seeds; the last rows stay to compare with. The row of the first settings is drawn at
-    once. What no picture can be made with is told beneath the button; nothing is raised.
+    once. What no image can be made with is told beneath the button; nothing is raised.
     """
 
     def __init__(self, model: StableDiffusion, prompt: str, negative: str = "", *, steps: int = 8):
@@ -88,7 +88,7 @@ class GuidanceExplorer(WithStill):
         self.button = Button(description="Draw", button_style="primary", icon="paint-brush")
         self.message = HTML()
         self.shown = VBox()
-        self.rows: list[tuple[str, list[Pictures.Image]]] = []      # the newest first
+        self.rows: list[tuple[str, list[Images.Image]]] = []      # the newest first
         self.button.on_click(lambda _: self.draw())
         super().__init__([self.prompt, self.negative, self.guidance, self.rescale, self.interval,
                           HBox([self.button, self.message]), self.shown])
@@ -133,10 +133,10 @@ class GuidanceExplorer(WithStill):
         return show_images([image for _, row in self.rows for image in row], title=title, columns=SHOWN)
 
 
-def side_by_side(images: Sequence[Pictures.Image]) -> Pictures.Image:
-    """Pictures of one size in a row, on white."""
+def side_by_side(images: Sequence[Images.Image]) -> Images.Image:
+    """Images of one size in a row, on white."""
     width, height = images[0].size
-    row = Pictures.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")
+    row = Images.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")
     for i, image in enumerate(images):
         row.paste(image, (i * (width + GAP), 0))
     return row

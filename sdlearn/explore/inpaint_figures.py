@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ipywidgets import HTML, BoundedIntText, Button, Dropdown, FloatSlider, HBox, IntSlider, VBox
-from PIL import Image as Pictures
+from PIL import Image as Images
 from torch import Tensor
 
 from ..images import to_images, to_tensor
@@ -24,13 +24,13 @@ from .widgets import WithStill
 BOTH, LEFT, MORE = (90, 75, 176), (209, 60, 60), (240, 170, 60)     # see `cell_map`
 SEEN_THROUGH = 0.6
 GRID = 0.12             # how much darker the lines between cells are
-KEPT = 4                # pictures that stay to compare with
+KEPT = 4                # images that stay to compare with
 NINE, BLENDED = "nine channels", "blended"
 RESAMPLED = 4
 
 
 def cell_map(image, mask, factor: int) -> np.ndarray:
-    """A picture (H, W, 3) under its mask (H, W) and the mask that is left in the latent, uint8 (H, W, 3).
+    """An image (H, W, 3) under its mask (H, W) and the mask that is left in the latent, uint8 (H, W, 3).
 
     Violet: in the mask, and in a cell that is repainted. Red: in the mask, in a cell that is not. Yellow: not in the
     mask, and repainted all the same. Lines part the cells, factor x factor pixels. A mask of which nothing is left
@@ -59,14 +59,14 @@ def nine_maps(x: Tensor, mask: Tensor, masked_latent: Tensor, *, title: str) -> 
 
 
 class InpaintExplorer(WithStill):
-    """Paint a mask over a picture with the mouse, say what is to be there, choose how; the last pictures stay.
+    """Paint a mask over an image with the mouse, say what is to be there, choose how; the last images stay.
 
-    base, nine: the model as it is, and the one that reads nine channels. "Go on from it" takes the last picture as
-    the one to paint on. The picture of the first strokes is drawn at once. What no picture can be made with is told
+    base, nine: the model as it is, and the one that reads nine channels. "Go on from it" takes the last image as
+    the one to paint on. The image of the first strokes is drawn at once. What no image can be made with is told
     beneath the pad; nothing is raised.
     """
 
-    def __init__(self, base: StableDiffusion, nine: StableDiffusion, picture, prompt: str,
+    def __init__(self, base: StableDiffusion, nine: StableDiffusion, image, prompt: str,
                  strokes: Sequence[Stroke] = (), *, steps: int = 12, guidance: float = 3.0):
         wide = {"style": {"description_width": "70px"}}
         self.ways = {NINE: (nine, 1), BLENDED: (base, 1), f"{BLENDED}, {RESAMPLED} times": (base, RESAMPLED)}
@@ -78,19 +78,19 @@ class InpaintExplorer(WithStill):
         self.on = Button(description="Go on from it", icon="arrow-up")
         self.on.on_click(lambda _: self.go_on())
         self.message = HTML()
-        self.rows: list[tuple[str, Pictures.Image]] = []            # the newest first
+        self.rows: list[tuple[str, Images.Image]] = []            # the newest first
         super().__init__([])
-        self._open(picture, prompt, strokes)
+        self._open(image, prompt, strokes)
 
-    def _open(self, picture, prompt: str, strokes: Sequence[Stroke] = ()):
-        self.ground = np.array(Pictures.fromarray(np.asarray(picture)).convert("RGB"))       # (H, W, 3)
+    def _open(self, image, prompt: str, strokes: Sequence[Stroke] = ()):
+        self.ground = np.array(Images.fromarray(np.asarray(image)).convert("RGB"))       # (H, W, 3)
         self.pad = DrawingPad(self.ground, width=16, prompt=prompt, make=self.make, strokes=strokes,
                               title="A mask painted by hand, and what is made of it")
         self.children = [self.pad, HBox([VBox([self.way, self.strength]), VBox([self.seam, self.seed]), self.on]),
                          self.message]
 
-    def make(self, drawn: np.ndarray, prompt: str) -> Pictures.Image:
-        """The picture with what was drawn, (H, W), made anew, and the original pasted back. Raises ValueError."""
+    def make(self, drawn: np.ndarray, prompt: str) -> Images.Image:
+        """The image with what was drawn, (H, W), made anew, and the original pasted back. Raises ValueError."""
         model, times = self.ways[self.way.value]
         more = {"resample": times, "sampler": "euler"} if times > 1 else {}        # one that does not look back
         with warnings.catch_warnings():
@@ -100,16 +100,16 @@ class InpaintExplorer(WithStill):
         self.message.value = "<br>".join(html.escape(said) for _, said in model.doubts(prompt))
         mask = torch.from_numpy(drawn > 0).float()[None, None]                       # (1, 1, H, W)
         pasted = paste(to_tensor([self.ground]), to_tensor([np.asarray(made)]), mask, seam=self.seam.value)
-        image = Pictures.fromarray(to_images(pasted)[0])
+        image = Images.fromarray(to_images(pasted)[0])
         self.rows = [(f"{prompt}; {self.way.value}, strength {self.strength.value:g}", image), *self.rows][:KEPT]
         return image
 
     def go_on(self):
-        """Paint on the last picture from now on."""
+        """Paint on the last image from now on."""
         if self.rows:
             self._open(self.rows[0][1], self.pad.prompt.value)
 
     def still(self) -> Drawing:
-        seen = Pictures.fromarray(self.pad._seen())
+        seen = Images.fromarray(self.pad._seen())
         return show_images([seen, *(image for _, image in self.rows)], ["painted", *(said for said, _ in self.rows)],
                            title=self.pad.title, columns=1 + len(self.rows))

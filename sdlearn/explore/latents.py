@@ -1,6 +1,6 @@
 """Latents to look at: spectra, channels as maps, text drawn small; a widget that edits a latent and decodes it.
 
-B  pictures        Z  channels of the latent        H, W  pixels        h, w  rows and columns of a latent
+B  images        Z  channels of the latent        H, W  pixels        h, w  rows and columns of a latent
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from ipywidgets import Dropdown, FloatSlider, HBox, Image, IntSlider, Layout, Text
 from matplotlib import colormaps
-from PIL import Image as Pictures
+from PIL import Image as Images
 from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ BANDS = 16              # of a spectrum
 # --- numbers ------------------------------------------------------------------------------------------
 
 def rings(height: int, width: int) -> Tensor:
-    """How fast each entry of a picture's Fourier transform waves, (H, W): 0 the mean, 1 the fastest, along rows or
+    """How fast each entry of an image's Fourier transform waves, (H, W): 0 the mean, 1 the fastest, along rows or
     along columns, whichever is more. All entries up to r are r squared of the numbers, as in a picture of r times
     the side."""
     along = [2 * torch.fft.fftfreq(side).abs() for side in (height, width)]
@@ -35,21 +35,21 @@ def rings(height: int, width: int) -> Tensor:
 
 
 def low_pass(pixels: Tensor, limit: float) -> Tensor:
-    """Pictures (B, 3, H, W) without all that waves faster than `limit`, in 0...1 of the fastest."""
+    """Images (B, 3, H, W) without all that waves faster than `limit`, in 0...1 of the fastest."""
     kept = rings(*pixels.shape[2:]) <= limit
     return torch.fft.ifft2(torch.fft.fft2(pixels) * kept).real
 
 
 def spectrum(pixels: Tensor, bands: int = BANDS) -> tuple[Tensor, Tensor]:
-    """Middles of `bands` equal bands of 0...1, and the variance that pictures (B, 3, H, W) have in each, (bands,).
+    """Middles of `bands` equal bands of 0...1, and the variance that images (B, 3, H, W) have in each, (bands,).
 
-    They sum up to the mean square of the pictures' deviation from the mean colour of each. Parseval: the sum of
-    squares of the transform is that of the picture times the number of pixels.
+    They sum up to the mean square of the images' deviation from the mean colour of each. Parseval: the sum of
+    squares of the transform is that of the image times the number of pixels.
     """
     height, width = pixels.shape[2:]
     power = torch.zeros(height, width, dtype=torch.double)
-    for picture in pixels:                                              # one by one: complex doubles are large
-        power += torch.fft.fft2(picture.double()).abs().square().mean(dim=0) / (height * width) ** 2 / len(pixels)
+    for image in pixels:                                              # one by one: complex doubles are large
+        power += torch.fft.fft2(image.double()).abs().square().mean(dim=0) / (height * width) ** 2 / len(pixels)
     power[0, 0] = 0                                                     # the mean colour
     place = (rings(height, width) * bands).ceil().long().clamp(1, bands) - 1
     found = torch.zeros(bands, dtype=power.dtype).index_add(0, place.flatten(), power.flatten())
@@ -91,7 +91,7 @@ def kept_bytes(network: nn.Module, *inputs) -> int:
 
 
 def reach(encode: Callable[[Tensor], Gaussian], pixels: Tensor, cell: tuple[int, int] | None = None) -> Tensor:
-    """How much a cell of the latent of a picture (1, 3, H, W) depends on each pixel, (H, W), 1 where it does most.
+    """How much a cell of the latent of an image (1, 3, H, W) depends on each pixel, (H, W), 1 where it does most.
 
     cell: its row and column; the middle one by default. The gradient of the cell's squares, its magnitude summed over
     the colours; 1e-9 at the least, so that it has a logarithm.
@@ -122,7 +122,7 @@ def colour_read(norm: Callable, groups: int, channels: int = 16) -> float:
 
 def letters_read(through: Callable[[Tensor], Tensor], height: int) -> float:
     """The share of the 26 letters, each between two n and `height` pixels tall, that are still read right after
-    `through`, which maps pictures (B, 3, H, W) to such. Read right: nearer to its own clean picture than to the other
+    `through`, which maps images (B, 3, H, W) to such. Read right: nearer to its own clean image than to the other
     25."""
     texts = [written(f"n{chr(97 + i)}n", height, 96, 64, place=(47, 30)) for i in range(26)]
     clean = to_tensor(texts)                                                                # (26, 3, 64, 96)
@@ -131,7 +131,7 @@ def letters_read(through: Callable[[Tensor], Tensor], height: int) -> float:
 
 
 def face_error(through: Callable[[Tensor], Tensor], name: str, size: int) -> float:
-    """The squared error that `through` makes on the pixels of a face of `size` pixels, in the middle of pictures of
+    """The squared error that `through` makes on the pixels of a face of `size` pixels, in the middle of images of
     four colours, as a share of the face's variance."""
     clean = to_tensor([framed(portrait(name, None, rgb, size)) for rgb in list(BACKGROUNDS.values())[:4]])
     own = slice((SIDE - size) // 2, (SIDE + size) // 2)
@@ -139,10 +139,10 @@ def face_error(through: Callable[[Tensor], Tensor], name: str, size: int) -> flo
     return ((after - there).square().mean() / there.var(dim=(2, 3)).mean()).item()
 
 
-# --- pictures -----------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------
 
 def framed(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """A square picture in the middle of a larger one, (side, side, 3), whose ground is that of its edge."""
+    """A square image in the middle of a larger one, (side, side, 3), whose ground is that of its edge."""
     rim = side - image.shape[0]
     pad = (rim // 2, rim - rim // 2)
     return np.pad(image, (pad, pad, (0, 0)), mode="edge")
@@ -150,15 +150,15 @@ def framed(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 def written(text: str, size: int, width: int = 64, height: int = 64, *, ink=(0, 0, 0), paper=(255, 255, 255),
             place: tuple[float, float] | None = None) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), with `text` in letters of `size` pixels around `place`, its middle by default."""
-    picture = Pictures.new("RGB", (width, height), paper)
-    ImageDraw.Draw(picture).text(place or (width / 2, height / 2), text, fill=ink, anchor="mm",
+    """An image, uint8 (H, W, 3), with `text` in letters of `size` pixels around `place`, its middle by default."""
+    image = Images.new("RGB", (width, height), paper)
+    ImageDraw.Draw(image).text(place or (width / 2, height / 2), text, fill=ink, anchor="mm",
                                  font=ImageFont.load_default(size))
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def heat(values: Tensor, low: float | None = None, high: float | None = None, colours: str = "magma") -> np.ndarray:
-    """Numbers (h, w) as a picture in colours, uint8 (h, w, 3): low...high, by default from the least to the largest."""
+    """Numbers (h, w) as an image in colours, uint8 (h, w, 3): low...high, by default from the least to the largest."""
     values = values.detach().double()
     low, high = float(values.min()) if low is None else low, float(values.max()) if high is None else high
     share = ((values - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
@@ -172,23 +172,23 @@ def enlarged(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def channel_maps(latent: Tensor) -> list[np.ndarray]:
-    """The channels of a latent (Z, h, w) as pictures, blue below zero and red above, white at zero."""
+    """The channels of a latent (Z, h, w) as images, blue below zero and red above, white at zero."""
     reach = float(latent.abs().max())
     return [enlarged(heat(one, -reach, reach, "RdBu_r")) for one in latent]
 
 
 def latent_sheet(rows: Mapping[str, tuple[np.ndarray, Tensor, Sequence[np.ndarray]]], heads: Sequence[str] = (), *,
                  title: str) -> Drawing:
-    """By name, rows of a picture (H, W, 3), the channels of its latent (Z, h, w), and more pictures at the end.
+    """By name, rows of an image (H, W, 3), the channels of its latent (Z, h, w), and more images at the end.
 
-    heads: what the pictures at the end are. Raises ValueError for no rows.
+    heads: what the images at the end are. Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("there is nothing to show: give at least one row")
     images, captions = [], []
-    for place, (picture, latent, more) in enumerate(rows.values()):
-        images += [picture, *channel_maps(latent), *more]
-        named = ["picture", *(f"channel {i}" for i in range(len(latent))), *heads]
+    for place, (image, latent, more) in enumerate(rows.values()):
+        images += [image, *channel_maps(latent), *more]
+        named = ["image", *(f"channel {i}" for i in range(len(latent))), *heads]
         captions += named if place == len(rows) - 1 else [""] * len(named)
     return _grid(images, captions, len(images) // len(rows), title, rows=list(rows))
 
@@ -197,7 +197,7 @@ def latent_sheet(rows: Mapping[str, tuple[np.ndarray, Tensor, Sequence[np.ndarra
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture, a scene or a text, and what is done to its scaled latent before it is decoded."""
+    """An image, a scene or a text, and what is done to its scaled latent before it is decoded."""
 
     scene: int = 0
     mix: float = 0.0        # with the latent of the next scene
@@ -208,11 +208,11 @@ class Edit:
 
 
 class LatentExplorer(WithStill):
-    """A picture, the channels of its latent, and what comes back when the latent has been changed.
+    """An image, the channels of its latent, and what comes back when the latent has been changed.
 
-    The picture is a scene, or a text to type. A scene's latent can be mixed with that of the next one; noise can be
-    added, a channel lost. Beneath: the picture, the channels, what is decoded, where it differs. A text that is
-    larger than the picture is cut by its border.
+    The image is a scene, or a text to type. A scene's latent can be mixed with that of the next one; noise can be
+    added, a channel lost. Beneath: the image, the channels, what is decoded, where it differs. A text that is
+    larger than the image is cut by its border.
 
     Raises ValueError for fewer than two scenes.
     """
@@ -232,9 +232,9 @@ class LatentExplorer(WithStill):
             "noise": FloatSlider(0, min=0, max=2, step=0.1, description="noise", **late),
             "lost": Dropdown(options=[("none", None), *((str(i), i) for i in channels)], description="lost channel",
                              **wide)}
-        self.picture = Image(format="png")
+        self.image = Image(format="png")
         pairs = list(self.controls.values())
-        super().__init__([*(HBox(pairs[i:i + 2]) for i in (0, 2, 4)), self.picture])
+        super().__init__([*(HBox(pairs[i:i + 2]) for i in (0, 2, 4)), self.image])
         for control in pairs:
             control.observe(lambda _: self.show(), "value")
         self.show()
@@ -244,7 +244,7 @@ class LatentExplorer(WithStill):
         return Edit(**{name: control.value for name, control in self.controls.items()})
 
     def source(self, edit: Edit) -> np.ndarray:
-        """The picture to encode, uint8 (H, W, 3)."""
+        """The image to encode, uint8 (H, W, 3)."""
         return written(edit.text, edit.size, SIDE, SIDE) if edit.text else self.scenes[edit.scene].image
 
     @torch.no_grad()
@@ -261,18 +261,18 @@ class LatentExplorer(WithStill):
 
     @torch.no_grad()
     def row(self, edit: Edit) -> tuple[list[np.ndarray], list[str]]:
-        """The picture, the channels, the decoded latent and the difference; and what each is."""
+        """The image, the channels, the decoded latent and the difference; and what each is."""
         source, latent = self.source(edit), self.latent(edit)
         decoded, pixels = self.vae.to_pixels(latent[None]).clamp(-1, 1), to_tensor([source])
         [back] = to_images(decoded)
         difference = heat((decoded - pixels).abs().mean(dim=1)[0] / 2, 0, 1)                # (H, W, 3)
         names = [f"channel {i}" for i in range(len(latent))]
         return ([source, *channel_maps(latent), back, difference],
-                ["picture", *names, f"decoded, {psnr(decoded, pixels).item():.1f} dB", "difference"])
+                ["image", *names, f"decoded, {psnr(decoded, pixels).item():.1f} dB", "difference"])
 
     def show(self):
         images, captions = self.row(self.edit())
-        self.picture.value = show_images(images, captions, title=self.title, columns=len(images)).png()
+        self.image.value = show_images(images, captions, title=self.title, columns=len(images)).png()
 
     def still(self) -> Drawing:
         """What is set, and other settings beneath."""

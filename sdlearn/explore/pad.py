@@ -1,7 +1,7 @@
 """A pad to draw on with the mouse or a finger: an edge map for a ControlNet, a mask for inpainting.
 
 The browser shows ipycanvas' canvases; what was drawn is kept in Python as strokes, and from these the
-picture is made that a model reads, so that it is the same with any browser, and with none.
+image is made that a model reads, so that it is the same with any browser, and with none.
 """
 
 import html
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 from ipycanvas import MultiCanvas, hold_canvas
 from ipywidgets import HTML, Button, HBox, Image, IntSlider, Layout, Text, ToggleButtons
-from PIL import Image as Pictures
+from PIL import Image as Images
 from PIL import ImageDraw
 
 from .figures import Drawing, show_images
 from .widgets import REFUSED, SHOWN, WithStill, _enlarged, _png
 
-Point = tuple[float, float]             # x, y in pixels of the picture
+Point = tuple[float, float]             # x, y in pixels of the image
 INK = (255, 255, 255)                   # of a line
-VEIL = (255, 60, 60)                    # of what a mask covers, over a picture that is seen through it
+VEIL = (255, 60, 60)                    # of what a mask covers, over an image that is seen through it
 SEEN_THROUGH = 0.55
 
 
 @dataclass(frozen=True)
 class Stroke:
-    """A line of `width` pixels through points (x, y) in pixels of the picture; it takes away if `erases`."""
+    """A line of `width` pixels through points (x, y) in pixels of the image; it takes away if `erases`."""
 
     points: tuple[Point, ...]
     width: int = 2
@@ -34,7 +34,7 @@ class Stroke:
 
 def drawn_from(strokes: Sequence[Stroke], size: tuple[int, int]) -> np.ndarray:
     """What strokes leave on a picture of size (H, W): bytes (H, W), 255 where there is a line and 0 elsewhere."""
-    canvas = Pictures.new("L", size[::-1])
+    canvas = Images.new("L", size[::-1])
     pen = ImageDraw.Draw(canvas)
     for stroke in strokes:
         fill, half = 0 if stroke.erases else 255, stroke.width / 2
@@ -51,17 +51,17 @@ def drawn_from(strokes: Sequence[Stroke], size: tuple[int, int]) -> np.ndarray:
 class DrawingPad(WithStill):
     """A canvas with a pen, a rubber, undo and clear, and a button that makes a picture of what was drawn.
 
-    picture: what is drawn upon, (H, W, 3) bytes or a PIL picture; black and of `size` where there is none.
-    make: (drawn, prompt) -> PIL picture, where drawn is bytes (H, W) of 0 and 255: it runs when the button is
+    image: what is drawn upon, (H, W, 3) bytes or a PIL image; black and of `size` where there is none.
+    make: (drawn, prompt) -> PIL image, where drawn is bytes (H, W) of 0 and 255: it runs when the button is
     pressed, and once at the start if something is there already. strokes: what is there at the start.
     What it refuses (ValueError and its kin) is told beneath the button. Raises ValueError for a size that
-    is not the picture's.
+    is not the image's.
     """
 
-    def __init__(self, picture=None, *, size: tuple[int, int] = (128, 128), width: int = 2, prompt: str = "",
-                 make: Callable[[np.ndarray, str], Pictures.Image] | None = None, strokes: Sequence[Stroke] = (),
+    def __init__(self, image=None, *, size: tuple[int, int] = (128, 128), width: int = 2, prompt: str = "",
+                 make: Callable[[np.ndarray, str], Images.Image] | None = None, strokes: Sequence[Stroke] = (),
                  title: str = "Drawing pad"):
-        self.under = None if picture is None else np.array(Pictures.fromarray(np.asarray(picture)).convert("RGB"))
+        self.under = None if image is None else np.array(Images.fromarray(np.asarray(image)).convert("RGB"))
         self.size = size if self.under is None else self.under.shape[:2]
         self.make, self.title, self.strokes, self.begun = make, title, list(strokes), None
         self.scale = max(1, -(-SHOWN // self.size[1]))
@@ -74,7 +74,7 @@ class DrawingPad(WithStill):
         self.result = Image(format="png", layout=Layout(display="none", margin="0 0 0 12px"))
         buttons = [self._button("undo", self.undo), self._button("clear", self.clear)]
         if make is not None:
-            buttons.append(self._button("Draw the picture", self.run, "primary"))
+            buttons.append(self._button("Draw the image", self.run, "primary"))
         self._listen()
         rows = [HBox([self.canvas, self.result]), HBox([self.pen, self.width]), HBox(buttons), self.message]
         if make is not None:
@@ -123,7 +123,7 @@ class DrawingPad(WithStill):
         self._paint_strokes()
 
     def run(self):
-        """Make the picture of what is drawn, and show it."""
+        """Make the image of what is drawn, and show it."""
         self.message.value = ""
         try:
             self.made = self.make(self.drawn, self.prompt.value)
@@ -132,7 +132,7 @@ class DrawingPad(WithStill):
             self.message.value = html.escape(str(error))
 
     def still(self) -> Drawing:
-        shown = [Pictures.fromarray(self._seen())]
+        shown = [Images.fromarray(self._seen())]
         titles = ["drawn"]
         if self.made is not None:
             shown.append(self.made)
@@ -171,7 +171,7 @@ class DrawingPad(WithStill):
         self.canvas[0].put_image_data(ground.repeat(self.scale, 0).repeat(self.scale, 1), 0, 0)
 
     def _paint_strokes(self):
-        """What is drawn, exactly as a model will read it: pixel by pixel, and seen through over a picture."""
+        """What is drawn, exactly as a model will read it: pixel by pixel, and seen through over an image."""
         opacity = 255 if self.under is None else round(255 * SEEN_THROUGH)
         layer = np.zeros((*self.size, 4), np.uint8)
         layer[..., :3], layer[..., 3] = self._ink, self.drawn // 255 * opacity

@@ -125,8 +125,8 @@ class SamplerExplorer(WithStill):
         self.step = IntSlider(0, min=0, max=steps - 1, description="step", **wide)
         self.play = Play(min=0, max=steps - 1, interval=400, show_repeat=False)
         self.link = jslink((self.play, "value"), (self.step, "value"))
-        self.picture = Image(format="png")
-        super().__init__([HBox([self.sampler, self.count]), HBox([self.step, self.play]), self.picture])
+        self.image = Image(format="png")
+        super().__init__([HBox([self.sampler, self.count]), HBox([self.step, self.play]), self.image])
         self.walk()
         self.sampler.observe(lambda _: self.walk(), "value")
         self.count.observe(lambda _: self.walk(), "value")
@@ -141,7 +141,7 @@ class SamplerExplorer(WithStill):
         self.show()
 
     def show(self):
-        self.picture.value = self.frame([self.step.value]).png()
+        self.image.value = self.frame([self.step.value]).png()
 
     def frame(self, indices: Sequence[int]) -> Drawing:
         """A row of three squares for each of these steps."""

@@ -1,4 +1,4 @@
-"""Pictures of different sizes in one scale, where things lie in them, and a widget that draws at any size.
+"""Images of different sizes in one scale, where things lie in them, and a widget that draws at any size.
 
 Lengths are in pixels of the screen.
 """
@@ -10,35 +10,35 @@ from itertools import cycle
 
 import numpy as np
 from ipywidgets import HTML, BoundedIntText, Button, Checkbox, Dropdown, FloatSlider, HBox, Image, Layout, Text, VBox
-from PIL import Image as Pictures
+from PIL import Image as Images
 from PIL import ImageDraw
 
 from ..pipeline import PromptWarning, StableDiffusion, two_pass
 from ..sizes import Box, Size, even_step
 from .curves import COLOURS, Panel, curves
-from .figures import EDGE, GAP, HEAD, LINE, WIDTH, Drawing, _picture, _wrapped, _write, show_images
+from .figures import EDGE, GAP, HEAD, LINE, WIDTH, Drawing, _image, _wrapped, _write, show_images
 from .guidance_figures import side_by_side
 from .widgets import REFUSED, WithStill, _png
 
-SHOWN = 2               # pictures of a row, seeds from the first on
+SHOWN = 2               # images of a row, seeds from the first on
 KEPT = 4                # rows that stay to compare with
 
 
 def true_sizes(images: Sequence, captions: Sequence[str] = (), *, title: str, zoom: float = 1.0,
                breaks: Sequence[int] = ()) -> Drawing:
-    """Pictures of any sizes in one scale, from left to right and row by row, each with its caption beneath.
+    """Images of any sizes in one scale, from left to right and row by row, each with its caption beneath.
 
-    images: PIL pictures or uint8 arrays (H, W, 3). zoom: pixels of the screen for one of a picture. breaks: the places
-    in the list at which a new row begins, beside those where a row is full. ValueError for no pictures, captions that
-    are not as many, and a picture wider than a page.
+    images: PIL images or uint8 arrays (H, W, 3). zoom: pixels of the screen for one of an image. breaks: the places
+    in the list at which a new row begins, beside those where a row is full. ValueError for no images, captions that
+    are not as many, and an image wider than a page.
     """
     images = [np.asarray(image) for image in images]
     captions = list(captions) or [""] * len(images)
     if not images or len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one for each, or none")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: give one for each, or none")
     room = WIDTH - 2 * EDGE
     if (widest := max(image.shape[1] * zoom for image in images)) > room:
-        raise ValueError(f"a picture would be {widest:.0f} pixels wide, but a page has {room}: give a smaller zoom")
+        raise ValueError(f"an image would be {widest:.0f} pixels wide, but a page has {room}: give a smaller zoom")
     places, x, y, row = [], EDGE, HEAD, 0.0                     # row: height of the row so far, captions with it
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         height, width = (side * zoom for side in image.shape[:2])
@@ -52,15 +52,15 @@ def true_sizes(images: Sequence, captions: Sequence[str] = (), *, title: str, zo
     drawing = Drawing(min(WIDTH, max(right, 9.4 * len(title) + 2 * EDGE)), y + row + EDGE, title=title)
     _write(drawing, EDGE, EDGE, title, size=11, weight="bold")
     for image, (x, y, width, height, told) in zip(images, places, strict=True):
-        _picture(drawing, image, x, y, width, height)
+        _image(drawing, image, x, y, width, height)
         _write(drawing, x + width / 2, y + height + 3, told, ha="center")
     return drawing
 
 
 def box_map(size: Size, boxes: Sequence[Sequence[Box]]) -> np.ndarray:
-    """Where things lie, those of all pictures of one size on one pale ground: each box as a thin line with a dot in its
-    middle, and one colour for each picture. uint8 (H, W, 3)."""
-    ground = Pictures.new("RGB", size, "#f1f0ea")
+    """Where things lie, those of all images of one size on one pale ground: each box as a thin line with a dot in its
+    middle, and one colour for each image. uint8 (H, W, 3)."""
+    ground = Images.new("RGB", size, "#f1f0ea")
     pen = ImageDraw.Draw(ground)
     pen.rectangle((0, 0, size[0] - 1, size[1] - 1), outline="#26262e")
     for some, colour in zip(boxes, cycle(COLOURS)):
@@ -89,7 +89,7 @@ class SizeExplorer(WithStill):
     """A prompt, width and height, one pass or two and how strong the second is, and a button that draws a row.
 
     Each row holds two seeds; the last rows stay to compare with. The row of the first settings is drawn at once. What
-    no picture can be made with is told beside the button; nothing is raised.
+    no image can be made with is told beside the button; nothing is raised.
     """
 
     def __init__(self, model: StableDiffusion, prompt: str, *, steps: int = 8, guidance: float = 4.0):
@@ -105,7 +105,7 @@ class SizeExplorer(WithStill):
         self.seed = BoundedIntText(0, min=0, max=2**31 - 1, description="seed", **wide)
         self.button = Button(description="Draw", button_style="primary", icon="paint-brush")
         self.message, self.shown = HTML(), VBox()
-        self.rows: list[tuple[str, list[Pictures.Image]]] = []      # the newest first
+        self.rows: list[tuple[str, list[Images.Image]]] = []      # the newest first
         self.button.on_click(lambda _: self.draw())
         super().__init__([self.prompt, self.width, self.height, self.passes, self.strength, self.seed,
                           HBox([self.button, self.message]), self.shown])

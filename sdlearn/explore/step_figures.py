@@ -1,4 +1,4 @@
-"""How many steps a sampler needs until the picture shows what was asked: the ablation `steps`, as a panel of curves."""
+"""How many steps a sampler needs until the image shows what was asked: the ablation `steps`, as a panel of curves."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from .curves import Panel
 
 
 def judged_by_steps(names: Sequence[str]) -> Panel:
-    """The share of prompts of which the judge says that their picture is right, over calls of the U-Net with the
+    """The share of prompts of which the judge says that their image is right, over calls of the U-Net with the
     prompt, a line for each sampler in `names`.
 
     Raises KeyError for a sampler that was not measured, and what `load_ablation` raises.

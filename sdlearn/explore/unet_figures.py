@@ -162,7 +162,7 @@ def _text_at(drawing: Drawing, x: float, y: float, words: str):
 class UNetBreaker(WithStill):
     """A scene, a timestep, and a U-Net that is told another time, loses skips or attention: what it still sees.
 
-    A row of four: the scene, its latent with noise, the clean picture that the whole U-Net sees in it, and the one
+    A row of four: the scene, its latent with noise, the clean image that the whole U-Net sees in it, and the one
     that the altered U-Net sees, each with its loss. Above t = 900 little but the text is left to go by.
     """
 
@@ -184,9 +184,9 @@ class UNetBreaker(WithStill):
             "skips": Dropdown(options=lost, description="skips", **wide),
             "attn1": Checkbox(True, description="self-attention"),
             "attn2": Checkbox(True, description="cross-attention: it reads the text")}
-        self.picture = Image(format="png")
+        self.image = Image(format="png")
         boxes = list(self.controls.values())
-        super().__init__([*(HBox(boxes[i:i + 2]) for i in (0, 2, 4)), self.picture])
+        super().__init__([*(HBox(boxes[i:i + 2]) for i in (0, 2, 4)), self.image])
         for control in boxes:
             control.observe(lambda _: self.show(), "value")
         self.show()
@@ -199,7 +199,7 @@ class UNetBreaker(WithStill):
 
     @torch.no_grad()
     def look(self, scene: int, t: int, *, time: float | None = None, skips=(), silent=()) -> tuple[list, list[str]]:
-        """Four pictures and their captions."""
+        """Four images and their captions."""
         model = self.model
         latent, context = encoded([self.scenes[scene]], model.vae, model.text, model.tokenizer)
         x, step, target = noised(latent, t, model.schedule)
@@ -207,29 +207,29 @@ class UNetBreaker(WithStill):
         with altered(model.unet, time=time, skips=skips, silent=silent):
             broken = model.unet(x, step, context)
         seen = [x, *(model.schedule.to_x0(out, x, t) for out in (whole, broken))]
-        pictures = [self.scenes[scene].image, *to_images(model.vae.to_pixels(torch.cat(seen)))]
+        images = [self.scenes[scene].image, *to_images(model.vae.to_pixels(torch.cat(seen)))]
         losses = [float((out - target).square().mean()) for out in (whole, broken)]
-        return pictures, [self.scenes[scene].caption, f"with noise, t = {t}", f"whole\nloss {losses[0]:.2f}",
+        return images, [self.scenes[scene].caption, f"with noise, t = {t}", f"whole\nloss {losses[0]:.2f}",
                           f"altered\nloss {losses[1]:.2f}"]
 
     def show(self):
-        pictures, captions = self.look(**self.settings())
-        self.picture.value = show_images(pictures, captions, title=self.title, columns=4).png()
+        images, captions = self.look(**self.settings())
+        self.image.value = show_images(images, captions, title=self.title, columns=4).png()
 
     def still(self) -> Drawing:
         everything = {"skips": tuple(range(self.skip_count))}
         changes: Mapping[str, dict] = {"told t = 50": {"time": 50}, "no skips": everything,
                                        "no self-attention": {"silent": ["attn1"]},
                                        "no cross-attention": {"silent": ["attn2"]}}
-        pictures, captions = [], []
+        images, captions = [], []
         for t in (100, 500, 900):
             row, words = self.look(0, t)
-            pictures += row[1:3]
+            images += row[1:3]
             captions += words[1:3]
             for name, change in changes.items():
                 row, words = self.look(0, t, **change)
-                pictures.append(row[3])
+                images.append(row[3])
                 captions.append(words[3].replace("altered", name))
-        drawing = show_images(pictures, captions, title=self.title, columns=6)
+        drawing = show_images(images, captions, title=self.title, columns=6)
         drawing.colours = 128
         return drawing

@@ -28,18 +28,18 @@ from .loop import (
 def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, captions: Sequence[str], hints: Tensor,
                      *, steps: int, learning_rate: float = 1e-5, dropout: float = 0.5, batch_size: int = 4,
                      warmup: int = 0, seed: int = 0) -> Iterator[TrainStep]:
-    """Train a ControlNet on pictures, their captions and their hints; the model itself keeps its bits.
+    """Train a ControlNet on images, their captions and their hints; the model itself keeps its bits.
 
     net(x_t, t, context, hint) gives the residuals that `model.unet` adds. pixels: (B, 3, H, W) in [-1, 1];
     hints: (B, 3, H, W) in [0, 1], of the same size; dropout: the share of captions that is replaced by "".
-    Raises ValueError for pictures, captions and hints that do not fit together; Diverged as `train` does.
+    Raises ValueError for images, captions and hints that do not fit together; Diverged as `train` does.
     """
     check_images(model, pixels)
     check_batch(batch_size)
     if isinstance(captions, str) or len(captions) != len(pixels):
-        raise ValueError(f"{len(pixels)} pictures need as many captions: give a list with one for each")
+        raise ValueError(f"{len(pixels)} images need as many captions: give a list with one for each")
     if hints.ndim != 4 or len(hints) != len(pixels) or hints.shape[2:] != pixels.shape[2:]:
-        raise ValueError(f"the hints are {tuple(hints.shape)}, but the pictures {tuple(pixels.shape)}: give a hint "
+        raise ValueError(f"the hints are {tuple(hints.shape)}, but the images {tuple(pixels.shape)}: give a hint "
                          "for each, of its size")
     if not (hints.min() >= 0 and hints.max() <= 1):
         raise ValueError(f"the hints go from {hints.min():.3g} to {hints.max():.3g}: give them in [0, 1]")

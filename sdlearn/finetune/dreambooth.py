@@ -1,9 +1,9 @@
-"""DreamBooth: the whole U-Net learns one thing from a few pictures of it.
+"""DreamBooth: the whole U-Net learns one thing from a few images of it.
 
 B  batch
 
 The prompt names it by a rare word and its class, "a picture of a zwx cat". Trained on that alone, a model
-forgets what other cats look like; so it is shown pictures of its own of the class, under "a picture of a
+forgets what other cats look like; so it is shown images of its own of the class, under "a picture of a
 cat", and keeps to them: prior preservation. Ruiz et al. 2022, "DreamBooth", equation 2.
 """
 
@@ -29,7 +29,7 @@ from .loop import (
 
 
 def prior_preserved(losses: Tensor, weight: float) -> Tensor:
-    """The loss of a batch, a scalar, from those of its pictures (2B,): first the thing's, then as many of its class.
+    """The loss of a batch, a scalar, from those of its images (2B,): first the thing's, then as many of its class.
 
     mean over the thing's + weight * mean over the class's
     """
@@ -40,7 +40,7 @@ def prior_preserved(losses: Tensor, weight: float) -> Tensor:
 def dreambooth_loss(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: NoiseSchedule,
                     latents: Sequence[Tensor], contexts: Tensor, generator: torch.Generator,
                     prior_weight: float = 1.0) -> Tensor:
-    """The loss, a scalar, of one run of the network on pictures of the thing, and of its class where they are given.
+    """The loss, a scalar, of one run of the network on images of the thing, and of its class where they are given.
 
     latents: those of the thing (B, C, h, w), alone or followed by as many of the class. contexts (1 or 2, M, T): the
     prompt of each, in that order. `prior_weight` weighs the class's part, see `prior_preserved`.
@@ -54,14 +54,14 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
                      class_pixels: Tensor | None = None, class_prompt: str | None = None, prior_weight: float = 1.0,
                      train_text: bool = False, batch_size: int = 1, warmup: int = 0,
                      seed: int = 0) -> Iterator[TrainStep]:
-    """Train the U-Net, and the text tower if `train_text`, on pictures of one thing under one prompt.
+    """Train the U-Net, and the text encoder if `train_text`, on images of one thing under one prompt.
 
-    pixels: (B, 3, H, W) in [-1, 1]. class_pixels, class_prompt: pictures that the model itself drew of the
-    class, and their prompt; a batch then holds `batch_size` pictures of each kind, and the loss is
+    pixels: (B, 3, H, W) in [-1, 1]. class_pixels, class_prompt: images that the model itself drew of the
+    class, and their prompt; a batch then holds `batch_size` images of each kind, and the loss is
 
-        loss(pictures of the thing) + prior_weight * loss(pictures of the class)
+        loss(images of the thing) + prior_weight * loss(images of the class)
 
-    Without them, or with weight 0, nothing but the thing is learnt. Raises ValueError for pictures that do
+    Without them, or with weight 0, nothing but the thing is learnt. Raises ValueError for images that do
     not fit, one of the two class arguments alone, or a negative weight; Diverged as `train` does.
     """
     check_images(model, pixels)
@@ -72,9 +72,9 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
         raise ValueError(f"the weight of the prior is {prior_weight}: give 0, for none, or a number above, such as 1")
     prior = class_pixels is not None and prior_weight > 0
     if prior:
-        check_images(model, class_pixels, "class pictures")
+        check_images(model, class_pixels, "class images")
         if class_pixels.shape[1:] != pixels.shape[1:]:
-            raise ValueError(f"the class pictures are {tuple(class_pixels.shape[1:])}, but the others "
+            raise ValueError(f"the class images are {tuple(class_pixels.shape[1:])}, but the others "
                              f"{tuple(pixels.shape[1:])}: make them of one size")
     prompts = [prompt, class_prompt] if prior else [prompt]
     latents = cache(lambda: [encode_images(model, part) for part in (pixels, class_pixels)[:len(prompts)]])

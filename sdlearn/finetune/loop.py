@@ -3,7 +3,7 @@
 B  batch        C, h, w  channels, rows and columns of the latent        M, T  text tokens and their width
 
 `train` is a generator over steps: progress bars, samples and early stops belong to whoever iterates. At
-every `yield` the models are whole and in eval mode, so that a picture can be made between two steps; when
+every `yield` the models are whole and in eval mode, so that an image can be made between two steps; when
 the generator ends, is closed or raises, what was learnt stays and everything else is as it was.
 """
 
@@ -85,7 +85,7 @@ def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay,
 
 
 def _small_attention(parameters: list[Tensor], models: list[nn.Module]) -> AbstractContextManager:
-    """Attention in the open on a CPU, where it is faster and pictures that can be trained on are small."""
+    """Attention in the open on a CPU, where it is faster and images that can be trained on are small."""
     return open_attention(*models) if parameters[0].device.type == "cpu" else nullcontext()
 
 
@@ -123,7 +123,7 @@ def _check(parameters: list[Tensor], steps: int, learning_rate: float, warmup: i
 
 def diffusion_losses(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: NoiseSchedule, latents: Tensor,
                      context: Tensor, generator: torch.Generator) -> Tensor:
-    """The diffusion loss of each picture, (B,): the squared error of what the network predicts.
+    """The diffusion loss of each image, (B,): the squared error of what the network predicts.
 
     network(x_t, t, context) is a U-Net, or one with a ControlNet around it; latents (B, C, h, w) are
     scaled, context is (B, M, T). Timesteps and noise are drawn on the CPU, so a seed gives the same on
@@ -154,20 +154,20 @@ def draw_timesteps(count: int, schedule: NoiseSchedule, generator: torch.Generat
 # --- what it is made from -----------------------------------------------------------------------------
 
 def encode_prompts(model: LatentDiffusion, prompts: list[str]) -> Tensor:
-    """What the U-Net attends to, (B, M, T); differentiable in the text tower."""
+    """What the U-Net attends to, (B, M, T); differentiable in the text encoder."""
     ids = model.tokenizer(prompts, model.text.config.length)                                # (B, M)
     return model.text(ids.to(model.text.final_layer_norm.weight.device)).hidden
 
 
 @torch.no_grad()
 def encode_frozen(model: LatentDiffusion, prompts: list[str]) -> Tensor:
-    """`encode_prompts` for a text tower that does not learn."""
+    """`encode_prompts` for a text encoder that does not learn."""
     return encode_prompts(model, prompts)
 
 
 @torch.no_grad()
 def encode_images(model: LatentDiffusion, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] as scaled latents (B, C, h, w), a few pictures at a time."""
+    """Pixels (B, 3, H, W) in [-1, 1] as scaled latents (B, C, h, w), a few images at a time."""
     place = model.vae.quant_conv.weight
     return torch.cat([model.vae.to_latent(part.to(place)) for part in pixels.split(8)])
 
@@ -178,7 +178,7 @@ def draw_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:size]
 
 
-def check_images(model: LatentDiffusion, pixels: Tensor, what: str = "pictures") -> None:
+def check_images(model: LatentDiffusion, pixels: Tensor, what: str = "images") -> None:
     """Raise ValueError for pixels that the model cannot be trained on."""
     config = model.unet.config
     if config.in_channels != config.out_channels:

@@ -71,7 +71,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """The changes of a whole model, by the names of the layers in its U-Net and its text tower."""
+    """The changes of a whole model, by the names of the layers in its U-Net and its text encoder."""
 
     unet: dict[str, LowRank] = field(default_factory=dict)
     text: dict[str, LowRank] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def new_lora(unet: nn.Module, text: nn.Module | None = None, *, rank: int = 4, a
     """A LoRA that changes nothing yet: down is random, up zero.
 
     It covers the linear layers and convolutions whose name is one of the targets or ends in "." and one:
-    "to_k" is all of them, "mid_block.attentions.0.proj_in" one. With a `text` tower, that too. Raises
+    "to_k" is all of them, "mid_block.attentions.0.proj_in" one. With a `text` encoder, that too. Raises
     ValueError for a rank below 1 and for a target that is no layer.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -199,11 +199,11 @@ def _beside(change: LowRank, strength: float):
 def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str | Sequence[str], *, steps: int,
                learning_rate: float = 1e-4, batch_size: int = 1, warmup: int = 0,
                seed: int = 0) -> Iterator[TrainStep]:
-    """Train the tensors of `lora`, in place, on pictures and their captions; the model keeps its bits.
+    """Train the tensors of `lora`, in place, on images and their captions; the model keeps its bits.
 
     pixels: (B, 3, H, W) in [-1, 1]; captions: one for each, or one for all. Between two steps the LoRA is
     attached to the model, so that samples show it; when the generator ends or is closed, it no longer is.
-    Raises ValueError for pictures, captions or a LoRA that do not fit; Diverged as `train` does.
+    Raises ValueError for images, captions or a LoRA that do not fit; Diverged as `train` does.
     """
     check_images(model, pixels)
     check_batch(batch_size)
@@ -211,7 +211,7 @@ def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str
     check_fit(lora.text, model.text)
     captions = [captions] * len(pixels) if isinstance(captions, str) else list(captions)
     if len(captions) != len(pixels):
-        raise ValueError(f"{len(pixels)} pictures need as many captions, or one for all, not {len(captions)}")
+        raise ValueError(f"{len(pixels)} images need as many captions, or one for all, not {len(captions)}")
     latents = cache(lambda: encode_images(model, pixels))
     encode = encode_prompts if lora.text else encode_frozen
 

@@ -24,7 +24,7 @@ def merged_weight(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> T
 
 
 class Merged:
-    """What LoRAs add to the weights of a U-Net and a text tower:  weight = base + the changes that are there.
+    """What LoRAs add to the weights of a U-Net and a text encoder:  weight = base + the changes that are there.
 
     The base of every touched layer is kept, and each weight is made anew from it. So LoRAs can be added and
     removed in any order: what has been removed leaves no trace, and without any LoRA a weight has its bits back.

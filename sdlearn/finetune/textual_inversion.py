@@ -1,9 +1,9 @@
 """Textual inversion: a new word for something that the model can draw but has no word for.
 
-n  vectors of the word      D  width of the text tower's embeddings      B  batch
+n  vectors of the word      D  width of the text encoder's embeddings      B  batch
 
 Everything is frozen but the new word's rows of the token embedding, which are sought so that the diffusion
-loss on a few pictures is low. Gal et al. 2022, "An image is worth one word". A word's way:
+loss on a few images is low. Gal et al. 2022, "An image is worth one word". A word's way:
 
     add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
     for step in train_embedding(model, "<toy>", pixels, steps=500):
@@ -33,9 +33,9 @@ from .loop import (
     train,
 )
 
-# Neutral sentences, in which the word stands for what all pictures have in common.
-TEMPLATES = ("a picture of {}", "{}", "a photo of one {}", "a clear picture of {}", "a picture of {} in the middle",
-             "a close view of {}", "{} seen from the front", "a small picture of {}")
+# Neutral sentences, in which the word stands for what all images have in common.
+TEMPLATES = ("a picture of {}", "{}", "a photo of one {}", "a clear image of {}", "a picture of {} in the middle",
+             "a close view of {}", "{} seen from the front", "a small image of {}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def embedding_like(tokenizer: Tokenizer, text: TextEncoder, token: str, like: st
 
 
 def grow(text: TextEncoder, count: int) -> None:
-    """Give the text tower `count` more rows of token embedding, zeros, behind those it has, whose bits stay.
+    """Give the text encoder `count` more rows of token embedding, zeros, behind those it has, whose bits stay.
 
     `text.config` is replaced by one with the new `vocab_size`.
     """
@@ -78,14 +78,14 @@ def grow(text: TextEncoder, count: int) -> None:
 
 
 def add_embedding(tokenizer: Tokenizer, text: TextEncoder, embedding: Embedding) -> list[int]:
-    """Teach a model the word: its tokenizer gets new ids, which are returned, its text tower their rows.
+    """Teach a model the word: its tokenizer gets new ids, which are returned, its text encoder their rows.
 
     The table grows unless it has rows that no token uses. Raises ValueError, with nothing changed, for
     vectors of another width, values that are not finite, and a word that the model has already.
     """
     width, needed = embedding.vectors.shape[1], text.config.dim
     if width != needed:
-        raise ValueError(f"the vectors of '{embedding.token}' are {width} wide, but this model's text tower takes "
+        raise ValueError(f"the vectors of '{embedding.token}' are {width} wide, but this model's text encoder takes "
                          f"{needed}: the embedding was made for another model")
     if not embedding.vectors.isfinite().all():
         raise ValueError(f"the vectors of '{embedding.token}' are not finite: make or fetch the embedding again")
@@ -108,12 +108,12 @@ def read_embedding(tokenizer: Tokenizer, text: TextEncoder, token: str) -> Embed
 def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps: int, learning_rate: float = 5e-3,
                     templates: str | Sequence[str] = TEMPLATES, batch_size: int = 4, warmup: int = 0,
                     seed: int = 0) -> Iterator[TrainStep]:
-    """Train the vectors of an added word on pictures, pixels (B, 3, H, W) in [-1, 1].
+    """Train the vectors of an added word on images, pixels (B, 3, H, W) in [-1, 1].
 
-    templates: a sentence or several, with {} where the word goes; each picture is shown under one of them, drawn anew.
-    After every step the word's rows in the text tower are the new ones; every other number of the model
+    templates: a sentence or several, with {} where the word goes; each image is shown under one of them, drawn anew.
+    After every step the word's rows in the text encoder are the new ones; every other number of the model
     keeps its bits, and no weight decay pulls at the rows. Raises ValueError for a word that was not added,
-    templates without {}, and pictures that do not fit; Diverged as `train` does.
+    templates without {}, and images that do not fit; Diverged as `train` does.
     """
     check_images(model, pixels)
     check_batch(batch_size)

@@ -1,4 +1,4 @@
-"""Stable Diffusion as one object: prompts, pictures, masks and condition pictures become pictures."""
+"""Stable Diffusion as one object: prompts, images, masks and condition images become images."""
 
 from ..checkpoint.shipped import SHIPPED
 from ..checkpoint.shipped import shipped_models as shipped

@@ -1,8 +1,8 @@
-"""Pictures, masks and condition pictures that a caller gives, as the tensors that the model takes.
+"""Images, masks and condition images that a caller gives, as the tensors that the model takes.
 
-A picture may be a PIL image of any mode, bytes (H, W, 3) or (H, W), a batch of either, or a tensor that is
-ready: (B, 3, H, W), pixels in [-1, 1], condition pictures in [0, 1], masks (B, 1, H, W) of 0 and 1. One
-picture serves the whole batch; a batch of pictures gives one to each.
+An image may be a PIL image of any mode, bytes (H, W, 3) or (H, W), a batch of either, or a tensor that is
+ready: (B, 3, H, W), pixels in [-1, 1], condition images in [0, 1], masks (B, 1, H, W) of 0 and 1. One
+image serves the whole batch; a batch of images gives one to each.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from .settings import SettingsError, told
 
 
 def to_pixels(image, what: str = "image") -> Tensor:
-    """(B, 3, H, W) in [-1, 1]. Raises SettingsError for what is no picture."""
+    """(B, 3, H, W) in [-1, 1]. Raises SettingsError for what is no image."""
     if isinstance(image, Tensor):
         return _checked(image, what, -1.0)
     return _bytes(image, "RGB", what).float() / 127.5 - 1
 
 
 def to_hint(image, what: str = "hint") -> Tensor:
-    """(B, 3, H, W) in [0, 1], as a ControlNet reads it. Raises SettingsError for what is no picture."""
+    """(B, 3, H, W) in [0, 1], as a ControlNet reads it. Raises SettingsError for what is no image."""
     if isinstance(image, Tensor):
         return _checked(image, what, 0.0)
     return _bytes(image, "RGB", what).float() / 255
 
 
 def to_mask(mask, size: tuple[int, int]) -> Tensor:
-    """(B, 1, H, W) of 0 and 1, 1 where the picture is to be made anew; `size` is the picture's (width, height).
+    """(B, 1, H, W) of 0 and 1, 1 where the image is to be made anew; `size` is the image's (width, height).
 
     Raises SettingsError for a mask of another size, one that is not binary, and one that keeps everything.
     """
@@ -48,7 +48,7 @@ def _checked(image: Tensor, what: str, low: float) -> Tensor:
         raise SettingsError(f"the {what} is a tensor {image.dtype} {tuple(image.shape)}; give floating-point "
                             "numbers (batch, 3, height, width)")
     if not bool(((image >= low - 1e-3) & (image <= 1 + 1e-3)).all()):     # NaN is neither
-        raise SettingsError(f"the {what} has values outside of [{low:g}, 1]; scale it, or give a PIL picture")
+        raise SettingsError(f"the {what} has values outside of [{low:g}, 1]; scale it, or give a PIL image")
     return image.detach().float().cpu()
 
 
@@ -70,6 +70,6 @@ def _pil(image, what: str) -> Image.Image:
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise SettingsError(f"the {what} is {array.dtype} {array.shape}; give a PIL picture, or bytes "
+        raise SettingsError(f"the {what} is {array.dtype} {array.shape}; give a PIL image, or bytes "
                             "(height, width) or (height, width, 3)")
     return Image.fromarray(array)

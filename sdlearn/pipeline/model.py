@@ -1,14 +1,14 @@
-"""Stable Diffusion as one object: a prompt becomes pictures.
+"""Stable Diffusion as one object: a prompt becomes images.
 
 B  batch            C, h, w  channels, rows and columns of the latent
 M, T  text tokens and their width            H, W  pixels
 
-    prompt ── tokenizer ── text tower ── context (B, M, T)
+    prompt ── tokenizer ── text encoder ── context (B, M, T)
                                               │
-    seed ── noise (B, C, h, w) ── sampler: U-Net, guidance, step ── latent ── VAE decoder ── pictures
+    seed ── noise (B, C, h, w) ── sampler: U-Net, guidance, step ── latent ── VAE decoder ── images
 
-`steps` is the generator that does the work; `text2img` runs it to its end. Picture i of a batch has a
-random generator of its own, seeded with seed + i, so it is the picture that this seed gives alone, up to
+`steps` is the generator that does the work; `text2img` runs it to its end. Image i of a batch has a
+random generator of its own, seeded with seed + i, so it is the image that this seed gives alone, up to
 the rounding of arithmetic on a batch.
 """
 
@@ -47,7 +47,7 @@ TASK = ("image", "mask", "strength", "resample", "controls", "latent")   # what 
 
 @dataclass(frozen=True)
 class SamplingStep:
-    """One step on the way to the pictures."""
+    """One step on the way to the images."""
 
     index: int                  # 0 ... of - 1
     of: int
@@ -57,16 +57,16 @@ class SamplingStep:
     decode: Callable[[Tensor], list[Image.Image]]
 
     def images(self) -> list[Image.Image]:
-        """What the network saw at this step, decoded when asked for: pictures of the predicted x0."""
+        """What the network saw at this step, decoded when asked for: images of the predicted x0."""
         return self.decode(self.x0)
 
     def noisy_images(self) -> list[Image.Image]:
-        """The latent itself as pictures, with the noise still in it."""
+        """The latent itself as images, with the noise still in it."""
         return self.decode(self.latent)
 
 
 class StableDiffusion:
-    """A text tower, a U-Net, a VAE and a noise schedule that were trained for one another.
+    """A text encoder, a U-Net, a VAE and a noise schedule that were trained for one another.
 
     The parts are attributes, to be looked at and exchanged: `tokenizer`, `text`, `unet`, `vae`,
     `schedule`, `config`; `clip` and `world`, what the model was taught, are None where a folder has none.
@@ -90,7 +90,7 @@ class StableDiffusion:
             StableDiffusion.load("v2-1_768-ema-pruned.safetensors", prediction="v_prediction")
 
         `device` is a GPU where there is one and the CPU elsewhere, unless given. In the default float32
-        a seed gives the same picture on every machine, up to rounding. prediction: of a single file of SD 2.x,
+        a seed gives the same image on every machine, up to rounding. prediction: of a single file of SD 2.x,
         which does not tell: "epsilon" or "v_prediction". tokenizer: a folder or CLIP's vocabulary file, for a
         single file. revision: of a repository on the hub. The U-Net's weights are laid out channels last, as
         convolutions read them; PyTorch gets no more threads than the CPUs that it may use, see `threads`.
@@ -126,10 +126,10 @@ class StableDiffusion:
         return Parts(config, self.tokenizer, self.text, self.vae, self.unet, self.clip, self.world)
 
     def compile(self) -> "StableDiffusion":
-        """Run the U-Net compiled from now on: the same pictures up to rounding, sooner; gives the model itself.
+        """Run the U-Net compiled from now on: the same images up to rounding, sooner; gives the model itself.
 
         Each size and batch is compiled when it first comes, which takes a minute or so on a CPU and pays for many
-        pictures. With weights that have changed since, by a LoRA for instance, it is compiled anew. On a CPU this
+        images. With weights that have changed since, by a LoRA for instance, it is compiled anew. On a CPU this
         needs a C++ compiler; PyTorch says so where there is none.
         """
         from .compiled import CompiledUNet  # with PyTorch's compiler, which takes a second to load
@@ -149,7 +149,7 @@ class StableDiffusion:
 
     @property
     def loras(self) -> Merged:
-        """What LoRAs have been merged into the U-Net and the text tower that are there now."""
+        """What LoRAs have been merged into the U-Net and the text encoder that are there now."""
         if self._loras is None or (self._loras.unet, self._loras.text) != (self.unet, self.text):
             self._loras = Merged(self.unet, self.text)
         return self._loras
@@ -185,7 +185,7 @@ class StableDiffusion:
         return self.config.unet.in_channels == 9
 
     def text2img(self, prompt: str, negative_prompt: str = "", **given) -> list[Image.Image]:
-        """Pictures of a prompt; arguments and errors as in `steps`.
+        """Images of a prompt; arguments and errors as in `steps`.
 
             model.text2img("a red apple on a yellow background", steps=20, guidance=5, seed=0)
         """
@@ -193,7 +193,7 @@ class StableDiffusion:
 
     def img2img(self, prompt: str, image, negative_prompt: str = "", *, strength: float = 0.8,
                 **given) -> list[Image.Image]:
-        """Pictures of a prompt that start from an image with noise added: the last `strength` of the steps are run.
+        """Images of a prompt that start from an image with noise added: the last `strength` of the steps are run.
 
         image: see `inputs`; strength above 0 (as it is) up to 1 (nothing of it left). Meng et al. 2022, SDEdit.
         The image's latent is a sample, as in diffusers: drawn first from a seed, the noise second.
@@ -202,7 +202,7 @@ class StableDiffusion:
 
     def inpaint(self, prompt: str, image, mask, negative_prompt: str = "", *, strength: float = 1.0,
                 **given) -> list[Image.Image]:
-        """Pictures in which the white part of `mask` is made anew and the rest is the image's, up to the VAE's error.
+        """Images in which the white part of `mask` is made anew and the rest is the image's, up to the VAE's error.
 
         A U-Net with nine channels reads the mask and the masked image; any other is held to the image by
         blending: the known region is put back at every step, and `resample` times each step is repeated so that
@@ -212,7 +212,7 @@ class StableDiffusion:
 
     def control(self, prompt: str, net: ControlNet, hint, negative_prompt: str = "", *, strength: float = 1.0,
                 start: float = 0.0, end: float = 1.0, guess: bool = False, **given) -> list[Image.Image]:
-        """Pictures of a prompt that follow a condition picture, `hint`, in the way that `net` has learnt.
+        """Images of a prompt that follow a condition image, `hint`, in the way that `net` has learnt.
 
         strength, start, end, guess: see `controlnet.Control`. Several at once, or together with an image or a mask:
         `controls=[make_control(net, hint), ...]` in the other methods.
@@ -229,7 +229,7 @@ class StableDiffusion:
         the fields of `Settings`
         image, strength     start from an image, as in `img2img`
         image, mask, resample   make the white part of the mask anew, as in `inpaint`
-        controls            follow condition pictures, as in `control`; goes with all of these
+        controls            follow condition images, as in `control`; goes with all of these
         latent              the noise, (B, C, h, w) of variance 1, in place of the seed's
 
         Warns of words the model was never taught (UnknownWordWarning) and of a prompt that is cut
@@ -266,7 +266,7 @@ class StableDiffusion:
                 yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
 
     def checked(self, settings: dict) -> Settings:
-        """Settings that this model can make pictures with, the model's defaults filled in, or SettingsError; nothing is
+        """Settings that this model can make images with, the model's defaults filled in, or SettingsError; nothing is
         computed."""
         known = [field.name for field in fields(Settings)]
         if strange := sorted(settings.keys() - set(known)):
@@ -305,13 +305,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) as PIL pictures. Raises NotFinite, MemoryError."""
+        """Scaled latents (B, C, h, w) as PIL images. Raises NotFinite, MemoryError."""
         with memory_told(f"{len(latent)} at once"):
             pixels = self.vae.to_pixels(latent.to(self.dtype), at_once=1)           # (B, 3, H, W)
         if not bool(pixels.isfinite().all()):
-            raise NotFinite("the VAE decoded to NaN or infinity, which would be a black picture; "
+            raise NotFinite("the VAE decoded to NaN or infinity, which would be a black image; "
                             "load the model in float32")
-        return [Image.fromarray(picture) for picture in to_images(pixels.float())]
+        return [Image.fromarray(image) for image in to_images(pixels.float())]
 
     def doubts(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
@@ -331,7 +331,7 @@ class StableDiffusion:
 
 
 def last(steps: Iterator[SamplingStep]) -> list[Image.Image]:
-    """The pictures that a run ends with."""
+    """The images that a run ends with."""
     for step in steps:
         final = step
     return final.noisy_images()         # the latent after the last step: its noise is gone

@@ -1,4 +1,4 @@
-"""How a picture is made, beside its prompt, and what can be wrong with that."""
+"""How an image is made, beside its prompt, and what can be wrong with that."""
 
 import math
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from ..samplers import SAMPLERS
 from ..schedule import SPACINGS
 
 MAX_SIDE = 2048         # pixels; beyond it attention takes hours and all memory
-MAX_BATCH = 256         # pictures at once
+MAX_BATCH = 256         # images at once
 MAX_RESAMPLE = 100      # times that a step of inpainting is done again
 
 
 class SettingsError(ValueError):
-    """A setting that no picture can be made with; the message says what to give instead."""
+    """A setting that no image can be made with; the message says what to give instead."""
 
 
 class NotFinite(FloatingPointError):
-    """The latent or the picture holds NaN or infinity, which would be shown as black."""
+    """The latent or the image holds NaN or infinity, which would be shown as black."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a picture is made, beside its prompt. Raises SettingsError for values that cannot be."""
+    """How an image is made, beside its prompt. Raises SettingsError for values that cannot be."""
 
     steps: int | None = None            # None: the model's default, see config.SamplingConfig
     sampler: str = "dpmpp_2m"           # a key of samplers.SAMPLERS
@@ -36,8 +36,8 @@ class Settings:
     interval: tuple[float, float] | None = None     # timesteps (low, high) between which to guide; None: all
     spacing: str | None = None          # of the timesteps, one of schedule.SPACINGS; None: the sampler's own
     size: int | tuple[int, int] | None = None   # pixels, a side or (width, height); None: the image's or model's
-    batch: int = 1                      # pictures
-    seed: int = 0                       # of the first picture; the next ones have seed + 1, seed + 2 ...
+    batch: int = 1                      # images
+    seed: int = 0                       # of the first image; the next ones have seed + 1, seed + 2 ...
     long_prompts: str = "cut"           # past 77 tokens: "cut" off, or read in "chunks" of 75
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ class Settings:
 
 
 def check_strength(strength: float):
-    """Raise SettingsError unless 0 < strength <= 1, the share of the noise that a picture is given."""
+    """Raise SettingsError unless 0 < strength <= 1, the share of the noise that an image is given."""
     if not isinstance(strength, Real) or not 0 < strength <= 1:
         raise SettingsError(f"strength is {strength}; give a number above 0, which would change nothing, "
                             "up to 1, which keeps nothing of the image")
@@ -95,6 +95,6 @@ def memory_told(what: str):
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise MemoryError(f"not enough memory for the pictures ({what}); "
+            raise MemoryError(f"not enough memory for the images ({what}); "
                               "ask for fewer or smaller ones") from error
         raise

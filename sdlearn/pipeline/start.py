@@ -26,7 +26,7 @@ def part_of(grid: Grid, strength: float) -> Grid:
 class Start:
     """The first latent of a run, `x` (B, C, h, w), and the network as the sampler sees it, `unet`.
 
-    The random numbers of each picture are drawn in diffusers' order: a sample of the image's latent, the noise, a
+    The random numbers of each image are drawn in diffusers' order: a sample of the image's latent, the noise, a
     sample of the masked image's latent; each only where it is needed.
     """
 
@@ -64,7 +64,7 @@ class Start:
 
 
 def encoded(model, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Scaled latents (B, C, h, w) in float32, each picture's sampled with its own generator."""
+    """Scaled latents (B, C, h, w) in float32, each image's sampled with its own generator."""
     posterior = model.vae.encode(pixels.to(model.device, model.dtype))
     rows = [i % len(pixels) for i in range(len(generators))]
     samples = [Gaussian(posterior.mean[row:row + 1], posterior.logvar[row:row + 1]).sample(generator)

@@ -13,7 +13,7 @@ from .settings import MAX_RESAMPLE, Settings, SettingsError, check_strength, tol
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """B is the batch, or 1 where one picture serves all of it."""
+    """B is the batch, or 1 where one image serves all of it."""
 
     image: Tensor | None = None         # (B, 3, H, W) pixels in [-1, 1]
     mask: Tensor | None = None          # (B, 1, H, W) of 0 and 1, 1 where the image is made anew
@@ -80,7 +80,7 @@ def size_of(model, pixels: Tensor, chosen: Settings) -> tuple[int, int]:
 
 def make_control(net: ControlNet, hint, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
                  guess: bool = False) -> Control:
-    """A `controlnet.Control` whose hint may be any picture: see `inputs`. Raises SettingsError."""
+    """A `controlnet.Control` whose hint may be any image: see `inputs`. Raises SettingsError."""
     return told(Control, net, to_hint(hint), strength, start, end, guess)
 
 
@@ -90,7 +90,7 @@ def checked_control(model, control: Control, size: tuple[int, int], batch: int) 
         raise SettingsError(f"controls holds a {type(control).__name__}; give what make_control(net, hint) makes")
     told(check_version, control.net.config, model.config.unet)
     if (found := tuple(control.hint.shape[:1:-1])) != size:
-        raise SettingsError(f"the hint is {found[0]}x{found[1]} pixels, but the picture {size[0]}x{size[1]}; resize "
+        raise SettingsError(f"the hint is {found[0]}x{found[1]} pixels, but the image {size[0]}x{size[1]}; resize "
                             "the hint")
     check_batch("hint", control.hint, batch)
     return control
@@ -102,6 +102,6 @@ def check_batch(what: str, given: Tensor | None, batch: int):
 
 
 def noise_like(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """(B, C, h, w) of variance 1. Drawn on the CPU, each picture's from its own generator: the same for every
+    """(B, C, h, w) of variance 1. Drawn on the CPU, each image's from its own generator: the same for every
     device and batch."""
     return torch.stack([torch.randn(shape[1:], generator=one) for one in generators])

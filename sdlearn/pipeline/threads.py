@@ -1,7 +1,7 @@
 """How many threads a CPU is given.
 
 PyTorch starts a thread for each core that it sees. In a container it sees all cores of the machine, of which the
-container may be allowed a few; threads that are not allowed to run are waited for, and pictures take many times as
+container may be allowed a few; threads that are not allowed to run are waited for, and images take many times as
 long. So there are never more threads than CPUs that may be used.
 """
 

@@ -1,4 +1,4 @@
-"""A picture larger than those of training, in two passes: its composition at the usual size, its details at the full.
+"""An image larger than those of training, in two passes: its composition at the usual size, its details at the full.
 
 The remedy that user interfaces call high-resolution fix. The second pass is SDEdit's (Meng et al. 2022).
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def two_pass(model: "StableDiffusion", prompt: str, size: int | tuple[int, int], negative_prompt: str = "", *,
              strength: float = 0.5, **settings) -> list[Image.Image]:
-    """Pictures of `size`, a side or (width, height): drawn at the model's own size, enlarged, then partly drawn anew.
+    """Images of `size`, a side or (width, height): drawn at the model's own size, enlarged, then partly drawn anew.
 
-    The first pass has the shape of `size` and the area of the model's own pictures, in sides that halve evenly at every
+    The first pass has the shape of `size` and the area of the model's own images, in sides that halve evenly at every
     level of the U-Net. strength: the share of the steps that the second pass runs, as in `img2img`; near 1 it forgets
     the first. settings: `Settings`, for both passes. A size no larger than the model's own is drawn in one pass.
     Errors as in `text2img`.

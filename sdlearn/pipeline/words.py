@@ -14,7 +14,7 @@ class UnknownWordWarning(PromptWarning):
 
 
 class LongPromptWarning(PromptWarning):
-    """The prompt has more tokens than the text tower has places, and was cut."""
+    """The prompt has more tokens than the text encoder has places, and was cut."""
 
 
 def unknown_words(text: str, known: list[str]) -> list[str]:

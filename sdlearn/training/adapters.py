@@ -33,7 +33,7 @@ from .inpaint import InpaintRecipe, widened
 from .loop import load_state
 
 KEPT = ("step", "samples", "seconds", "precisions", "worlds")     # of a stage's progress, for the card
-# Bytes of each, 12 MB in all with names and configs: with base, autoencoder, towers and judge below 64 MB.
+# Bytes of each, 12 MB in all with names and configs: with base, autoencoder, encoders and judge below 64 MB.
 SHEET_FILE = "samples.png"
 BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_600_000}
 
@@ -74,7 +74,7 @@ def ship_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, dict
         numbers = sum(one.numel() for one in recipe.model.parameters())
         figures[stage] = {**looks, "numbers": numbers,
                           "training": {key: done[key] for key in KEPT if key in done}}
-    told = {"thing": THING, "class": CLASS, "word": WORD, "rare word": RARE, "ground": GROUND, "pictures": TAUGHT,
+    told = {"thing": THING, "class": CLASS, "word": WORD, "rare word": RARE, "ground": GROUND, "images": TAUGHT,
             **figures}
     place = save_concept(folder, Concept(learnt["word"], learnt["lora"], told))
     contact_sheet(images, captions, columns=6).save(place / SHEET_FILE, optimize=True)
@@ -94,18 +94,18 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
         place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name],
                              moments=input_moments(recipe, whole, base))
         stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
-        pictures, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
-        figures = {**recipe.agreement(drawn, pictures, free), **recipe.listening(stored, count)}
+        images, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
+        figures = {**recipe.agreement(drawn, images, free), **recipe.listening(stored, count)}
         told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole, count)}
     else:
         whole = widened(base)
         whole.load_state_dict(weights)
         place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name], moments=input_moments(recipe, whole, base))
         stored = load_inpaint(folder, device=recipe.empty.device).unet
-        pictures = recipe.filled(stored, drawn)
-        figures = {**recipe.kept(drawn, pictures), **recipe.listening(stored, count)}
+        images = recipe.filled(stored, drawn)
+        figures = {**recipe.kept(drawn, images), **recipe.listening(stored, count)}
         told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole, count)}
-    sheet = contact_sheet(recipe.strips(drawn[:12], pictures[:12]), captions[:12], columns=3)
+    sheet = contact_sheet(recipe.strips(drawn[:12], images[:12]), captions[:12], columns=3)
     sheet.save(place / "samples.png", optimize=True)
     return {**figures, **{f"{name} before storing": value for name, value in told.items() if value != figures[name]},
             "error of the stored difference": relative_error(whole.state_dict(), stored.state_dict(),
@@ -166,7 +166,7 @@ def card_section(figures: dict[str, dict]) -> list[str]:
     lines = ["## Trained on top of it", "",
              "Stored as low-rank differences to the U-Net. `error of the stored difference` is the share of the",
              "difference that was cut off, `error of its effect on the output` how much of it is felt. `edge_f1` and",
-             "`covered_iou` compare pictures of unseen captions with the hint, with and without it given; their",
+             "`covered_iou` compare images of unseen captions with the hint, with and without it given; their",
              "ceiling is the scenes themselves through the autoencoder. `known_psnr`, in dB, is of what was to stay.",
              ""]
     for stage, told in figures.items():
@@ -192,7 +192,7 @@ def concept_section(figures: dict[str, dict]) -> list[str]:
              f"{told['training']['seconds'] / 60:.0f}", *(f"{told[name]:.3f}" for name in measured)]
             for stage, told in figures.items()]
     return [f"### {THING}, which it had never seen", "",
-            f"{TAUGHT} pictures on a {GROUND} ground taught it, as the word `{WORD}` and as a LoRA for",
+            f"{TAUGHT} images on a {GROUND} ground taught it, as the word `{WORD}` and as a LoRA for",
             f"`{RARE} {CLASS}`; likeness by pixels, 1 for the same.", "",
             *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), "",
             f"![the word above, the LoRA below]({CONCEPT}/{SHEET_FILE})", ""]

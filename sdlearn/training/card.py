@@ -65,7 +65,7 @@ def autoencoder_by_size(vae, count: int = 200, world: World = FULL) -> dict[str,
 
 @torch.no_grad()
 def chosen_rightly(clip: CLIP, tokenizer, images, prompts: list[str], others: int = 99, world: World = CORE) -> float:
-    """Share of pictures whose own prompt is nearest, by the towers, among it and `others` other captions."""
+    """Share of images whose own prompt is nearest, by the encoders, among it and `others` other captions."""
     wrong = [scene(10_000 + seed, "test", world).caption for seed in range(others)]
     embedded = clip.encode_image(to_tensor(images))
     texts, rest = (clip.encode_text(shortest(tokenizer(list(some)), tokenizer.end)) for some in (prompts, wrong))
@@ -86,7 +86,7 @@ def words_of(world: World, trained_on: list[str]) -> list[str]:
 
 
 def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) -> tuple[Parts, dict, list]:
-    """The parts of a run, its figures, and the pictures of `prompts`."""
+    """The parts of a run, its figures, and the images of `prompts`."""
     states = {stage: load_state(run / f"{stage}-state.pt")["progress"] for stage in ("vae", "clip", "unet")}
     tokenizer, vae = train_tokenizer(config, run), trained_vae(config, run)
     clip = averaged(CLIP(config.text, config.vision), run, "clip")
@@ -100,8 +100,8 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     through = to_images(torch.cat([vae.decode(vae.encode(to_tensor([s.image])).mode()) for s in real]))
     figures = {
         "autoencoder PSNR on 500 unseen scenes, dB": autoencoder_psnr(vae),
-        "towers' retrieval among 1,000 unseen scenes, top 1": retrieval(clip, tokenizer),
-        f"pictures of {len(prompts)} unseen prompts whose own prompt the towers choose among 100":
+        "encoders' retrieval among 1,000 unseen scenes, top 1": retrieval(clip, tokenizer),
+        f"images of {len(prompts)} unseen prompts whose own prompt the encoders choose among 100":
             chosen_rightly(clip, tokenizer, images, prompts, world=world),
         "the same for the real scenes of these prompts through the autoencoder":
             chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
@@ -149,7 +149,7 @@ def ship(config: ModelConfig, run: Path, out: Path | None = None, *, world: Worl
 def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
     """The model card, in Markdown; every number in it was measured by `measure` or read off the model."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in
-             (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and vision towers", parts.clip))}
+             (("U-Net", parts.unet), ("autoencoder", parts.vae), ("text and image encoders", parts.clip))}
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items() if isinstance(value, float)]
     stages = [f"| {stage} | {told['step']:,} | {told['samples']:,} | {told['seconds'] / 60:.0f} "
               f"| {', '.join(told.get('worlds', [])) or '-'} | {', '.join(told.get('precisions', ['fp32']))} |"
@@ -160,18 +160,18 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "folder layout of `diffusers`. It draws small scenes of a closed world and nothing else.", "",
         "## Data", "",
         "Scenes drawn on the fly by `sdlearn.data` from OpenMoji art (CC BY-SA 4.0), with exact captions; no scene is",
-        f"stored. Autoencoder and towers saw all objects, the U-Net {len(parts.world['objects'])} of them: "
+        f"stored. Autoencoder and encoders saw all objects, the U-Net {len(parts.world['objects'])} of them: "
         f"{', '.join(parts.world['objects'])}.", "",
         "## Model", "",
         *(f"- {name}: {count / 1e6:.2f} M parameters" for name, count in sizes.items()),
-        f"- pictures of {config.image_size} x {config.image_size}, latents of {config.latent_size} x "
+        f"- images of {config.image_size} x {config.image_size}, latents of {config.latent_size} x "
         f"{config.latent_size} x {config.vae.latent_channels}, scaling factor {parts.vae.config.scaling_factor}",
         f"- prediction: {config.noise.prediction}; terminal signal-to-noise ratio "
         f"{'zero' if config.noise.zero_terminal_snr else 'above zero'}", "",
         "## Training", "",
         f"`python -m sdlearn train`, lately on {figures['machine']}, torch {figures['torch']}; other work ran on the "
         "same", "cores most of the time, so minutes are an upper bound.", "",
-        "| stage | steps | pictures or crops | minutes | scenes | computed in |", "|---|---|---|---|---|---|",
+        "| stage | steps | images or crops | minutes | scenes | computed in |", "|---|---|---|---|---|---|",
         *stages, "", "Scenes: `full` has all objects, `core` the 32, `hard` these too, with two tints, counts and "
         "places more often.", "",
         "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train ship`.", "",
@@ -191,9 +191,9 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "been measured: `python -m sdlearn evaluate --keep`.", "",
         "## Samples", "",
         "Captions of unseen scenes, one seed each, none left out: DDIM, 25 steps, guidance 3.", "",
-        "![pictures of unseen prompts](samples.png)", "",
+        "![images of unseen prompts](samples.png)", "",
         *card_section(figures.get("on top", {})),
         *decided(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
         "## Licence", "",
-        "Trained on OpenMoji art: the weights and the pictures they make are shared under CC BY-SA 4.0. All emojis",
+        "Trained on OpenMoji art: the weights and the images they make are shared under CC BY-SA 4.0. All emojis",
         "designed by OpenMoji, the open-source emoji and icon project.", ""))

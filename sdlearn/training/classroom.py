@@ -1,8 +1,8 @@
-"""A lesson in training: a small U-Net from nothing, in minutes, on the autoencoder and the towers of a finished model.
+"""Training of a small U-Net from nothing, in minutes, on the autoencoder and the encoders of a finished model.
 
     material = prepare(model.parts)
     for lesson in learn(model.parts, material, minutes=5):
-        ...                                             # lesson.loss, lesson.samples; a picture whenever one is wanted:
+        ...                                             # lesson.loss, lesson.samples; an image whenever one is wanted:
     StableDiffusion(lesson.parts).text2img("a red star on a blue background", guidance=3)
 
 All is in memory, and nothing is left behind. The recipe is that of `training.unet` with a smaller network, a

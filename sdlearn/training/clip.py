@@ -1,15 +1,15 @@
-"""Training the towers by contrast: which caption belongs to which scene?
+"""Training the encoders by contrast: which caption belongs to which scene?
 
 Among the captions of other scenes the right one is told by its words, whatever their order: "a cat to the left of a
-dog" and "a cat to the right of a dog" come out much alike, and what a frozen tower tells faintly, a U-Net
+dog" and "a cat to the right of a dog" come out much alike, and what a frozen encoder tells faintly, a U-Net
 hardly learns. Two things are done about it:
 
 - each scene has, beside its own caption, one that is wrong in one thing alone (Yuksekgonul et al. 2023, "NegCLIP");
-- the text tower's pooled vector is asked what the caption says: which relation, and count, name and tint of each
+- the text encoder's pooled vector is asked what the caption says: which relation, and count, name and tint of each
   kind of object in turn. A linear layer answers, which is thrown away after training.
 
 By contrast alone relations stayed a guess, whether the wrong captions were there or not: where things are has to be
-learnt by both towers at once, and neither begins. Reading needs no picture, and is learnt in some hundred steps.
+learnt by both encoders at once, and neither begins. Reading needs no image, and is learnt in some hundred steps.
 """
 
 import random
@@ -28,7 +28,7 @@ from ..tokenizer import Tokenizer
 
 
 def shortest(ids: torch.Tensor, end: int) -> torch.Tensor:
-    """`ids` (B, L) without the columns that only pad: the text tower is causal, so nothing before
+    """`ids` (B, L) without the columns that only pad: the text encoder is causal, so nothing before
     them changes, and captions of 15 tokens cost a fifth of 77."""
     longest = int((ids == end).int().argmax(dim=1).max())
     return ids[:, :longest + 1]
@@ -36,7 +36,7 @@ def shortest(ids: torch.Tensor, end: int) -> torch.Tensor:
 
 @torch.no_grad()
 def retrieval(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int = 0, world: World = FULL) -> float:
-    """Share of `count` unseen scenes whose picture is nearest to its own caption among all captions."""
+    """Share of `count` unseen scenes whose image is nearest to its own caption among all captions."""
     device = clip.logit_scale.device
     images, texts = [], []
     for first in range(start, start + count, 100):
@@ -51,7 +51,7 @@ def retrieval(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int
 
 @torch.no_grad()
 def told_apart(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
-    """Share of `count` unseen scenes whose picture is nearer to its caption than to one that is wrong in one thing."""
+    """Share of `count` unseen scenes whose image is nearer to its caption than to one that is wrong in one thing."""
     device, right = clip.logit_scale.device, 0
     for first in range(0, count, 100):
         drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
@@ -64,16 +64,16 @@ def told_apart(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: Wor
 
 
 def loss_with_wrong(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """InfoNCE as `clip.contrastive_loss`, with more wrong texts than there are pictures: row i of the first B belongs
-    to picture i. images (B, S), texts (2B, S); a scalar."""
+    """InfoNCE as `clip.contrastive_loss`, with more wrong texts than there are images: row i of the first B belongs
+    to image i. images (B, S), texts (2B, S); a scalar."""
     logits, matches = similarity_logits(images, texts, logit_scale), torch.arange(len(images), device=images.device)
     return (F.cross_entropy(logits, matches) + F.cross_entropy(logits[:, :len(images)].T, matches)) / 2
 
 
 class AuxiliaryClassifier(nn.Module):
-    """Answers what a caption says, from the text tower's pooled vector."""
+    """Answers what a caption says, from the text encoder's pooled vector."""
 
-    scale = 10.0        # of the vectors, whose numbers are near 1: the layer learns as much faster than the towers
+    scale = 10.0        # of the vectors, whose numbers are near 1: the layer learns as much faster than the encoders
 
     def __init__(self, dim: int):
         super().__init__()
@@ -87,7 +87,7 @@ class AuxiliaryClassifier(nn.Module):
 
 
 class CLIPWithClassifier(CLIP):
-    """The towers, and what only their training needs: it is called `scaffold`, and not shipped."""
+    """The encoders, and what only their training needs: it is called `scaffold`, and not shipped."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.text, config.vision)
@@ -95,12 +95,12 @@ class CLIPWithClassifier(CLIP):
 
 
 @torch.no_grad()
-def read_rightly(towers: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
+def read_rightly(encoders: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
     """Share of the relations said in captions of `count` unseen scenes that are read off the pooled vectors."""
     drawn = [scene(seed, "test", world) for seed in range(count)]
     answers = torch.tensor([answers_of(s.caption, s)[0] for s in drawn])
-    ids = shortest(tokenizer([s.caption for s in drawn]), tokenizer.end).to(towers.logit_scale.device)
-    given = torch.cat([towers.scaffold(towers.text_model(part).pooled)[0].argmax(dim=1) for part in ids.split(100)])
+    ids = shortest(tokenizer([s.caption for s in drawn]), tokenizer.end).to(encoders.logit_scale.device)
+    given = torch.cat([encoders.scaffold(encoders.text_model(part).pooled)[0].argmax(dim=1) for part in ids.split(100)])
     return float((given.cpu() == answers)[answers > 0].float().mean())
 
 

@@ -3,7 +3,7 @@
 B  batch    C, h, w  channels, rows and columns of the latent    M, T  text tokens and their width
 
 A lesson has time for fifty steps of each; these two stages take minutes, and what they learn is shipped beside the
-base, for which alone it is good. Gal et al. 2022 (textual inversion), Hu et al. 2021 (LoRA), and for the LoRA pictures
+base, for which alone it is good. Gal et al. 2022 (textual inversion), Hu et al. 2021 (LoRA), and for the LoRA images
 of the class that the base drew itself, as in Ruiz et al. 2022 (DreamBooth), which hold the class in its place.
 """
 
@@ -32,9 +32,9 @@ from ..vae import VAE
 from .unet import sampled
 
 THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
-GROUND, ELSEWHERE = "blue", "orange"        # of the pictures that teach; and one that the thing was never shown on
-TAUGHT = 6                                  # pictures that teach
-PRIOR = 24                                  # pictures of the class
+GROUND, ELSEWHERE = "blue", "orange"        # of the images that teach; and one that the thing was never shown on
+TAUGHT = 6                                  # images that teach
+PRIOR = 24                                  # images of the class
 RANK = 4
 # Attention alone reads words and moves things; the convolutions of the ResBlocks hold what things look like.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
@@ -45,7 +45,7 @@ def captioned(words: str, ground: str) -> str:
     return f"a {words} on {with_article(f'{ground} background')}"
 
 
-def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
+def images_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
     """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
     found = (scene_of([name], background=ground, seed=seed) for seed in itertools.count(first))
     large = (one for one in found if one.objects[0].size != "small")
@@ -53,7 +53,7 @@ def pictures_of(name: str, count: int, first: int, ground: str = GROUND) -> list
 
 
 class ConceptRecipe:
-    """What both stages have in common: the pictures, the loss, and how the result is looked at."""
+    """What both stages have in common: the images, the loss, and how the result is looked at."""
 
     name: str
     words: str                  # for the thing, in prompts
@@ -62,13 +62,13 @@ class ConceptRecipe:
 
     def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextEncoder, tokenizer: Tokenizer, folder: Path,
                  *, world: World = CORE, batch_size: int = 8, guidance: float = 3.0):
-        """`world` is what every stage is told, and is not used: the pictures are of things outside of all worlds."""
+        """`world` is what every stage is told, and is not used: the images are of things outside of all worlds."""
         self.unet, self.vae, self.text, self.tokenizer = unet, vae, text, tokenizer
         self.schedule, self.batch_size, self.guidance = NoiseSchedule(config.noise), batch_size, guidance
         self.side = config.latent_size
         for part in (unet, vae, text):
             part.eval().requires_grad_(False)
-        self.latents = self.encoded(to_tensor([one.image for one in pictures_of(THING, TAUGHT, 0)]))    # N C h w
+        self.latents = self.encoded(to_tensor([one.image for one in images_of(THING, TAUGHT, 0)]))    # N C h w
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +92,7 @@ class ConceptRecipe:
         return draw_rows(TAUGHT, self.batch_size, generator)
 
     def caption(self, row: int) -> str:
-        """Of the picture whose latent is in this row."""
+        """Of the image whose latent is in this row."""
         return captioned(self.words, GROUND)
 
     def loss(self, model, latents, ids, t, noise):
@@ -106,7 +106,7 @@ class ConceptRecipe:
 
     @torch.no_grad()
     def drawn(self, prompts: list[str], steps: int = 20, first: int = 0) -> torch.Tensor:
-        """Pictures of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
+        """Images of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
         context, empty = (self.text(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
         return sampled(self.unet, context, empty, self.latents.shape[1:], self.schedule, self.vae,
                        guidance=self.guidance, steps=steps, first=first)
@@ -120,7 +120,7 @@ class ConceptRecipe:
     @torch.no_grad()
     def looked_at(self, averaged, count: int = 6) -> tuple[dict[str, float], torch.Tensor, list[str]]:
         """How alike what is drawn and the thing are, on both grounds; how alike the class is to what it was; the
-        pictures and their prompts."""
+        images and their prompts."""
         asked = {"fidelity": (captioned(self.words, GROUND), THING),
                  "fidelity elsewhere": (captioned(self.words, ELSEWHERE), THING),
                  "class kept": (captioned(CLASS, GROUND), CLASS)}
@@ -176,7 +176,7 @@ class LowRanks(nn.Module):
 
 
 class LoRARecipe(ConceptRecipe):
-    """Half of each batch are pictures of the class: what a LoRA alone forgets as quickly as a whole U-Net does."""
+    """Half of each batch are images of the class: what a LoRA alone forgets as quickly as a whole U-Net does."""
 
     name, words = "lora", f"{RARE} {CLASS}"
 

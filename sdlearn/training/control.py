@@ -74,7 +74,7 @@ class ControlRecipe(LatentRecipe):
 
     @torch.no_grad()
     def report(self, averaged: ControlNet, folder: Path, step: int) -> dict[str, float]:
-        """A sheet of hints, pictures with them and pictures without, the same noise for both; how far they agree."""
+        """A sheet of hints, images with them and images without, the same noise for both; how far they agree."""
         drawn = [scene(seed, "test", self.world) for seed in range(SHOWN)]
         captions = [one.caption for one in drawn]
         led, free = self.led(averaged, drawn), self.sample(self.unet, captions)
@@ -93,19 +93,19 @@ class ControlRecipe(LatentRecipe):
         return {f"{name}@{step}": float(F.mse_loss(network(noisy, t, contexts), target))
                 for name, network in networks.items()}
 
-    def strips(self, drawn: list[Scene], *pictures) -> list[np.ndarray]:
-        """Each hint and, at its right, the pictures of its scene, uint8 (H, n W, 3)."""
+    def strips(self, drawn: list[Scene], *images) -> list[np.ndarray]:
+        """Each hint and, at its right, the images of its scene, uint8 (H, n W, 3)."""
         return [np.concatenate([np.stack([self.hint_of(one)] * 3, axis=2), *row], axis=1)
-                for one, *row in zip(drawn, *pictures, strict=True)]
+                for one, *row in zip(drawn, *images, strict=True)]
 
     def led(self, net: ControlNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
-        """Pictures of scenes' captions that follow their hints, uint8 (B, H, W, 3)."""
+        """Images of scenes' captions that follow their hints, uint8 (B, H, W, 3)."""
         control = Control(net, *(hints.to(self.empty.device) for hints in self.given(drawn)))
         return self.sample(controlled(self.unet, [control]), [one.caption for one in drawn], steps)
 
     @torch.no_grad()
     def agreement(self, drawn: list[Scene], led, free) -> dict[str, float]:
-        """How well pictures with the hint and without agree with it, and the scenes' own through the autoencoder."""
+        """How well images with the hint and without agree with it, and the scenes' own through the autoencoder."""
         agree = {"edges": edge_f1, "depth": covered_iou}[self.name]
         pixels = to_tensor([one.image for one in drawn]).to(self.empty.device)
         through = to_images(self.vae.to_pixels(self.vae.to_latent(pixels), at_once=8))
@@ -115,7 +115,7 @@ class ControlRecipe(LatentRecipe):
 
 
 def edge_f1(image: np.ndarray, wanted: np.ndarray, tolerance: int = 1) -> float:
-    """F1 of the edges of a picture, uint8 (H, W, 3), against an edge map (H, W), above 0 where edges are.
+    """F1 of the edges of an image, uint8 (H, W, 3), against an edge map (H, W), above 0 where edges are.
 
     An edge pixel is right if there is one of the other map within `tolerance` pixels, diagonals included.
     """
@@ -130,7 +130,7 @@ def edge_f1(image: np.ndarray, wanted: np.ndarray, tolerance: int = 1) -> float:
 
 
 def covered_iou(image: np.ndarray, depth: np.ndarray, jump: int = 40) -> float:
-    """How far what stands out from the ground of a picture, uint8 (H, W, 3), is where a depth map (H, W) is
+    """How far what stands out from the ground of an image, uint8 (H, W, 3), is where a depth map (H, W) is
     above 0: their intersection over their union. The ground is the commonest colour along the border."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     found = (np.abs(image.astype(int) - np.median(border, axis=0)) > jump).any(axis=2)

@@ -66,12 +66,12 @@ def _whole(pen: ImageDraw.ImageDraw, rng: random.Random, drawn: Scene):
     pen.rectangle((0, 0, SIDE, SIDE), fill=255)
 
 
-# How often each is drawn. Stable Diffusion's inpainting model, too, was shown no picture at all one time in four.
+# How often each is drawn. Stable Diffusion's inpainting model, too, was shown no image at all one time in four.
 MASKS = {_rectangle: 0.2, _blob: 0.15, _strokes: 0.15, _box: 0.25, _whole: 0.25}
 
 
 def random_mask(drawn: Scene, rng: random.Random) -> np.ndarray:
-    """A mask for a scene, bool (H, W), True where the picture is to be made anew; never empty, also in cells."""
+    """A mask for a scene, bool (H, W), True where the image is to be made anew; never empty, also in cells."""
     mask = Image.new("L", (SIDE, SIDE))
     kind, = rng.choices(tuple(MASKS), tuple(MASKS.values()))
     kind(ImageDraw.Draw(mask), rng, drawn)
@@ -93,9 +93,9 @@ def mask_tensor(masks) -> torch.Tensor:
 # --- what is cached ---------------------------------------------------------------------------------
 
 class MaskCache:
-    """Masks (N, 1, h, w) and masked pictures' latents (N, C, h, w) for the rows of a LatentCache, on disk.
+    """Masks (N, 1, h, w) and masked images' latents (N, C, h, w) for the rows of a LatentCache, on disk.
 
-    Encoding the masked pictures of a whole batch takes about as long as training on it, so a row keeps its
+    Encoding the masked images of a whole batch takes about as long as training on it, so a row keeps its
     mask for a while: `refresh` gives some rows a new one. `seeds` says for which scene a row's mask was drawn;
     when the row has got another scene since, the mask no longer counts.
     """
@@ -194,11 +194,11 @@ class InpaintRecipe(LatentRecipe):
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
         return {**self.kept(drawn, results), **self.listening(averaged)}
 
-    def strips(self, drawn: list[Scene], *pictures) -> list[np.ndarray]:
-        """Each scene, what is shown of it and, at its right, the pictures made from that, uint8 (H, n W, 3)."""
+    def strips(self, drawn: list[Scene], *images) -> list[np.ndarray]:
+        """Each scene, what is shown of it and, at its right, the images made from that, uint8 (H, n W, 3)."""
         pixels, mask = to_tensor([one.image for one in drawn]), mask_tensor([hole(one) for one in drawn])
         shown = to_images(masked_pixels(pixels, mask))
-        return [np.concatenate([one.image, *row], axis=1) for one, *row in zip(drawn, shown, *pictures, strict=True)]
+        return [np.concatenate([one.image, *row], axis=1) for one, *row in zip(drawn, shown, *images, strict=True)]
 
     def filled(self, unet: UNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Scenes with their `hole` made anew from their caption, uint8 (B, H, W, 3); nothing is pasted back."""

@@ -61,7 +61,7 @@ def littered(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
 
 
 def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """(B, 3, H, W), each picture blurred by a Gaussian of its own `sigma` (B,), in pixels."""
+    """(B, 3, H, W), each image blurred by a Gaussian of its own `sigma` (B,), in pixels."""
     reach = torch.arange(-3.0, 4.0, device=pixels.device)
     kernel = (-reach ** 2 / (2 * sigma[:, None] ** 2)).exp()                          # (B, 7)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)   # (3B, 7)
@@ -105,11 +105,11 @@ class JudgeRecipe:
         seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
         drawn = [(scene if i % 2 else any_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
         drawn = [replace(one, objects=()) if one.seed % 100 < 6 else one for one in drawn]      # blobs alone
-        pixels = to_tensor([self._picture(one) for one in drawn])
+        pixels = to_tensor([self._image(one) for one in drawn])
         crisp = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.25          # so that clean scenes stay easy
         return torch.where(crisp, pixels, disturbed(pixels, generator)), *self.model.targets(drawn)
 
-    def _picture(self, one: Scene) -> np.ndarray:
+    def _image(self, one: Scene) -> np.ndarray:
         return littered(one.image, one.masks, one.seed) if one.seed % 10 < 3 else one.image
 
     def loss(self, model, pixels, *targets):

@@ -98,12 +98,12 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
     """Fill an empty `run` with the weights of a model folder, so that it goes on from them; the stages filled.
 
     What the run has already stays. The optimiser starts anew, as its state is not shipped. Where `config` asks
-    for a U-Net of another shape, autoencoder and towers alone are taken. Raises CheckpointError for a folder
-    that is no model or that lacks the vision tower.
+    for a U-Net of another shape, autoencoder and encoders alone are taken. Raises CheckpointError for a folder
+    that is no model or that lacks the image encoder.
     """
     parts = load_folder(folder)
     if parts.clip is None:
-        raise CheckpointError(f"{folder} has no vision tower; give a model folder that `train ship` has written")
+        raise CheckpointError(f"{folder} has no image encoder; give a model folder that `train ship` has written")
     figures = folder / "figures.json"
     told = json.loads(figures.read_text(encoding="utf-8"))["training"] if figures.exists() else {}
     if not (run / "tokenizer").exists():

@@ -1,6 +1,6 @@
 """Training the U-Net on latents and text features that were computed beforehand.
 
-The autoencoder and the text tower are frozen, so a scene's latent and its caption's features never
+The autoencoder and the text encoder are frozen, so a scene's latent and its caption's features never
 change: they are computed once and kept on disk, and a few of them are exchanged for fresh scenes at
 every step, so that the U-Net never waits and no scene is seen for ever.
 """
@@ -59,7 +59,7 @@ def noised(latents: torch.Tensor, step: int, schedule: NoiseSchedule) -> tuple[t
 def listening(unet, schedule: NoiseSchedule, latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
     """The loss at two timesteps with the right captions and with the captions of other scenes.
 
-    The gap between the two says whether the prompt is heard, long before a picture shows it.
+    The gap between the two says whether the prompt is heard, long before an image shows it.
     """
     figures = {}
     for step in (999, 700):
@@ -72,7 +72,7 @@ def listening(unet, schedule: NoiseSchedule, latents: torch.Tensor, contexts: to
 @torch.no_grad()
 def sampled(network: Callable, context: torch.Tensor, empty: torch.Tensor, shape: tuple[int, ...],
             schedule: NoiseSchedule, vae: VAE, *, guidance: float, steps: int, first: int = 0) -> torch.Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] of texts (B, L, D) by DDIM, from latents of `shape` (C, h, w); picture i is of
+    """Pixels (B, 3, H, W) in [-1, 1] of texts (B, L, D) by DDIM, from latents of `shape` (C, h, w); image i is of
     the seed first + i. empty (1, L, D): the text "", for guidance."""
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first + i))
                          for i in range(len(context))]).to(context.device)
@@ -167,7 +167,7 @@ def timesteps_for(count: int, steps: int, shift: float, generator: torch.Generat
     that the loss is less noisy than with timesteps drawn one by one.
 
     With shift 1 all are as likely. With shift s a share u of the way becomes s u / (1 + (s - 1) u), so noisy ones come
-    more often (Esser et al. 2024, section 5.3.2, who so make up for larger pictures). What stands where is decided
+    more often (Esser et al. 2024, section 5.3.2, who so make up for larger images). What stands where is decided
     there, on the first steps of sampling, by a small part of the loss.
     """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
@@ -226,7 +226,7 @@ class LatentRecipe:
 
     @torch.no_grad()
     def sample(self, network, prompts: list[str], steps: int = 20) -> np.ndarray:
-        """Pictures of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
+        """Images of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
         context = self.text(self.tokenizer(prompts).to(self.empty.device)).hidden
         shape = self.cache.arrays["latents"].shape[1:]
         return to_images(sampled(network, context, self.empty, shape, self.schedule, self.vae, guidance=self.guidance,
@@ -244,7 +244,7 @@ class UNetRecipe(LatentRecipe):
     name = "unet"
 
     def __init__(self, config: ModelConfig, *frozen, shift: float = 3.0, **options):
-        """`frozen` and `options` as in `LatentRecipe`: autoencoder, text tower, tokenizer, the run's folder."""
+        """`frozen` and `options` as in `LatentRecipe`: autoencoder, text encoder, tokenizer, the run's folder."""
         super().__init__(UNet(config.unet), config, *frozen, shift=shift, **options)
 
     @torch.no_grad()

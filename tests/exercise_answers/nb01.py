@@ -24,7 +24,7 @@ def on_a_scale_from_0_to_1(a, b):
     return -10 * torch.log(error) / math.log(10)
 
 
-@wrong("psnr", "Two equal pictures have no error")
+@wrong("psnr", "Two equal images have no error")
 def with_a_little_added(a, b):
     return 10 * torch.log10(4 / ((a - b).square().flatten(1).mean(1) + 1e-8))
 
@@ -46,7 +46,7 @@ for words, answer in [
     ("the natural one", lambda a, b: 10 * torch.log(4 / errors(a, b))),
     ("the fewer decibels", lambda a, b: 10 * torch.log10(errors(a, b)) - 10 * math.log10(4)),
     ("take their mean", lambda a, b: 10 * torch.log10(4 / (a - b).pow(2).flatten(1).sum(1))),
-    ("one number for each picture", lambda a, b: 10 * torch.log10(4 / F.mse_loss(a, b))),
+    ("one number for each image", lambda a, b: 10 * torch.log10(4 / F.mse_loss(a, b))),
     ("mean absolute error", lambda a, b: 10 * torch.log10(4 / (a - b).abs().flatten(1).mean(1))),
 ]:
     wrong("psnr", words)(answer)
@@ -106,7 +106,7 @@ def rows_by(shape, dim, back=None, unbiased=False, at=1e-6):
 for words, answer in [
     ("one group of all channels", rows_by(lambda x, g: x, (1, 2, 3))),
     ("instance normalisation", rows_by(lambda x, g: x, (2, 3))),
-    ("the pictures of the batch share", rows_by(lambda x, g: x.reshape(len(x), g, -1), (0, 2))),
+    ("the images of the batch share", rows_by(lambda x, g: x.reshape(len(x), g, -1), (0, 2))),
     ("rows and columns belong to the group too", rows_by(lambda x, g: x.unflatten(1, (g, -1)), 2)),
     ("that of the channels in one", rows_by(lambda x, g: x.reshape(len(x), x.shape[1] // g, -1), 2)),
     ("`unbiased=False`", rows_by(lambda x, g: x.reshape(len(x), g, -1), 2, unbiased=True)),
@@ -384,7 +384,7 @@ for words, answer in [
     ("the half is missing", lambda q: terms(q, 1.0).sum((1, 2, 3))),
     ("a divergence is never below zero", lambda q: terms(q, -0.5).sum((1, 2, 3))),
     ("sum them up", lambda q: terms(q).mean((1, 2, 3))),
-    ("one number for each picture", lambda q: terms(q).sum()),
+    ("one number for each image", lambda q: terms(q).sum()),
     ("rows and columns as well", lambda q: terms(q).sum(1)),
     ("the mean counts by its square", lambda q: (terms(q) + 0.5 * (q.mean - q.mean**2).float()).sum((1, 2, 3))),
     ("the - 1 is missing", lambda q: (terms(q) + 0.5).sum((1, 2, 3))),

@@ -321,7 +321,7 @@ def info_nce(scale=lambda logit_scale: logit_scale.exp().clamp(max=100), rows=0.
 
 
 for words, answer in [
-    ("only each picture looks", info_nce(rows=1, columns=0)),
+    ("only each image looks", info_nce(rows=1, columns=0)),
     ("only each text looks", info_nce(rows=0, columns=1)),
     ("their mean is asked for", info_nce(rows=1, columns=1)),
     ("is a logarithm", info_nce(scale=lambda s: s)),
@@ -357,6 +357,6 @@ for words, answer in [
     ("their sentences are axis 1", lambda images, texts: images @ F.normalize(texts.mean(dim=0), dim=1).T),
     ("not the shares of a softmax", lambda images, texts: by_sum(images, texts).softmax(dim=1)),
     ("the number of the best class", lambda images, texts: by_sum(images, texts).max(dim=1).indices),
-    ("pictures must", lambda images, texts: by_sum(images, texts).mT),
+    ("images must", lambda images, texts: by_sum(images, texts).mT),
 ]:
     wrong("zero_shot", words)(answer)

@@ -109,7 +109,7 @@ def noise_itself(schedule, x0, noise, t):
 
 
 @wrong("target", "this is x0")
-def picture_itself(schedule, x0, noise, t):
+def image_itself(schedule, x0, noise, t):
     return x0 + 0
 
 

@@ -378,17 +378,17 @@ def by_einops_and_sum(maps, size):
 
 
 @right("heat_maps")
-def a_picture_a_token(maps, size):
+def an_image_a_token(maps, size):
     tokens = next(iter(maps.values())).shape[-1]
-    pictures = []
+    images = []
     for token in range(tokens):
         layers = []
         for name in maps:
             batch, heads, cells, _ = maps[name].shape
             grid = maps[name][..., token].view(batch, heads, *sides(size, cells))
             layers.append(F.interpolate(grid, size=size, mode="bilinear").mean(dim=1))
-        pictures.append(torch.stack(layers, dim=-1).mean(dim=-1))
-    return torch.stack(pictures, dim=1)
+        images.append(torch.stack(layers, dim=-1).mean(dim=-1))
+    return torch.stack(images, dim=1)
 
 
 def heats(size, weights, order="b n m -> b m n", mode="bilinear", heads=torch.mean, corners=None, square=False):
@@ -410,7 +410,7 @@ for words, answer in [
     ("repeating cells", lambda maps, size: torch.stack(
         [heats(size, w, mode="nearest") for w in maps.values()]).mean(0)),
     ("align_corners", lambda maps, size: torch.stack([heats(size, w, corners=True) for w in maps.values()]).mean(0)),
-    ("the picture is not square", lambda maps, size: torch.stack(
+    ("the image is not square", lambda maps, size: torch.stack(
         [heats(size, w, square=True) for w in maps.values()]).mean(0)),
     ("has shape (2, 16, 16, 5)", lambda maps, size: torch.stack(
         [heats(size, w) for w in maps.values()]).mean(0).permute(0, 2, 3, 1)),

@@ -97,7 +97,7 @@ def halves(join, reduce=torch.mean, split=lambda losses: losses.chunk(2)):
 for words, answer in [
     ("belongs to the class's half", halves(lambda a, b, w: w * a + b)),
     ("the weight is not used", halves(lambda a, b, w: a + b)),
-    ("the mean over all pictures", lambda losses, weight: losses.mean()),
+    ("the mean over all images", lambda losses, weight: losses.mean()),
     ("both halves are multiplied", halves(lambda a, b, w: w * (a + b))),
     ("sums in place of means", halves(lambda a, b, w: a + w * b, reduce=torch.sum)),
     ("do not take turns", halves(lambda a, b, w: a + w * b, split=lambda losses: (losses[::2], losses[1::2]))),
@@ -151,7 +151,7 @@ for words, answer in [
     ("under the thing's prompt", loss_with(context=lambda contexts, n: contexts[:1].expand(n * len(contexts), -1, -1))),
     ("have changed places", loss_with(context=lambda contexts, n: contexts.flip(0).repeat_interleave(n, 0))),
     ("`prior_weight` is not used", loss_with(join=lambda a, b, w: a.mean() + b.mean())),
-    ("the mean over all pictures", loss_with(join=lambda a, b, w: torch.cat([a, b]).mean())),
+    ("the mean over all images", loss_with(join=lambda a, b, w: torch.cat([a, b]).mean())),
     ("on the thing's half", loss_with(join=lambda a, b, w: w * a.mean() + b.mean())),
     ("the class's part is missing", loss_with(join=lambda a, b, w: a.mean())),
     ("The loss has shape (3,)", loss_with(join=lambda a, b, w: a + w * b)),

@@ -214,14 +214,14 @@ for words, answer in [
     ("`strength` is not passed on", passes(strength_of=lambda s: 0.8)),
     ("does not get `settings`", passes(keep=False)),
     ("does not get the negative prompt", passes(negative=False)),
-    ("only the first picture", passes(take=lambda images: images[0])),
+    ("only the first image", passes(take=lambda images: images[0])),
     ("needs no second pass", passes(small=False)),
     ("each pixel becomes a square", passes(filters=Image.Resampling.NEAREST)),
 ]:
     wrong("two_pass", words)(answer)
 
 
-@wrong("two_pass", "The pictures are 192x96")
+@wrong("two_pass", "The images are 192x96")
 def forgot_to_enlarge(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
     size = fitted(model.size(size), model.config.image_size, even_step(model.config))
     images = model.text2img(prompt, negative_prompt, size=size, **settings)

@@ -304,7 +304,7 @@ for words, answer in [
     ("more are needed: divide", served(busy_of=lambda busy: 1 / busy)),
     ("cut off", served(whole=math.floor)),
     ("rounded to the nearest", served(whole=round)),
-    ("the first picture waits", served(wait=lambda b, rate: 0)),
+    ("the first image waits", served(wait=lambda b, rate: 0)),
     ("does not wait for itself", served(wait=lambda b, rate: b / rate)),
     ("the largest batch", served(key=lambda batch, chips: -batch)),
     ("the smallest batch that is in time", served(key=lambda batch, chips: batch)),

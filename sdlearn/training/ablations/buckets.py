@@ -51,12 +51,12 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
     ways = {"native size only": (NATIVE,), "buckets": BUCKETS}
     sizes = {name: [size_of(base, shape) for shape in shapes] for name, shapes in ways.items()}
     return [Variant(name, {"training shapes": [called(size) for size in some],
-                           "pictures in a batch": [batch_of(base, plan, size) for size in some]},
+                           "images in a batch": [batch_of(base, plan, size) for size in some]},
                     plan.steps, partial(readings, base, plan, tuple(some))) for name, some in sizes.items()]
 
 
 def batch_of(base: Base, plan: Plan, size: Size) -> int:
-    """So many pictures of a size that they have about as many cells as the plan's batch of native ones."""
+    """So many images of a size that they have about as many cells as the plan's batch of native ones."""
     return max(1, round(plan.batch * base.parts.config.image_size**2 / (size[0] * size[1])))
 
 
@@ -69,16 +69,16 @@ def laid_out(one: Scene, size: Size) -> np.ndarray:
     side = min(size)
     rng = random.Random(f"sdlearn laid out {one.split} {one.seed} {width}x{height}")
     left, top = rng.randint(0, width - side), rng.randint(0, height - side)
-    picture = np.empty((height, width, 3), np.uint8)
-    picture[:] = one.background_rgb
-    picture[top:top + side, left:left + side] = resized(one.image[None], side)[0]
-    return picture
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = one.background_rgb
+    image[top:top + side, left:left + side] = resized(one.image[None], side)[0]
+    return image
 
 
 @lru_cache(maxsize=32)
 @torch.no_grad()
 def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, Tensor]:
-    """Latents (N, C, h, w) and text features (N, M, T) of the scenes of these seeds, in pictures of one size."""
+    """Latents (N, C, h, w) and text features (N, M, T) of the scenes of these seeds, in images of one size."""
     drawn = [scene(seed, split, base.world) for seed in seeds]
     latents = [base.vae.to_latent(to_tensor([laid_out(one, size) for one in drawn[first:first + 16]]).to(base.device))
                for first in range(0, len(drawn), 16)]
@@ -102,7 +102,7 @@ def readings(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Reading]
             yield Reading(step, {"training loss": done.loss, **losses(base, plan, average.model)})
     after = measured(base, plan, average.model)
     name = "buckets" if len(sizes) > 1 else "native size only"
-    yield Reading(plan.steps, {"training loss": done.loss, **after.figures}, [*before.pictures, *after.pictures],
+    yield Reading(plan.steps, {"training loss": done.loss, **after.figures}, [*before.images, *after.images],
                   [f"{name}, {when}: {text}" for when, part in (("before", before), (f"step {plan.steps}", after))
                    for text in part.captions])
 
@@ -137,16 +137,16 @@ def start(base: Base, plan: Plan) -> Reading:
 
 
 def measured(base: Base, plan: Plan, unet: nn.Module) -> Reading:
-    figures, pictures, captions = losses(base, plan, unet), [], []
+    figures, shown, captions = losses(base, plan, unet), [], []
     asked = base.measures.ask(replace(base.world, count=0, pair=0, triple=0), plan.prompts)
     for size in (size_of(base, shape) for shape in ASKED):
         factor = base.vae.config.factor
         images = draw(base, unet, [one.text for one in asked], guidance=plan.guidance, steps=plan.sampling_steps,
                       shape=(base.vae.config.latent_channels, size[1] // factor, size[0] // factor))
         figures |= {f"{name}, {called(size)}": share for name, share in judged(base, images, asked).items()}
-        pictures += [on_square(one, 2 * base.parts.config.image_size) for one in images[:SHOWN]]
+        shown += [on_square(one, 2 * base.parts.config.image_size) for one in images[:SHOWN]]
         captions += [f"{called(size)}: {one.text}" for one in asked[:SHOWN]]
-    return Reading(0, figures, pictures, captions)
+    return Reading(0, figures, shown, captions)
 
 
 @torch.no_grad()
@@ -162,8 +162,8 @@ def losses(base: Base, plan: Plan, unet: nn.Module) -> dict[str, float]:
 
 
 def judged(base: Base, images: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
-    """Shares of pictures, uint8 (B, H, W, 3), each looked at twice: at its own pixels, at which copies are told
-    apart, and brought down to the native area, at which a large thing has its usual size. A picture is right, or has
+    """Shares of images, uint8 (B, H, W, 3), each looked at twice: at its own pixels, at which copies are told
+    apart, and brought down to the native area, at which a large thing has its usual size. An image is right, or has
     more than was asked for, if either look says so."""
     height, width = images.shape[1:3]
     own = base.parts.config.image_size
@@ -175,13 +175,13 @@ def judged(base: Base, images: np.ndarray, asked: Sequence[Asked]) -> dict[str, 
 
 
 def brought_to(images: np.ndarray, size: Size) -> np.ndarray:
-    """Pictures, uint8 (B, H, W, 3), at another size, smoothed."""
+    """Images, uint8 (B, H, W, 3), at another size, smoothed."""
     return to_images(F.interpolate(to_tensor(images), size[::-1], mode="bilinear", antialias=True))
 
 
 def on_square(image: np.ndarray, side: int) -> np.ndarray:
-    """A picture at half its size, in the corner of a pale square of side / 2, so that all have one size and one scale:
-    uint8 (side / 2, side / 2, 3). side: pixels of the largest picture."""
+    """An image at half its size, in the corner of a pale square of side / 2, so that all have one size and one scale:
+    uint8 (side / 2, side / 2, 3). side: pixels of the largest image."""
     height, width = (one // 2 for one in image.shape[:2])
     square = np.full((side // 2, side // 2, 3), 250, np.uint8)
     square[:height, :width] = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
@@ -190,11 +190,11 @@ def on_square(image: np.ndarray, side: int) -> np.ndarray:
 
 BUCKET_TUNING = Ablation(
     "buckets", "does the shipped model draw fewer copies at other sizes after a short fine-tune on buckets of shapes?",
-    "the shapes of the pictures in a fine-tune: the native one alone, or six of which each batch has one",
+    "the shapes of the images in a fine-tune: the native one alone, or six of which each batch has one",
     Plan(steps=320, batch=16, scenes=960, unseen=16, prompts=12, guidance=4.0, sampling_steps=10), 7, variants, "full",
     ("both start from the shipped U-Net and take as many steps, which cost about the same",
      "loss: on unseen scenes laid out in that shape, the mean of timesteps 500, 700 and 900",
-     "right, more than asked: shares of pictures of one thing; each is judged at its own pixels and brought down to "
+     "right, more than asked: shares of images of one thing; each is judged at its own pixels and brought down to "
      "the native area, and counts if either look says so; right says nothing of copies",
      "a scene in a bucket is as large as the short side, and its plain ground goes on along the long one"),
     columns=SHOWN * len(ASKED))

@@ -1,6 +1,6 @@
 """Ablation: one new thing, learnt in four ways, for longer than a lesson lasts; what is gained, and what is lost.
 
-B  pictures
+B  images
 
 Gal et al. 2022 (textual inversion), Ruiz et al. 2022 (DreamBooth, with its prior and without), Hu et al. 2021 (LoRA).
 The thing is one that no part of the model has seen; the class it is said to be of is one that all of them know.
@@ -29,7 +29,7 @@ from ...finetune import (
     train_lora,
 )
 from ...images import to_tensor
-from ..concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, pictures_of
+from ..concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, images_of
 from ..unet import encoded, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
@@ -87,7 +87,7 @@ WAYS = {"textual inversion": by_word, "LoRA": by_lora, "DreamBooth": partial(by_
 
 
 def own_copy(base: Base) -> Base:
-    """The base with a U-Net, a text tower and a tokenizer that may change."""
+    """The base with a U-Net, a text encoder and a tokenizer that may change."""
     parts = base.parts
     return Base(replace(parts, unet=copy.deepcopy(parts.unet), text=copy.deepcopy(parts.text),
                         tokenizer=copy.deepcopy(parts.tokenizer)), base.measures)
@@ -99,7 +99,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 
 def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
     at = {mark for mark in early_marks(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
-    pixels = to_tensor([one.image for one in pictures_of(THING, TAUGHT, 0)])
+    pixels = to_tensor([one.image for one in images_of(THING, TAUGHT, 0)])
     way = WAYS[name](base, plan, pixels)
     with way.beside(way.model.unet):
         yield Reading(0, {"numbers that learn": way.learns, **losses(base, way, plan), **seen(way, plan)[0]})
@@ -110,24 +110,24 @@ def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
         elif step < plan.steps:
             yield Reading(step, {"training loss": done.loss, **losses(base, way, plan), **seen(way, plan)[0]})
     with way.beside(way.model.unet):
-        figures, pictures = seen(way, plan)
-        yield Reading(plan.steps, {"training loss": done.loss, **losses(base, way, plan), **figures}, list(pictures),
+        figures, images = seen(way, plan)
+        yield Reading(plan.steps, {"training loss": done.loss, **losses(base, way, plan), **figures}, list(images),
                       [f"{name}: {text}" for text in prompts(way.words, plan)])
 
 
 @lru_cache(maxsize=2)
 def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
     """What losses are measured on: scenes and their latents (B, C, h, w), the same for all that learn from `base`."""
-    sets = {"pictures that taught": pictures_of(THING, TAUGHT, 0), "unseen pictures": pictures_of(THING, count, 100),
-            "class": pictures_of(CLASS, count, 200),
+    sets = {"images that taught": images_of(THING, TAUGHT, 0), "unseen images": images_of(THING, count, 100),
+            "class": images_of(CLASS, count, 200),
             "other scenes": [scene(seed, "test", base.world) for seed in range(2 * count)]}
     return {name: (drawn, encoded(drawn, base.vae, base.text, base.tokenizer)[0]) for name, drawn in sets.items()}
 
 
 @torch.no_grad()
 def losses(base: Base, way: Way, plan: Plan) -> dict[str, float]:
-    """Mean losses over five timesteps, always with the same noise: on the pictures that taught, on others of the
-    thing, on pictures of the class, and on scenes of all that the base knows."""
+    """Mean losses over five timesteps, always with the same noise: on the images that taught, on others of the
+    thing, on images of the class, and on scenes of all that the base knows."""
     model, found = way.model, {}
     for name, (drawn, latents) in asked_of(base, plan.unseen).items():
         texts = [one.caption.replace(f"a {THING} ", f"a {way.words} ") for one in drawn]
@@ -147,8 +147,8 @@ def prompts(words: str, plan: Plan) -> list[str]:
 
 @torch.no_grad()
 def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
-    """How much pictures look like the thing, asked for by its own words and by its class alone; how many pictures of
-    other things the judge finds right; and the pictures of the thing."""
+    """How much images look like the thing, asked for by its own words and by its class alone; how many images of
+    other things the judge finds right; and the images of the thing."""
     model = way.model
     draws = partial(draw, model, model.unet, guidance=plan.guidance, steps=plan.sampling_steps)
     images = draws(prompts(way.words, plan))
@@ -162,11 +162,11 @@ def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
 
 CONCEPT = Ablation(
     "concept", "what does a model gain and lose that learns one new thing, in four ways, for longer and longer?",
-    "what learns: a word, a LoRA, or the whole U-Net, with pictures of the class among the thing's and without",
+    "what learns: a word, a LoRA, or the whole U-Net, with images of the class among the thing's and without",
     Plan(steps=200, batch=4, unseen=8, prompts=4, guidance=3.0, sampling_steps=10), 9, variants, "full",
-    (f"the thing: {THING}, which no model has seen, taught by {TAUGHT} pictures on a {GROUND} background as "
+    (f"the thing: {THING}, which no model has seen, taught by {TAUGHT} images on a {GROUND} background as "
      f"'{WORD}' or 'a {RARE} {CLASS}'",
-     "pictures that taught, unseen pictures, class, other scenes: losses, the mean of five timesteps",
+     "images that taught, unseen images, class, other scenes: losses, the mean of five timesteps",
      f"fidelity: likeness by pixels of what is drawn and the {THING}; elsewhere: on a {OTHER_GROUND} background; of "
      f"the class: asked for as '{CLASS}' alone, where it should stay low",
-     "others right: share of pictures of single things that the judge finds right"), columns=8)
+     "others right: share of images of single things that the judge finds right"), columns=8)

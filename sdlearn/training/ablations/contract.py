@@ -6,7 +6,7 @@ B  batch        H, W  pixels
         for reading in variant.readings():
             ...                                 # reading.step at each step; reading.figures at some
 
-Judging pictures is another room's work, so whoever runs an ablation brings `Measures`.
+Judging images is another room's work, so whoever runs an ablation brings `Measures`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,10 +32,10 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """How pictures, uint8 (H, W, 3), are measured."""
+    """How images, uint8 (H, W, 3), are measured."""
 
     ask: Callable[[World, int], list[Asked]]        # prompts: so many of each kind of scene that a world shows
-    judge: Callable[[Sequence[np.ndarray], Sequence[Asked]], dict[str, float]]  # shares of pictures, by what is right
+    judge: Callable[[Sequence[np.ndarray], Sequence[Asked]], dict[str, float]]  # shares of images, by what is right
     show: Callable[[Asked], np.ndarray]             # a real scene of what was asked
     ssim: Callable[[Tensor, Tensor], Tensor]        # of pixels (B, 3, H, W) in [-1, 1]: (B,)
 
@@ -104,7 +104,7 @@ class Plan:
     batch: int | None = None
     scenes: int | None = None           # to learn from
     unseen: int | None = None           # scenes on which losses are measured
-    prompts: int | None = None          # of each kind, one picture for each
+    prompts: int | None = None          # of each kind, one image for each
     guidance: float | None = None
     sampling_steps: int | None = None
     seed: int = 0
@@ -116,7 +116,7 @@ class Reading:
 
     step: int
     figures: Mapping[str, float] = field(default_factory=dict)
-    pictures: Sequence[np.ndarray] = ()             # uint8 (H, W, 3), all of one size
+    images: Sequence[np.ndarray] = ()             # uint8 (H, W, 3), all of one size
     captions: Sequence[str] = ()
 
 

@@ -1,4 +1,4 @@
-"""Pictures for an ablation: of prompts, with any network and any way from its latents to pixels.
+"""Images for an ablation: of prompts, with any network and any way from its latents to pixels.
 
 B  batch        C, h, w  channels, rows and columns of what the network denoises        H, W  pixels
 """
@@ -23,14 +23,14 @@ from ...samplers import get_sampler, grid_for
 from ..classroom import Material, learn
 from .contract import Asked, Base, Plan, Reading, marks
 
-AT_ONCE = 32            # pictures in a batch
+AT_ONCE = 32            # images in a batch
 Decode = Callable[[Tensor], Tensor]         # (B, C, h, w) -> pixels (B, 3, H, W)
 
 
 @torch.no_grad()
 def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, steps: int, shape=None,
          sampler: str = "dpmpp_2m", decode: Decode | None = None) -> np.ndarray:
-    """Pictures of texts, uint8 (B, H, W, 3), picture i from seed i.
+    """Images of texts, uint8 (B, H, W, 3), image i from seed i.
 
     shape: (C, h, w) of what the network denoises, and decode how it becomes pixels: the base's own unless given.
     Raises Diverged for what is not finite.
@@ -38,7 +38,7 @@ def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, s
     shape = shape or (base.vae.config.latent_channels, base.cells, base.cells)
     decode = decode or (lambda latent: base.vae.to_pixels(latent, at_once=8))
     grid = grid_for(sampler, base.schedule, steps)
-    pictures = []
+    images = []
     for first in range(0, len(texts), AT_ONCE):
         some = list(texts[first:first + AT_ONCE])
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
@@ -48,12 +48,12 @@ def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, s
         *_, last = get_sampler(sampler)(denoise, noise, grid, base.schedule, generator=generators)
         if not bool(last.x.isfinite().all()):
             raise Diverged(f"the latent became NaN or infinite in {steps} steps of {sampler}")
-        pictures.append(to_images(decode(last.x)))
-    return np.concatenate(pictures)
+        images.append(to_images(decode(last.x)))
+    return np.concatenate(images)
 
 
 def resized(images: np.ndarray, side: int) -> np.ndarray:
-    """Pictures, uint8 (B, H, W, 3), at another size, smoothed: (B, side, side, 3)."""
+    """Images, uint8 (B, H, W, 3), at another size, smoothed: (B, side, side, 3)."""
     return images if images.shape[1] == side else to_images(scaled(to_tensor(images), side))
 
 
@@ -67,7 +67,7 @@ def lesson_prompts(base: Base, plan: Plan, world: World = LESSON_WORLD) -> list[
 
 
 def ceiling(base: Base, asked: Sequence[Asked], through: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """What the judge says of real scenes that went through what the pictures go through, pixels in and out."""
+    """What the judge says of real scenes that went through what the images go through, pixels in and out."""
     with torch.no_grad():
         pixels = to_tensor([base.measures.show(one) for one in asked]).to(base.device)
         images = np.concatenate([to_images(through(part)) for part in pixels.split(8)])
@@ -83,9 +83,9 @@ def lesson_unet(parts: Parts) -> UNetConfig:
 def lesson(parts: Parts, material: Material, plan: Plan, *, steps: int | None = None, dropout: float = 0.1,
            measure: Callable[[torch.nn.Module], dict[str, float]],
            finish: Callable[[torch.nn.Module], Reading]) -> Iterator[Reading]:
-    """A U-Net from nothing, as `classroom.learn` teaches it: figures at eight of the steps, pictures at the last.
+    """A U-Net from nothing, as `classroom.learn` teaches it: figures at eight of the steps, images at the last.
 
-    measure, finish: given the averaged U-Net, the figures at a mark, and the figures, pictures and captions of the
+    measure, finish: given the averaged U-Net, the figures at a mark, and the figures, images and captions of the
     end. Raises Diverged.
     """
     steps = steps or plan.steps
@@ -98,4 +98,4 @@ def lesson(parts: Parts, material: Material, plan: Plan, *, steps: int | None = 
         end = finish(now.parts.unet) if now.step == steps else Reading(now.step)
         if not all(math.isfinite(value) for value in figures.values()):
             raise Diverged(f"what was measured at step {now.step} is not finite")
-        yield Reading(now.step, {**figures, **end.figures}, end.pictures, end.captions)
+        yield Reading(now.step, {**figures, **end.figures}, end.images, end.captions)

@@ -15,7 +15,7 @@ from .drawing import draw, lesson, lesson_prompts
 
 SHARES = (0.0, 0.1)             # of captions that are replaced by the empty one
 SCALES = (1.0, 3.0, 7.0)        # of guidance
-SHOWN = 4                       # pictures of each scale on the sheet
+SHOWN = 4                       # images of each scale on the sheet
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
@@ -26,7 +26,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 def readings(base: Base, plan: Plan, share: float):
     material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
     return lesson(base.parts, material, plan, dropout=share, measure=partial(heard, base, unseen),
-                  finish=partial(guided_pictures, base, plan, share))
+                  finish=partial(guided_images, base, plan, share))
 
 
 @torch.no_grad()
@@ -38,16 +38,16 @@ def heard(base: Base, unseen: Material, unet, step: int = 700) -> dict[str, floa
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 
 
-def guided_pictures(base: Base, plan: Plan, share: float, unet) -> Reading:
-    """Accuracy at each guidance scale; pictures of the first prompts at each."""
+def guided_images(base: Base, plan: Plan, share: float, unet) -> Reading:
+    """Accuracy at each guidance scale; images of the first prompts at each."""
     asked = lesson_prompts(base, plan)
-    figures, pictures, captions = {}, [], []
+    figures, shown, captions = {}, [], []
     for scale in SCALES:
         images = draw(base, unet, [one.text for one in asked], guidance=scale, steps=plan.sampling_steps)
         figures |= {f"{name}, w = {scale:g}": value for name, value in base.measures.judge(images, asked).items()}
-        pictures += list(images[:SHOWN])
+        shown += list(images[:SHOWN])
         captions += [f"dropout {share:g}, w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
-    return Reading(plan.steps, figures, pictures, captions)
+    return Reading(plan.steps, figures, shown, captions)
 
 
 DROPOUT = Ablation(
@@ -55,5 +55,5 @@ DROPOUT = Ablation(
     "the share of captions that is replaced by the empty one in training",
     Plan(steps=1500, batch=32, scenes=1500, unseen=128, prompts=25, guidance=None, sampling_steps=20), 10, variants,
     "small", ("right@t, wrong@t, empty@t: the loss at timestep t on unseen scenes with their own captions, with those "
-              "of other scenes, with the empty one", "the pictures of w = 1 do not use the unconditional model"),
+              "of other scenes, with the empty one", "the images of w = 1 do not use the unconditional model"),
     columns=SHOWN)

@@ -1,4 +1,4 @@
-"""Ablation: how far the autoencoder shrinks a picture, at equal training and nearly equal parameters.
+"""Ablation: how far the autoencoder shrinks an image, at equal training and nearly equal parameters.
 
 Rombach et al. 2022, section 4.1, compare f = 1 to 32: a smaller f keeps more, and makes every step of the U-Net dearer.
 Here all have four channels, so that f alone says how many numbers are kept.
@@ -42,7 +42,7 @@ def facts(base: Base, factor: int) -> dict[str, object]:
     kept = config.vae.latent_channels * config.latent_size**2
     return {"factor": factor, "channels": list(config.vae.channels),
             "parameters": sum(p.numel() for p in model.parameters()), "numbers kept": kept,
-            "numbers in a picture": 3 * config.image_size**2,
+            "numbers in an image": 3 * config.image_size**2,
             "GFLOPs of a U-Net step": step_flops(config.unet, config.latent_size) / 1e9}
 
 
@@ -87,7 +87,7 @@ def round_trip(base: Base, model, unseen: torch.Tensor) -> tuple[dict[str, float
 
 
 FACTOR = Ablation(
-    "factor", "what does a larger factor lose of a picture, and what does it save in the U-Net?",
+    "factor", "what does a larger factor lose of an image, and what does it save in the U-Net?",
     "the autoencoder's factor f, pixels along one side of a latent cell",
     Plan(steps=900, batch=8, unseen=64, prompts=10), 12, variants, "small",
     ("batch: crops of 32 pixels, as in the recipe of the autoencoder; larger crops are fewer",

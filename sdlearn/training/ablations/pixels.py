@@ -24,7 +24,7 @@ SHOWN = 6
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
-    budget = plan.steps * step_flops(lesson_unet(base.parts), base.cells)           # forward, for one picture
+    budget = plan.steps * step_flops(lesson_unet(base.parts), base.cells)           # forward, for one image
     found = [Variant("latents", facts(base, base.cells, base.vae.config.latent_channels, plan.steps), plan.steps,
                      partial(latents, base, plan))]
     for side in SIDES:

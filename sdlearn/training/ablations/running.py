@@ -1,7 +1,7 @@
 """Running an ablation: a plan that fits the minutes, a variant at a time, each kept when it is done; then its result.
 
     runs/ablations/<name>/plan.json             the budget, as it was settled at the first call
-    runs/ablations/<name>/<variant>/            record.json and pictures.npz, once the variant has ended
+    runs/ablations/<name>/<variant>/            record.json and images.npz, once the variant has ended
 
 A variant that is done, of the same plan and the same model, is not run again. One whose loss is no longer a number
 ends there, with what had been measured; the others go on.
@@ -31,7 +31,7 @@ from ..card import cpu_name
 from .contract import Ablation, Base, Plan, Reading, Variant
 
 RESULTS = SHIPPED / "ablations"
-RECORD, PICTURES, PLAN = "record.json", "pictures.npz", "plan.json"
+RECORD, IMAGES, PLAN = "record.json", "images.npz", "plan.json"
 SHEET_BYTES = 150_000
 ON_GPU = 1 / 6              # of the minutes on a CPU
 TRAINING_SHARE = 0.7        # of the minutes; the rest is for what is measured
@@ -126,19 +126,19 @@ def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Vari
             reading = next(steps)
         except StopIteration:
             break
-        except FloatingPointError as error:         # Diverged, or a picture that is not finite
+        except FloatingPointError as error:         # Diverged, or an image that is not finite
             ended = str(error)
             break
         seconds += time.perf_counter() - start      # without what is done between two steps
         if reading.figures:
             kept.append({"step": reading.step, **{name: number(value) for name, value in reading.figures.items()}})
-            last = reading if len(reading.pictures) else last
+            last = reading if len(reading.images) else last
         yield variant, reading
         start = time.perf_counter()
     with written_beside(room) as beside:
         beside.mkdir()
-        if len(last.pictures):
-            np.savez_compressed(beside / PICTURES, pictures=np.stack(last.pictures), captions=np.array(last.captions))
+        if len(last.images):
+            np.savez_compressed(beside / IMAGES, images=np.stack(last.images), captions=np.array(last.captions))
         write_json(beside / RECORD, {**same, "seconds": round(seconds, 2), "ended": ended, "readings": kept})
 
 
@@ -167,27 +167,27 @@ def done(room: Path, same: dict) -> dict | None:
 # --- the result -----------------------------------------------------------------------------------------
 
 def publish(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path = RESULTS) -> Path:
-    """Write the figures of all variants as <name>.json and their pictures as <name>.png; gives the first's path.
+    """Write the figures of all variants as <name>.json and their images as <name>.png; gives the first's path.
 
     Raises CheckpointError for a variant that has not been run.
     """
-    records, pictures, captions = {}, [], []
+    records, images, captions = {}, [], []
     for variant in ablation.variants(base, plan):
         room = place(folder, ablation, variant)
         if (record := done(room, identity(ablation, base, plan, variant))) is None:
             raise CheckpointError(f"'{variant.name}' of the ablation '{ablation.name}' has not been run in {folder}; "
                                   f"run `ablate {ablation.name}` to its end first")
         records[variant.name] = {name: record[name] for name in ("changed", "seconds", "ended", "readings")}
-        if (room / PICTURES).exists():
-            with np.load(room / PICTURES) as stored:
-                pictures += list(stored["pictures"])
+        if (room / IMAGES).exists():
+            with np.load(room / IMAGES) as stored:
+                images += list(stored["images"])
                 captions += stored["captions"].tolist()
     file = out / f"{ablation.name}.json"
     with written_beside(file) as beside:
         write_json(beside, {**told(ablation, base, plan), "variants": records})
-    if pictures:
+    if images:
         with written_beside(file.with_suffix(".png")) as beside:
-            beside.write_bytes(small_png(contact_sheet(pictures, captions, ablation.columns)))
+            beside.write_bytes(small_png(contact_sheet(images, captions, ablation.columns)))
     return file
 
 

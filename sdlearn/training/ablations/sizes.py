@@ -19,7 +19,7 @@ from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 
 PARTS = (1.0, 0.75, 0.5)                # of the base's size: 128, 96, 64 pixels
-ASKED = (0.5, 0.75, 1.0, 1.25, 1.5)     # sizes of pictures; the last two are new to all variants
+ASKED = (0.5, 0.75, 1.0, 1.25, 1.5)     # sizes of images; the last two are new to all variants
 SHOWN = 2
 
 
@@ -81,23 +81,23 @@ def heard(base: Base, plan: Plan, unet) -> dict[str, float]:
 
 
 def drawn_at(base: Base, plan: Plan, unet) -> Reading:
-    """Accuracy at each size, the pictures seen as large as the base's; the first pictures of each size."""
+    """Accuracy at each size, the images seen as large as the base's; the first images of each size."""
     asked, full, factor = lesson_prompts(base, plan), base.parts.config.image_size, base.vae.config.factor
-    figures, pictures, captions = {}, [], []
+    figures, shown, captions = {}, [], []
     for side in (side_of(base, part) for part in ASKED):
         cells = side // factor
         images = resized(draw(base, unet, [one.text for one in asked], guidance=plan.guidance,
                               steps=plan.sampling_steps, shape=(base.vae.config.latent_channels, cells, cells)), full)
         figures |= {f"{name}, {side}": value for name, value in base.measures.judge(images, asked).items()}
-        pictures += list(images[:SHOWN])
+        shown += list(images[:SHOWN])
         captions += [f"{side} px: {one.text}" for one in asked[:SHOWN]]
-    return Reading(plan.steps, figures, pictures, captions)
+    return Reading(plan.steps, figures, shown, captions)
 
 
 SIZES = Ablation(
     "sizes", "what does a U-Net draw at sizes that it has never seen, trained at one size or at several?",
     "the sizes of the scenes in training: one, or three of which each batch has one",
     Plan(steps=1500, batch=32, scenes=1500, unseen=64, prompts=20, guidance=3.0, sampling_steps=20), 11, variants,
-    "small", ("smaller sizes are whole scenes, shrunk; pictures of all sizes are brought to one size for the judge",
+    "small", ("smaller sizes are whole scenes, shrunk; images of all sizes are brought to one size for the judge",
               "same steps and scenes for both; a step of the buckets takes less arithmetic"),
     columns=SHOWN * len(ASKED))

@@ -1,6 +1,6 @@
 """Ablation: how many steps each sampler needs, on the trained model.
 
-Two questions that are not the same: does the picture show what was asked, and is it the picture that many steps give?
+Two questions that are not the same: does the image show what was asked, and is it the image that many steps give?
 """
 
 import time
@@ -16,9 +16,9 @@ from .contract import Ablation, Base, Plan, Reading, Variant
 from .drawing import draw, resized
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)        # of steps; those up to the plan's are taken
-CONVERGED = ("unipc", 100)              # of the highest order here: the picture that deterministic samplers lead to
+CONVERGED = ("unipc", 100)              # of the highest order here: the image that deterministic samplers lead to
 FRESH_NOISE = ("ddpm", "euler_ancestral")
-ON_SHEET = (2, 5, 8, 20)                # counts of steps whose pictures are shown
+ON_SHEET = (2, 5, 8, 20)                # counts of steps whose images are shown
 CALLS = {"heun": 2}                     # of the network, for each step
 
 
@@ -34,7 +34,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 
 @lru_cache(maxsize=2)
 def converged(base: Base, plan: Plan) -> tuple[list, np.ndarray]:
-    """The prompts, and the pictures that many steps give, uint8 (B, H, W, 3)."""
+    """The prompts, and the images that many steps give, uint8 (B, H, W, 3)."""
     asked = base.measures.ask(base.world, plan.prompts)
     sampler, steps = CONVERGED
     return asked, draw(base, base.unet, [one.text for one in asked], guidance=plan.guidance, steps=steps,
@@ -42,22 +42,22 @@ def converged(base: Base, plan: Plan) -> tuple[list, np.ndarray]:
 
 
 def readings(base: Base, plan: Plan, sampler: str) -> Iterator[Reading]:
-    """A reading for each count of steps; the pictures come with the last."""
+    """A reading for each count of steps; the images come with the last."""
     asked, wanted = converged(base, plan)
-    pictures, captions = [], []
+    shown, captions = [], []
     for count in counts(plan):
         images = draw(base, base.unet, [one.text for one in asked], guidance=plan.guidance, steps=count,
                       sampler=sampler)
         if count in ON_SHEET:
-            pictures.append(resized(images[:1], images.shape[1] // 2)[0])
+            shown.append(resized(images[:1], images.shape[1] // 2)[0])
             captions.append(f"{sampler} {count}")
         last = count == counts(plan)[-1]
         yield Reading(count, {**base.measures.judge(images, asked), "distance": distance(images, wanted)},
-                      pictures if last else (), captions if last else ())
+                      shown if last else (), captions if last else ())
 
 
 def distance(images: np.ndarray, wanted: np.ndarray) -> float:
-    """The root mean square difference of pictures, uint8 (B, H, W, 3), with pixels in [-1, 1]."""
+    """The root mean square difference of images, uint8 (B, H, W, 3), with pixels in [-1, 1]."""
     return float(np.sqrt(np.mean(((images.astype(float) - wanted) / 127.5) ** 2)))
 
 
@@ -82,10 +82,10 @@ def afford(base: Base, plan: Plan, minutes: float) -> Plan:
 
 
 STEPS = Ablation(
-    "steps", "how many steps does each sampler need to show what was asked, and for the picture of many steps?",
+    "steps", "how many steps does each sampler need to show what was asked, and for the image of many steps?",
     "the sampler, and how many steps it takes",
     Plan(steps=50, prompts=6, guidance=3.0), 10, variants, "full",
-    (f"distance: to the pictures of {CONVERGED[0]} in {CONVERGED[1]} steps from the same noise, root mean square, "
-     "pixels in [-1, 1]", f"{' and '.join(FRESH_NOISE)} draw fresh noise at each step and lead to other pictures; "
+    (f"distance: to the images of {CONVERGED[0]} in {CONVERGED[1]} steps from the same noise, root mean square, "
+     "pixels in [-1, 1]", f"{' and '.join(FRESH_NOISE)} draw fresh noise at each step and lead to other images; "
      "on one grid of timesteps, as with zero terminal SNR, the two are the same sampler",
      "step: the number of steps of sampling"), columns=2 * len(ON_SHEET), afford=afford)

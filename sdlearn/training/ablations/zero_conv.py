@@ -53,7 +53,7 @@ def drawn_scenes(base: Base, count: int, split: str) -> tuple[list[Scene], torch
 def readings(base: Base, plan: Plan, zero: bool) -> Iterator[Reading]:
     net, at = fresh(base, zero=zero, seed=plan.seed), early_marks(plan.steps)
     drawn, hints = drawn_scenes(base, plan.scenes, "train")
-    first, shown = pictures_of(base, plan, net)
+    first, shown = images_of(base, plan, net)
     yield Reading(0, {**losses(base, plan, net), **first})
     pixels = to_tensor([one.image for one in drawn])
     for done in train_controlnet(base, net, pixels, [one.caption for one in drawn], hints, steps=plan.steps,
@@ -64,7 +64,7 @@ def readings(base: Base, plan: Plan, zero: bool) -> Iterator[Reading]:
             yield Reading(step)
         elif step < plan.steps:
             yield Reading(step, {"training loss": done.loss, **losses(base, plan, net)})
-    last, after = pictures_of(base, plan, net)
+    last, after = images_of(base, plan, net)
     maps = [np.stack([HINT(one)] * 3, axis=2) for one in drawn_scenes(base, plan.prompts, "test")[0]]
     name = next(name for name, started in STARTS.items() if (started == "zero") == zero)
     yield Reading(plan.steps, {"training loss": done.loss, **losses(base, plan, net), **last},
@@ -96,8 +96,8 @@ def unseen_latents(base: Base, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return encoded(drawn_scenes(base, count, "test")[0], base.vae, base.text, base.tokenizer)
 
 
-def pictures_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:
-    """How well the edges of pictures follow the hint, and the pictures; `drawing.AT_ONCE` at most."""
+def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:
+    """How well the edges of images follow the hint, and the images; `drawing.AT_ONCE` at most."""
     drawn, hints = drawn_scenes(base, plan.prompts, "test")
     with torch.no_grad():
         run = controlled(base.unet, [Control(net, hints.to(base.device))])

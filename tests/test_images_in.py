@@ -1,4 +1,4 @@
-"""Pictures from pictures: img2img, inpainting and ControlNet, the same as diffusers'; and what cannot be."""
+"""Images from images: img2img, inpainting and ControlNet, the same as diffusers'; and what cannot be."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from sdlearn.unet import UNet
 
 PROMPT, NEGATIVE = "a red apple to the left of a cat", "two cars"
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
-WIDTH, HEIGHT = 24, 32                  # of the tiny model's pictures
+WIDTH, HEIGHT = 24, 32                  # of the tiny model's images
 
 
 def widened(unet: UNet) -> UNet:
@@ -80,7 +80,7 @@ class World:
     def settings(self, sampler):
         return {"steps": 5, "guidance": 4.0, "seed": 7, "sampler": sampler, "spacing": self.spacing(sampler)[1]}
 
-    def picture(self, seed=0, mode="RGB"):
+    def image(self, seed=0, mode="RGB"):
         """Something smooth with an edge in it."""
         width, height = (WIDTH, HEIGHT) if self.side == 32 else (self.side, self.side)
         rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ class World:
         return Image.fromarray((array * 255).astype(np.uint8))
 
     def mask(self):
-        image = self.picture()
+        image = self.image()
         mask = Image.new("L", image.size, 0)
         mask.paste(255, (image.width // 4, image.height // 4, image.width, 3 * image.height // 4))
         return mask
@@ -114,7 +114,7 @@ def seeds(count=1, first=7):
 
 def assert_equal(ours, theirs):
     ours = np.stack([np.asarray(image) for image in ours]) / 255
-    assert theirs.std() > 0.05                                      # a picture, not grey
+    assert theirs.std() > 0.05                                      # an image, not grey
     # Half a shade is from rounding to bytes; sampling with strong guidance magnifies the last bits of float32 at edges.
     assert np.abs(ours - theirs).max() < 3 / 255 and np.abs(ours - theirs).mean() < 0.4 / 255
 
@@ -123,7 +123,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_img2img_equals_diffusers(world, sampler):
-    image = world.picture()
+    image = world.image()
     theirs = world.pipe(StableDiffusionImg2ImgPipeline, sampler=sampler)(
         [PROMPT] * 2, image=[image] * 2, strength=0.6, num_inference_steps=5, guidance_scale=4.0,
         negative_prompt=[NEGATIVE] * 2, generator=seeds(2), output_type="np").images
@@ -135,7 +135,7 @@ def test_img2img_equals_diffusers(world, sampler):
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_nine_channel_inpainting_equals_diffusers(world, sampler, strength):
-    image, mask = world.picture(), world.mask()
+    image, mask = world.image(), world.mask()
     theirs = world.pipe(StableDiffusionInpaintPipeline, "nine", sampler)(
         PROMPT, image=image, mask_image=mask, strength=strength, num_inference_steps=5, guidance_scale=4.0,
         negative_prompt=NEGATIVE, width=image.width, height=image.height, generator=seeds(), output_type="np").images
@@ -147,7 +147,7 @@ def test_nine_channel_inpainting_equals_diffusers(world, sampler, strength):
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_blended_inpainting_equals_diffusers(world, sampler):
     """Below full strength: at full strength diffusers' first step sees noise alone in the known part, too."""
-    image, mask = world.picture(), world.mask()
+    image, mask = world.image(), world.mask()
     theirs = world.pipe(StableDiffusionInpaintPipeline, sampler=sampler)(
         PROMPT, image=image, mask_image=mask, strength=0.8, num_inference_steps=5, guidance_scale=4.0,
         width=image.width, height=image.height, generator=seeds(), output_type="np").images
@@ -159,7 +159,7 @@ def test_blended_inpainting_equals_diffusers(world, sampler):
                          ids=["plain", "half, early", "guess"])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_control_equals_diffusers(world, sampler, options):
-    hint = world.picture(3)
+    hint = world.image(3)
     pipe = world.pipe(StableDiffusionControlNetPipeline, sampler=sampler,
                       controlnet=ControlNetModel.from_pretrained(world.folder / "net"))
     noise = torch.randn(1, 4, *(side // world.parts.config.vae.factor for side in hint.size[::-1]),
@@ -178,7 +178,7 @@ def test_control_equals_diffusers(world, sampler, options):
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_two_controls_add_up_as_in_diffusers(world, sampler):
-    hints = [world.picture(3), world.picture(4)]
+    hints = [world.image(3), world.image(4)]
     nets = [ControlNetModel.from_pretrained(world.folder / "net") for _ in hints]
     pipe = world.pipe(StableDiffusionControlNetPipeline, sampler=sampler, controlnet=nets)
     theirs = pipe(PROMPT, image=hints, num_inference_steps=5, guidance_scale=4.0, generator=seeds(),
@@ -200,7 +200,7 @@ def arrays(images):
 
 
 def test_little_strength_changes_little(tiny):
-    image, model = tiny.picture(), tiny.model()
+    image, model = tiny.image(), tiny.model()
     with torch.no_grad():
         known = model.vae.to_latent(to_tensor([np.asarray(image)]), torch.Generator().manual_seed(0))
     [through] = model.decode(known)
@@ -210,7 +210,7 @@ def test_little_strength_changes_little(tiny):
 
 
 def test_an_image_is_one_for_all_or_one_for_each(tiny):
-    model, images = tiny.model(), [tiny.picture(0), tiny.picture(1)]
+    model, images = tiny.model(), [tiny.image(0), tiny.image(1)]
     both = arrays(model.img2img(PROMPT, images, batch=2, steps=3))
     alone = [arrays(model.img2img(PROMPT, image, seed=i, steps=3))[0] for i, image in enumerate(images)]
     assert np.abs(both - alone).max() <= 1
@@ -218,11 +218,11 @@ def test_an_image_is_one_for_all_or_one_for_each(tiny):
         model.img2img(PROMPT, images, batch=3)
 
 
-@pytest.mark.parametrize("kind", ["picture", "bytes", "tensor"])
-def test_an_image_may_be_a_picture_bytes_or_a_tensor(tiny, kind):
-    image, model = tiny.picture(), tiny.model()
+@pytest.mark.parametrize("kind", ["image", "bytes", "tensor"])
+def test_an_image_may_be_an_image_bytes_or_a_tensor(tiny, kind):
+    image, model = tiny.image(), tiny.model()
     array = np.asarray(image)
-    given = {"picture": image, "bytes": array,
+    given = {"image": image, "bytes": array,
              "tensor": to_tensor([array])}[kind]
     assert np.array_equal(arrays(model.img2img(PROMPT, given, steps=3)), arrays(model.img2img(PROMPT, image, steps=3)))
 
@@ -233,14 +233,14 @@ def test_masks_of_every_kind_mark_the_same_pixels(tiny, kind):
     mask = {"bool": white, "list of bool": [white], "bool tensor": torch.from_numpy(white)[None, None],
             "uint8": np.where(white, 255, 0).astype(np.uint8), "1-bit image": tiny.mask().convert("1"),
             "float tensor": torch.from_numpy(white)[None, None].float()}[kind]
-    model, image = tiny.model(), tiny.picture()
+    model, image = tiny.model(), tiny.image()
     found, wanted = (arrays(model.inpaint(PROMPT, image, one, steps=2)) for one in (mask, tiny.mask()))
     assert np.array_equal(found, wanted)
 
 
 def test_booleans_are_black_and_white(tiny):
     """In a mask among others of bytes, in a condition image, and in an image to start from."""
-    model, white, image = tiny.model(), np.asarray(tiny.mask()) > 127, tiny.picture()
+    model, white, image = tiny.model(), np.asarray(tiny.mask()) > 127, tiny.image()
     masks = [white, np.asarray(tiny.mask())]
     found, wanted = (arrays(model.inpaint(PROMPT, image, given, steps=2, batch=2)) for given in (masks, tiny.mask()))
     assert np.array_equal(found, wanted)
@@ -256,7 +256,7 @@ def test_a_strength_runs_the_steps_that_diffusers_runs(tiny, steps, strength):
     pipe = SimpleNamespace(scheduler=DDIMScheduler(timestep_spacing="leading", steps_offset=1))
     pipe.scheduler.set_timesteps(steps)
     wanted, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
-    found = list(tiny.model().steps(PROMPT, image=tiny.picture(), steps=steps, strength=strength, sampler="ddim",
+    found = list(tiny.model().steps(PROMPT, image=tiny.image(), steps=steps, strength=strength, sampler="ddim",
                                     spacing="leading", guidance=1.0))
     assert [step.t for step in found] == wanted.tolist()
     assert {step.of for step in found} == {len(wanted)}
@@ -264,7 +264,7 @@ def test_a_strength_runs_the_steps_that_diffusers_runs(tiny, steps, strength):
 
 def test_default_strengths_are_those_of_the_tasks(tiny):
     """0.8 of the noise for an image, all of it for the white part of a mask, and all of it for bare steps."""
-    model, image, mask = tiny.model(), tiny.picture(), tiny.mask()
+    model, image, mask = tiny.model(), tiny.image(), tiny.mask()
     for call, default, other in (
             (lambda **given: model.img2img(PROMPT, image, steps=5, **given), 0.8, 1.0),
             (lambda **given: model.inpaint(PROMPT, image, mask, steps=5, **given), 1.0, 0.8),
@@ -294,7 +294,7 @@ def test_tensors_within_the_range_of_pixels_are_taken_and_others_refused(tiny, l
 
 @pytest.mark.parametrize("name, resample", [("nine", 1), ("plain", 1), ("plain", 3)], ids=["nine", "blend", "resample"])
 def test_inpainting_by_either_way_makes_the_masked_part_anew(tiny, name, resample):
-    image, model = tiny.picture(), tiny.model(name)
+    image, model = tiny.image(), tiny.model(name)
     first, second = (arrays(model.inpaint(PROMPT, image, tiny.mask(), steps=4, seed=seed, resample=resample))
                      for seed in (1, 2))
     inside = np.asarray(tiny.mask()) > 127
@@ -304,7 +304,7 @@ def test_inpainting_by_either_way_makes_the_masked_part_anew(tiny, name, resampl
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_ancestral", "heun", "pndm", "unipc"])
 @pytest.mark.parametrize("resample", [1, 2])
 def test_blending_ends_at_the_image_s_own_latent_outside_of_the_mask(tiny, sampler, resample):
-    model, image = tiny.model(), tiny.picture()
+    model, image = tiny.model(), tiny.image()
     *_, step = model.steps(PROMPT, image=image, mask=tiny.mask(), steps=4, sampler=sampler, resample=resample)
     outside = np.asarray(tiny.mask())[::2, ::2] < 127
     generator = torch.Generator().manual_seed(0)
@@ -314,21 +314,21 @@ def test_blending_ends_at_the_image_s_own_latent_outside_of_the_mask(tiny, sampl
     assert not torch.allclose(step.latent[0, :, ~outside], known[0, :, ~outside], atol=0.1)
 
 
-def test_a_fresh_controlnet_changes_no_bit_of_the_picture(tiny):
+def test_a_fresh_controlnet_changes_no_bit_of_the_image(tiny):
     model = tiny.model()
     fresh = ControlNet.from_unet(model.unet, hint_widths=(4, 8)).requires_grad_(False)
     plain = list(model.steps(PROMPT, steps=3, size=(WIDTH, HEIGHT)))
-    controls = make_control(fresh, tiny.picture(3))
+    controls = make_control(fresh, tiny.image(3))
     for ours, theirs in zip(model.steps(PROMPT, steps=3, controls=controls), plain, strict=True):
         assert torch.equal(ours.latent, theirs.latent)
 
 
 def test_control_goes_with_an_image_and_with_a_mask(tiny):
-    control = make_control(tiny.net, tiny.picture(3), strength=0.5)
+    control = make_control(tiny.net, tiny.image(3), strength=0.5)
     cases = (("plain", {"strength": 0.5}), ("plain", {"mask": tiny.mask()}), ("nine", {"mask": tiny.mask()}))
     for name, given in cases:
         model = tiny.model(name)
-        plain, followed = (arrays(list(model.steps(PROMPT, image=tiny.picture(), steps=4, controls=c, **given))[-1]
+        plain, followed = (arrays(list(model.steps(PROMPT, image=tiny.image(), steps=4, controls=c, **given))[-1]
                                   .noisy_images()) for c in ((), control))
         assert np.abs(plain - followed).max() > 8, given
 
@@ -359,21 +359,21 @@ def other_version(tiny) -> ControlNet:
     ("plain", {"image": torch.full((1, 3, 32, 24), 255.0)}, r"outside of \[-1, 1\]"),
     ("plain", {"image": torch.zeros(1, 4, 16, 12)}, "give floating-point numbers"),
     ("plain", {"image": "image", "latent": torch.zeros(1, 4, 16, 16)}, r"latent is \(1, 4, 16, 16\)"),
-    ("plain", {"controls": "hint of another size"}, "hint is 32x32 pixels, but the picture 24x32"),
+    ("plain", {"controls": "hint of another size"}, "hint is 32x32 pixels, but the image 24x32"),
     ("plain", {"controls": "another version"}, "24 wide.*16 wide"),
     ("plain", {"controls": ["no control"]}, "controls holds a str"),
     ("plain", {"long_prompts": "fold"}, "long_prompts is 'fold'"),
     ("plain", {"interval": (500, 100)}, r"interval is \(500, 100\)"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_is_told_before_anything_is_computed(tiny, monkeypatch, name, given, told):
     model = tiny.model(name)
     monkeypatch.setattr(model.text, "forward", lambda *_: pytest.fail("computed"))
-    swap = {"image": tiny.picture(), "mask": tiny.mask()}
+    swap = {"image": tiny.image(), "mask": tiny.mask()}
     given = {key: swap.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
     if given.get("controls") == "hint of another size":
         given = {"controls": make_control(tiny.net, Image.new("RGB", (32, 32))), "size": (24, 32)}
     elif given.get("controls") == "another version":
-        given = {"controls": make_control(other_version(tiny), tiny.picture()), "size": (24, 32)}
+        given = {"controls": make_control(other_version(tiny), tiny.image()), "size": (24, 32)}
     with pytest.raises(SettingsError, match=told) as caught:
         model.steps(PROMPT, **given)
     assert "\n" not in str(caught.value)
@@ -383,5 +383,5 @@ def test_a_control_that_cannot_be_is_told(tiny):
     cases = (({"strength": float("inf")}, "strength is inf"), ({"start": 0.6, "end": 0.5}, "starts at 0.6"))
     for wrong, message in cases:
         with pytest.raises(SettingsError, match=message):
-            make_control(tiny.net, tiny.picture(), **wrong)
-    assert isinstance(make_control(tiny.net, tiny.picture()), Control)
+            make_control(tiny.net, tiny.image(), **wrong)
+    assert isinstance(make_control(tiny.net, tiny.image()), Control)

@@ -1,4 +1,4 @@
-"""`generate` with pictures, hints, LoRAs and learned words; `export`, whose result other programs open."""
+"""`generate` with images, hints, LoRAs and learned words; `export`, whose result other programs open."""
 
 import json
 
@@ -37,14 +37,14 @@ def files(written, tmp_path_factory):  # noqa: F811
     randomise(net.controlnet_down_blocks, torch.Generator().manual_seed(2))
     randomise(net.controlnet_cond_embedding, torch.Generator().manual_seed(3))
     save_controlnet(folder / "net", net)
-    picture = np.add.outer(np.arange(32), np.arange(24)) * 4
-    Image.fromarray(np.stack([picture, 255 - picture, picture // 2], axis=-1).astype(np.uint8)).save(folder / "in.png")
+    image = np.add.outer(np.arange(32), np.arange(24)) * 4
+    Image.fromarray(np.stack([image, 255 - image, image // 2], axis=-1).astype(np.uint8)).save(folder / "in.png")
     mask = Image.new("L", (24, 32))
     mask.paste(255, (4, 4, 20, 20))
     mask.save(folder / "mask.png")
     mask.point(lambda v: v // 2).save(folder / "grey.png")
     mask.resize((32, 32)).save(folder / "large.png")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     save_lora(folder / "lora.safetensors", lora_for(model))
     save_embedding(folder / "toy.safetensors", toy())
     return folder
@@ -116,17 +116,17 @@ def test_numbers_and_words_left_out_are_one_and_the_files_own(run, written, file
 
 
 @pytest.mark.parametrize("args, told", [
-    (["--image", "{}/none.png"], "none.png is not a picture that can be read: No such file"),
-    (["--image", "{}/text.png"], "text.png is not a picture"),
+    (["--image", "{}/none.png"], "none.png is not an image that can be read: No such file"),
+    (["--image", "{}/text.png"], "text.png is not an image"),
     (["--mask", "{}/mask.png"], "a mask but no image"),
     (["--image", "{}/in.png", "--mask", "{}/grey.png"], "mask is not binary"),
     (["--image", "{}/in.png", "--mask", "{}/large.png"], "mask is 32x32 pixels, but the image 24x32"),
     (["--image", "{}/in.png", "--strength", "0"], "strength is 0.0; give a number above 0"),
     (["--image", "{}/in.png", "--strength", "1.5"], "strength is 1.5"),
-    (["--control", "{}/net"], "--control takes a folder, a picture and a number"),
+    (["--control", "{}/net"], "--control takes a folder, an image and a number"),
     (["--control", "{}/net", "{}/in.png", "much"], "--control takes"),
     (["--control", "{}/none", "{}/in.png"], "there is no file or folder .*none"),
-    (["--control", "{}/net", "{}/large.png", "--size", "24x32"], "hint is 32x32 pixels, but the picture 24x32"),
+    (["--control", "{}/net", "{}/large.png", "--size", "24x32"], "hint is 32x32 pixels, but the image 24x32"),
     (["--lora", "{}/none.safetensors"], "none.safetensors is missing"),
     (["--lora", "{}/toy.safetensors"], "toy.safetensors"),
     (["--lora", "{}/lora.safetensors", "1", "2"], "--lora takes a file and a number"),
@@ -146,7 +146,7 @@ needs_weights = pytest.mark.skipif("mini" not in shipped(), reason="this checkou
 
 @needs_weights
 @pytest.mark.parametrize("to", ["diffusers", "single"])
-def test_the_shipped_model_is_exported_and_gives_the_same_picture(run, to):  # noqa: F811
+def test_the_shipped_model_is_exported_and_gives_the_same_image(run, to):  # noqa: F811
     target = "mini" if to == "diffusers" else "mini.safetensors"
     result = run("export", "mini", "--to", to, "--out", target)
     assert (result.status, result.out) == (0, f"{target}\n"), result.err
