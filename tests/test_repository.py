@@ -26,7 +26,7 @@ CODE_LINES = 400
 # A path that exists on one machine only; not the end of a longer word, as base64 may hold.
 MACHINE_PATH = re.compile(r"(?<![\w+])/(?:work|tmp|root|home)/")
 TEXT_SUFFIXES = {".py", ".md", ".ipynb", ".toml", ".yml", ".json", ".txt"}
-OPEN_COMMAND = "pip install -r requirements.txt && jupyter lab notebooks/00_first_image.ipynb"
+OPEN_COMMAND = "pip install -r requirements.txt && jupyter lab notebooks/00_first_picture.ipynb"
 TEST_COMMAND = "pip install -r requirements.txt && pytest"
 
 

@@ -4,6 +4,7 @@ Every rule is a function that returns a list of complaints, so that each is also
 that breaks it.
 """
 
+import ast
 import re
 import sys
 import tomllib
@@ -14,7 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from test_rooms import PACKAGE, ROOT, imports
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "sdlearn"
 
 
 def requirement_lines(text: str) -> list[str]:
@@ -63,19 +66,25 @@ def environment_complaints(environment: str, requirements: str, python: str) -> 
     return complaints
 
 
+def imported_libraries(source: str) -> set[str]:
+    """Top-level names of everything that `source` imports absolutely, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
 def undeclared(folders: list[Path], declared: set[str]) -> list[str]:
     """Libraries that are imported in `folders` and named by no requirement."""
-    renamed = {"PIL": "pillow", "yaml": "pyyaml"}
+    renamed = {"PIL": "pillow", "yaml": "pyyaml", "importlinter": "import-linter"}
     local = {PACKAGE} | {path.stem for folder in folders for path in folder.rglob("*.py")}
     local |= {path.name for folder in folders for path in folder.rglob("*") if path.is_dir()}
     complaints = set()
-    files = [(root, path) for root in folders for path in root.rglob("*.py")]
-    for root, path in files:
-        deep = len(path.relative_to(root).parts)      # relative imports start from the file's own package
-        for _, name in imports(path.read_text(encoding="utf-8"), ".".join([PACKAGE] * deep)):
-            library = name.split(".")[0]
-            if library in local or library in sys.stdlib_module_names:
-                continue
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
+        for library in imported_libraries(path.read_text(encoding="utf-8")) - local - set(sys.stdlib_module_names):
             if canonicalize_name(renamed.get(library, library)) not in declared:
                 complaints.add(f"{path.name} imports {library}, which no requirement names")
     return sorted(complaints)

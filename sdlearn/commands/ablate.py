@@ -45,7 +45,7 @@ def run(args: argparse.Namespace):
         for ablation in chosen:
             minutes = args.minutes and args.minutes * usual_minutes(ablation, model.device) / whole
             print(publish(ablation, base, watched(ablation, base, args.run, minutes), args.run, args.out))
-    except ValueError as error:                 # of the rooms below, which know no settings
+    except ValueError as error:                 # of lower layers, which do not know SettingsError
         raise SettingsError(str(error)) from error
 
 

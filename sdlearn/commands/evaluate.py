@@ -39,7 +39,7 @@ def run(args: argparse.Namespace):
                     steps=args.steps, sampler=args.sampler)
         model = StableDiffusion.load(args.model, device=args.device)
         told = measure(model, plan, args.out, watch=tqdm)
-    except ValueError as error:                 # of the rooms below, which know no settings
+    except ValueError as error:                 # of lower layers, which do not know SettingsError
         raise SettingsError(str(error)) from error
     print(told)
     print(args.out)
