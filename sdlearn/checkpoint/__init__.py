@@ -3,7 +3,7 @@
 from .control import save_controlnet
 from .embedding import load_embedding, save_embedding
 from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, sentence
-from .files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+from .files import read_json, read_tensors, shapes, write_json, write_tensors
 from .folder import Parts, load_folder, save_folder
 from .hub import download
 from .lora import load_lora, save_lora
@@ -13,4 +13,4 @@ from .source import load, load_control
 __all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_control",
            "load_embedding", "load_folder", "load_lora", "load_single", "load_single_controlnet", "read_json",
            "read_tensors", "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "sentence",
-           "shapes", "write_json", "write_tensors", "written_beside"]
+           "shapes", "write_json", "write_tensors"]

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from ..controlnet import ControlNet
+from ..files import write_atomically
 from .configs import controlnet_from_dict, controlnet_to_dict
 from .errors import CheckpointError
-from .files import write_json, write_tensors, written_beside
+from .files import write_json, write_tensors
 from .folder import DIFFUSERS_FILE, _read, load_module
 
 HALF_FILE = "diffusion_pytorch_model.fp16.safetensors"
@@ -42,7 +43,7 @@ def save_controlnet(folder: str | Path, net: ControlNet, *, dtype: torch.dtype =
     CheckpointError when it cannot be written.
     """
     folder = Path(folder).absolute()
-    with written_beside(folder) as beside:
+    with write_atomically(folder) as beside:
         write_json(beside / "config.json", controlnet_to_dict(net.control_config))
         write_tensors(beside / DIFFUSERS_FILE, net.state_dict(), dtype)
     (folder / HALF_FILE).unlink(missing_ok=True)        # of another ControlNet that the folder held before

@@ -105,7 +105,7 @@ def _ranks(triples: dict[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> di
 
 
 def write_difference(file: Path, kept: Tensors, base_file: Path):
-    """Not atomic by itself: for use inside `written_beside`."""
+    """Not atomic by itself: for use inside `write_atomically`."""
     write_tensors(file, kept, STORED, metadata={"base": fingerprint(base_file)})
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from ..finetune import Embedding
 from .errors import CheckpointError, sentence
-from .files import PICKLES, check_archive, stored, write_tensors, written_beside
+from .files import PICKLES, check_archive, stored, write_tensors
 
 SAFE = ".safetensors"
 
@@ -60,8 +61,8 @@ def _found_in(content: dict, file: Path) -> tuple[str, object]:
 def save_embedding(file: str | Path, embedding: Embedding) -> Path:
     """Write a word's vectors, in float32: diffusers' kind for .safetensors and .bin, the web UI's for .pt.
 
-    The file is written beside and renamed. Raises CheckpointError for another ending, vectors that are
-    not finite, and a place that cannot be written.
+    Raises CheckpointError for another ending and for vectors that are not finite, OSError where the file cannot be
+    written.
     """
     file = Path(file)
     vectors = embedding.vectors.detach().to("cpu", torch.float32).contiguous()
@@ -71,7 +72,7 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
         raise CheckpointError(f"{file} has an ending that says no format: use .safetensors or .bin (diffusers) "
                               "or .pt (AUTOMATIC1111).")
     vectors = vectors.clone()           # torch.save writes the whole storage that a view is of
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         match file.suffix:
             case ".safetensors":
                 write_tensors(beside, {embedding.token: vectors}, told=file.name)

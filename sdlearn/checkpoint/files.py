@@ -5,11 +5,8 @@ is run: PyTorch's own reader takes tensors, numbers and containers and refuses a
 """
 
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
@@ -32,36 +29,6 @@ INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.
          "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
 
 
-@contextmanager
-def written_beside(target: Path):
-    """Gives a path beside `target` to write a file or a folder at, and renames it when all went well.
-
-    A folder that exists already is updated file by file: what is in it and was not written again stays.
-    After any error, or a kill, `target` is as it was before (a kill can leave the hidden path beside).
-    """
-    target = Path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
-    try:
-        beside = room / target.name
-        yield beside
-        if beside.is_dir() and target.is_dir():
-            for file in sorted(path for path in beside.rglob("*") if path.is_file()):
-                place = target / file.relative_to(beside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
-        else:
-            os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{target} cannot be written: {why}.") from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
 def read_json(file: Path) -> dict:
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -81,7 +48,7 @@ def missing_file(file: Path) -> CheckpointError:
 
 
 def write_json(file: Path, values: dict):
-    """Not atomic by itself: for use inside `written_beside`, as is `write_tensors`."""
+    """Not atomic by itself: for use inside `write_atomically`, as is `write_tensors`."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -101,7 +68,10 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype = t
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     mode = file.stat().st_mode              # the user's usual one: safetensors makes files for the user alone
-    save_file(cast, file, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(cast, file, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:        # such as a full disk
+        raise OSError(str(error)) from error
     file.chmod(mode)
 
 

@@ -23,12 +23,13 @@ from torch import nn
 
 from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig, SamplingConfig, TextConfig
+from ..files import write_atomically
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import configs
 from .errors import CheckpointError
-from .files import missing_file, read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+from .files import missing_file, read_json, read_tensors, shapes, write_json, write_tensors
 from .layouts import text_name, vae_name
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -84,10 +85,10 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
     """Write a model folder that `load_folder` and diffusers open; floating-point tensors in `dtype`.
 
     All of it is written beside and then renamed. A folder that exists is updated; files in it that are
-    no part of a model, such as a model card, stay. Raises CheckpointError when it cannot be written.
+    no part of a model, such as a model card, stay. Raises OSError when it cannot be written.
     """
     folder = Path(folder).absolute()
-    with written_beside(folder) as beside:
+    with write_atomically(folder) as beside:
         _write_configs(beside, parts)
         write_tensors(beside / "unet" / DIFFUSERS_FILE, parts.unet.state_dict(), dtype)
         write_tensors(beside / "vae" / DIFFUSERS_FILE, parts.vae.state_dict(), dtype)

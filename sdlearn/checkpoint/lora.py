@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from ..finetune.lora import LoRA, LowRank, check_fit, layers_of
 from .embedding import check_small
 from .errors import CheckpointError
-from .files import stored, write_tensors, written_beside
+from .files import stored, write_tensors
 
 SPELLINGS = ("diffusers", "kohya", "peft")
 # What a key ends with: the layer before it, and which of down, up and alpha the tensor is.
@@ -154,8 +155,8 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
     """Write a LoRA as safetensors in float32, spelled as "diffusers", "kohya" or "peft".
 
     Only kohya's spelling has a place for alpha; in the others alpha / r is multiplied into up, so that the
-    file means the same to everyone. The file is written beside and renamed. Raises CheckpointError for
-    another spelling or ending, values that are not finite, and a place that cannot be written.
+    file means the same to everyone. Raises CheckpointError for another spelling or
+    ending and for values that are not finite, OSError where the file cannot be written.
     """
     file = Path(file)
     if spelling not in SPELLINGS:
@@ -168,7 +169,7 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
             tensors |= _spelled(part, layer, change, spelling)
     if not tensors:
         raise CheckpointError(f"{file} was not written: the LoRA has no layers.")
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         # Clones, since safetensors refuses tensors that share memory.
         write_tensors(beside, {key: tensor.detach().clone() for key, tensor in tensors.items()}, told=file.name)
     return file

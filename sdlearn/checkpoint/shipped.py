@@ -18,13 +18,14 @@ import torch
 
 from ..clip import TextEncoder
 from ..controlnet import ControlNet
+from ..files import write_atomically
 from ..finetune import Embedding, LoRA
 from ..unet import UNet
 from .configs import controlnet_from_dict, controlnet_to_dict, text_from_dict, unet_from_dict, unet_to_dict
 from .difference import Tensors, check_base, difference, fingerprint, restored, write_difference
 from .embedding import load_embedding, save_embedding
 from .errors import CheckpointError
-from .files import read_tensors, shapes, write_json, written_beside
+from .files import read_tensors, shapes, write_json
 from .folder import DIFFUSERS_FILE, TRANSFORMERS_FILE, Parts, _read, load_folder, weights_file
 from .lora import load_lora, save_lora
 
@@ -95,7 +96,7 @@ def load_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
 def save_control(model: Path, name: str, net: ControlNet, *, budget: int, moments: Tensors | None = None) -> Path:
     """Store a ControlNet as its difference to the U-Net of a model folder, in about `budget` bytes.
 
-    moments: see `difference`. Raises CheckpointError when it cannot be written, ValueError for a budget that is
+    moments: see `difference`. Raises OSError when it cannot be written, ValueError for a budget that is
     too small.
     """
     return _save(model, f"{CONTROL}{name}", net.state_dict(), controlnet_to_dict(net.control_config), budget,
@@ -121,8 +122,8 @@ class Concept:
 
 
 def save_concept(model: Path, concept: Concept) -> Path:
-    """Store what a model folder's base has been taught, beside it. Raises CheckpointError when it cannot be written."""
-    with written_beside(Path(model).absolute() / CONCEPT) as beside:
+    """Store what a model folder's base has been taught, beside it. Raises OSError when it cannot be written."""
+    with write_atomically(Path(model).absolute() / CONCEPT) as beside:
         beside.mkdir(exist_ok=True)
         save_embedding(beside / WORD_FILE, concept.word)
         save_lora(beside / LORA_FILE, concept.lora)
@@ -173,7 +174,7 @@ def remove_strangers(model: Path) -> list[str]:
 
 def keep_evaluation(model: Path, figures: dict, text: str):
     """Write an evaluation beside the weights that were measured, with the fingerprint of the U-Net."""
-    with written_beside(model) as beside:
+    with write_atomically(model) as beside:
         write_json(beside / EVALUATION, {**figures, "U-Net": fingerprint(base_file(model))})
         (beside / EVALUATION_TEXT).write_text(text, encoding="utf-8")
 
@@ -228,7 +229,7 @@ def _filled(module: torch.nn.Module, place: Path, model: Path):
 
 def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int, moments: Tensors | None) -> Path:
     kept = difference(tensors, base_tensors(model), budget, moments)
-    with written_beside(Path(model).absolute() / name) as beside:
+    with write_atomically(Path(model).absolute() / name) as beside:
         write_json(beside / "config.json", config)
         write_difference(beside / DIFFERENCE_FILE, kept, base_file(model))
     return model / name

@@ -20,12 +20,13 @@ from torch import nn
 from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig
 from ..controlnet import ControlNet
+from ..files import write_atomically
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import detect
 from .errors import CheckpointError, sentence
-from .files import PICKLES, Shape, check_shapes, copied, shapes, stored, write_tensors, written_beside
+from .files import PICKLES, Shape, check_shapes, copied, shapes, stored, write_tensors
 from .folder import Parts, beside_text, check_prediction, check_vocabulary, read_tokenizer
 from .header import read_header, write_header
 from .hub import download
@@ -78,7 +79,7 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
 
     The text encoder is written as SD 1.x has it where it is one of SD 1.x (quick GELU, padded with the end
     token), else as SD 2.x has it, without the last layer of OpenCLIP's that Stable Diffusion does not run.
-    Floating-point tensors are written in `dtype`. Raises CheckpointError when it cannot be written.
+    Floating-point tensors are written in `dtype`. Raises OSError when it cannot be written.
     """
     file = Path(file).absolute()
     if file.suffix.lower() != ".safetensors":
@@ -90,7 +91,7 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
     places = places_of(modules, f"{detect.HF_TEXT}text_model." if older else detect.OPEN_CLIP_TEXT)
     tensors = {(part, name): tensor for part, module in modules.items()
                for name, tensor in module.state_dict().items() if (part, name) in places}
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         write_tensors(beside, single_tensors(tensors, places), dtype, metadata=write_header(parts), told=file.name)
     return file
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..checkpoint import write_json, written_beside
+from ..checkpoint import write_json
 from ..config import PRESETS
+from ..files import write_atomically
 from ..training.command import positive
 from .export import DTYPES
 from .files import check_json
@@ -51,7 +52,7 @@ def checked_race(args: argparse.Namespace):
 def keep(args: argparse.Namespace, result: dict):
     """Write what was measured where it was asked for."""
     if args.out:
-        with written_beside(args.out) as beside:
+        with write_atomically(args.out) as beside:
             write_json(beside, result)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..checkpoint import written_beside
+from ..files import write_atomically
 from ..pipeline import SettingsError
 
 
@@ -45,7 +45,7 @@ def save_png(file: Path, image, settings: dict):
     info = PngInfo()
     info.add_text("Software", "sdlearn")
     info.add_text("sdlearn", json.dumps(settings))
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         image.save(beside, format="PNG", pnginfo=info)
 
 

@@ -32,7 +32,7 @@ def measure(judge: Judge, *, count: int, vae=None) -> dict[str, dict[str, float]
 def ship_judge(detector: Detector, progress: dict, out: Path | None = None, *, count: int = 1000, vae=None) -> Path:
     """Write a detector in half precision with its figures and card; the figures are those of the weights as written.
 
-    progress: steps, samples and seconds of training. Raises CheckpointError where the folder cannot be written.
+    progress: steps, samples and seconds of training. Raises OSError where the folder cannot be written.
     """
     folder = save_judge(out or WEIGHTS, detector, dtype=torch.float16)
     judge = load_judge(folder)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import write_json, written_beside
+from ..checkpoint import write_json
 from ..data import SIDE
+from ..files import write_atomically
 from .autoencoder import SCENES, autoencoder_psnr
 from .card import known_figures
 from .judge import Judge, load_judge
@@ -137,7 +138,7 @@ def passes(model, plan: Plan, prompts: Sequence[Prompt], judge: Judge) -> Iterat
 
 def write(out: Path, figures: dict, failures: Sequence[Judged], title: str):
     """After every pass, so that what is done is kept when a later one is stopped."""
-    with written_beside(out) as beside:
+    with write_atomically(out) as beside:
         write_json(beside / FIGURES, figures)
         if failures:
             failure_sheet(failures).save(beside / f"failures {title}.png".replace(" = ", " ").replace(" ", "-"))

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.files import read_json, read_tensors, shapes, write_json, write_tensors, written_beside
+from ..checkpoint.files import read_json, read_tensors, shapes, write_json, write_tensors
 from ..data import OBJECTS
+from ..files import write_atomically
 from ..images import to_tensor
 from .detector import STRIDE, UNIT, Detector, DetectorConfig, Heads
 
@@ -112,7 +113,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def save_judge(folder: Path, detector: Detector, *, dtype: torch.dtype = torch.float16) -> Path:
     """Write a detector as a folder: its config, and its tensors as `dtype`."""
-    with written_beside(folder) as beside:
+    with write_atomically(folder) as beside:
         write_json(beside / CONFIG, detector.config.told())
         write_tensors(beside / TENSORS, detector.state_dict(), dtype, told="the judge")
     return Path(folder)

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...checkpoint import CheckpointError, read_json, write_json, written_beside
+from ...checkpoint import CheckpointError, read_json, write_json
 from ...checkpoint.shipped import SHIPPED
 from ...data import contact_sheet
+from ...files import write_atomically
 from ..card import cpu_name
 from .contract import Ablation, Base, Plan, Reading, Variant
 
@@ -56,7 +57,7 @@ def planned(ablation: Ablation, base: Base, folder: Path, minutes: float | None 
             ablation.plan)):
         return Plan(**kept["plan"])
     plan = within(ablation, base, asked["minutes"])
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         write_json(beside, {"asked": asked, "plan": asdict(plan)})
     return plan
 
@@ -135,7 +136,7 @@ def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Vari
             last = reading if len(reading.images) else last
         yield variant, reading
         start = time.perf_counter()
-    with written_beside(room) as beside:
+    with write_atomically(room) as beside:
         beside.mkdir()
         if len(last.images):
             np.savez_compressed(beside / IMAGES, images=np.stack(last.images), captions=np.array(last.captions))
@@ -183,10 +184,10 @@ def publish(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path 
                 images += list(stored["images"])
                 captions += stored["captions"].tolist()
     file = out / f"{ablation.name}.json"
-    with written_beside(file) as beside:
+    with write_atomically(file) as beside:
         write_json(beside, {**told(ablation, base, plan), "variants": records})
     if images:
-        with written_beside(file.with_suffix(".png")) as beside:
+        with write_atomically(file.with_suffix(".png")) as beside:
             beside.write_bytes(small_png(contact_sheet(images, captions, ablation.columns)))
     return file
 
