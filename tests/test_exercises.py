@@ -751,6 +751,29 @@ def test_a_damaged_file_is_kept_aside_and_told(text, capsys):
     assert "hint 2 of 4" in out and "damaged" not in out
 
 
+def test_progress_under_an_old_name_is_read_as_the_new_ones(monkeypatch):
+    monkeypatch.setattr(store, "RENAMED", {"oldest_name": "ddim", "old_name": "ddim", "old_euler": "euler"})
+    held = {"oldest_name": {"id": "3.6", "done": True, "attempts": 2, "hints": 1},
+            "old_name": {"id": "3.6", "attempts": 1, "hints": 3}, "ddim": {"id": "3.6", "attempts": 4},
+            "old_euler": {"id": "3.7", "done": True, "attempts": 1}}
+    store.path().write_text(json.dumps({"version": 1, "exercises": held}))
+    assert store.record(find("ddim")) == store.Record("3.6", done=True, attempts=7, hints=3)
+    assert store.update(find("euler"), hints=1) == ""
+    written = json.loads(store.path().read_text())["exercises"]
+    assert written.keys() == {"ddim", "euler"} and written["euler"]["done"] and written["ddim"]["attempts"] == 7
+
+
+@pytest.mark.parametrize("call", [lambda name: check(name, good), hint, solution, find])
+def test_an_old_name_of_an_exercise_raises_an_error_that_gives_the_new_one(call, monkeypatch):
+    monkeypatch.setitem(store.RENAMED, "old_name", "add_noise")
+    with pytest.raises(ValueError, match="the exercise 'old_name' is now called 'add_noise'"):
+        call("old_name")
+
+
+def test_renamed_exercises_lead_to_exercises_of_the_course():
+    assert set(store.RENAMED.values()) <= set(NAMES) and not set(store.RENAMED) & set(NAMES)
+
+
 def test_a_place_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SDLEARN_PROGRESS", str(tmp_path / "file" / "progress.json"))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .store import RENAMED
+
 GRADES = ("guided", "supported", "on your own")
 STEPS = ("shape", "value", "edge case")
 SECONDS = 10.0          # for one test, by the clock: what these tests do takes milliseconds
@@ -124,10 +126,12 @@ class Lesson:
 
 
 def find(name: str) -> Exercise:
-    """The exercise of that name. Raises ValueError, naming those that come near."""
+    """The exercise of that name. Raises ValueError, naming its new name or the nearest ones."""
     if name not in REGISTERED:
         exercises()
     if name not in REGISTERED:
+        if name in RENAMED:
+            raise ValueError(f"the exercise '{name}' is now called '{RENAMED[name]}': use that name")
         near = difflib.get_close_matches(str(name), REGISTERED, n=3) or sorted(REGISTERED)
         raise ValueError(f"there is no exercise '{name}': did you mean {' or '.join(near)}?")
     return REGISTERED[name]

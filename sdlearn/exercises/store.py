@@ -11,12 +11,17 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
-from .exercise import Exercise
+if TYPE_CHECKING:
+    from .exercise import Exercise
 
 VERSION = 1
+# Exercises that had another name once: a progress file that holds the old name is read as the new one's.
+RENAMED: dict[str, str] = {
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ def records() -> tuple[dict[str, Record], str]:
     file = path()
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-        found = {str(name): _record(one) for name, one in held["exercises"].items()}
+        found: dict[str, Record] = {}
+        for name, one in held["exercises"].items():
+            name, new = RENAMED.get(str(name), str(name)), _record(one)
+            found[name] = _merged(found[name], new) if name in found else new
     except FileNotFoundError:
         found, said = {}, ""
     except OSError as error:
@@ -56,12 +64,12 @@ def records() -> tuple[dict[str, Record], str]:
     return found | _unsaved, said
 
 
-def record(exercise: Exercise) -> Record:
+def record(exercise: "Exercise") -> Record:
     """What was done on this exercise."""
     return records()[0].get(exercise.name, Record(exercise.id))
 
 
-def update(exercise: Exercise, *, done: bool = False, attempts: int = 0, hints: int | None = None) -> str:
+def update(exercise: "Exercise", *, done: bool = False, attempts: int = 0, hints: int | None = None) -> str:
     """Note more attempts, that it is done, or how many hints are taken; a sentence if that went wrong, or ""."""
     found, said = records()
     old = found.get(exercise.name, Record(exercise.id))
@@ -85,6 +93,11 @@ def _record(held: dict) -> Record:
             and isinstance(one.hints, int)):
         raise TypeError("a value of another type")
     return one
+
+
+def _merged(one: Record, other: Record) -> Record:
+    """One record of what was done under two names."""
+    return Record(one.id, one.done or other.done, one.attempts + other.attempts, max(one.hints, other.hints))
 
 
 def _write(found: dict[str, Record]):
