@@ -11,17 +11,9 @@ import torch
 from models import ZERO_SNR, one_thread, tiny_parts  # noqa: F401
 from PIL import Image
 
+from sdlearn import ablations
 from sdlearn.__main__ import main
-from sdlearn.checkpoint import CheckpointError, save_folder
-from sdlearn.commands import ablate
-from sdlearn.config import PRESETS, VAEConfig
-from sdlearn.data import CORE, FULL, scene, scene_of
-from sdlearn.data.world import CLASSROOM
-from sdlearn.evaluation.metrics import ssim
-from sdlearn.finetune.loop import Diverged
-from sdlearn.images import to_tensor
-from sdlearn.training import ablations
-from sdlearn.training.ablations import (
+from sdlearn.ablations import (
     ABLATIONS,
     RESULTS,
     Base,
@@ -43,9 +35,17 @@ from sdlearn.training.ablations import (
     usual_minutes,
     zero_conv,
 )
-from sdlearn.training.ablations.contract import early_marks, marks, scenes_of_lesson
-from sdlearn.training.ablations.drawing import draw, lesson, scaled
-from sdlearn.training.ablations.running import RECORD, SHEET_BYTES, small_png, smaller, within
+from sdlearn.ablations.contract import early_marks, marks, scenes_of_lesson
+from sdlearn.ablations.drawing import draw, lesson, scaled
+from sdlearn.ablations.running import RECORD, SHEET_BYTES, small_png, smaller, within
+from sdlearn.checkpoint import CheckpointError, save_folder
+from sdlearn.commands import ablate
+from sdlearn.config import PRESETS, VAEConfig
+from sdlearn.data import CORE, FULL, scene, scene_of
+from sdlearn.data.world import CLASSROOM
+from sdlearn.evaluation.metrics import ssim
+from sdlearn.finetune.loop import Diverged
+from sdlearn.images import to_tensor
 from sdlearn.training.unet import noised
 from sdlearn.vae import VAE
 
@@ -160,7 +160,7 @@ def test_a_base_must_be_able_to_answer(base):
 
 
 def test_drawing_is_the_same_in_batches_and_tells_what_is_not_finite(base, monkeypatch):
-    from sdlearn.training.ablations import drawing
+    from sdlearn.ablations import drawing
     texts = [one.text for one in ask(CORE, 3)]
     whole = draw(base, base.unet, texts, guidance=2.0, steps=2)
     monkeypatch.setattr(drawing, "AT_ONCE", 2)
@@ -496,14 +496,14 @@ def test_a_real_divergence_is_caught(base, tmp_path, monkeypatch):
 def test_the_plan_is_settled_once(base, tmp_path, monkeypatch):
     ablation = made_up(steps=100)
     ends = iter([40, 7, 9, 5])
-    from sdlearn.training.ablations import running
+    from sdlearn.ablations import running
     monkeypatch.setattr(running, "within", lambda *_: Plan(steps=next(ends)))
     assert planned(ablation, base, tmp_path).steps == planned(ablation, base, tmp_path).steps == 40
     assert planned(ablation, base, tmp_path, 3.0).steps == planned(ablation, base, tmp_path, 3.0).steps == 7
 
 
 def test_a_plan_is_cut_to_the_minutes(base, monkeypatch):
-    from sdlearn.training.ablations import running
+    from sdlearn.ablations import running
     monkeypatch.setattr(running, "step_seconds", lambda variant: 0.1)
     ablation = replace(made_up(steps=1000), plan=Plan(steps=1000, scenes=1000, prompts=30), minutes=10)
     plan = within(ablation, base, 2.0)                  # two variants of 1000 steps would take 200 seconds
@@ -513,7 +513,7 @@ def test_a_plan_is_cut_to_the_minutes(base, monkeypatch):
 
 
 def test_a_trial_times_real_steps(base):
-    from sdlearn.training.ablations.running import step_seconds
+    from sdlearn.ablations.running import step_seconds
     variant = dropout.variants(base, replace(SMALL["dropout"], steps=100))[0]
     assert 0 < step_seconds(variant) < 60
     assert step_seconds(made_up().variants(base, Plan(steps=2))[0]) == 0, "every step is measured there"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from sdlearn.ablations import load_ablation
 from sdlearn.explore.curves import apart
 from sdlearn.explore.step_figures import judged_by_steps
-from sdlearn.training.ablations import load_ablation
 
 
 def test_lines_are_the_readings_over_calls_of_the_network():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..ablations import ABLATIONS, RESULTS, Base, Measures, carry_out, planned, publish, usual_minutes
 from ..data import World
 from ..evaluation import duplicate_rate, judge_images, load_judge, prompts_for, scene_for, scores
 from ..evaluation.metrics import ssim
 from ..pipeline import SettingsError, StableDiffusion
-from ..training.ablations import ABLATIONS, RESULTS, Base, Measures, carry_out, planned, publish, usual_minutes
 from ..training.command import positive
 
 # The kinds of prompts that a world's scenes answer, by the form of scene.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..training.ablations import load_ablation
+from ..ablations import load_ablation
 from .curves import Panel
 
 

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..classroom import Material
-from ..unet import listening, noised
+from ..training.classroom import Material
+from ..training.unet import listening, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts
 

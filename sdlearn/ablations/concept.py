@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data import Scene, scene
-from ...data.likeness import cutouts, kinds, likeness
-from ...finetune import (
+from ..data import Scene, scene
+from ..data.likeness import cutouts, kinds, likeness
+from ..finetune import (
     TrainStep,
     add_embedding,
     attached,
@@ -28,9 +28,9 @@ from ...finetune import (
     train_embedding,
     train_lora,
 )
-from ...images import to_tensor
-from ..concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, images_of
-from ..unet import encoded, noised
+from ..images import to_tensor
+from ..training.concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, images_of
+from ..training.unet import encoded, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
 

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from ...costs import step_flops
-from ...data import FULL, scene
-from ...finetune.loop import train
-from ...images import psnr, to_images, to_tensor
-from ..loop import Average
-from ..vae import VAERecipe
+from ..costs import step_flops
+from ..data import FULL, scene
+from ..finetune.loop import train
+from ..images import psnr, to_images, to_tensor
+from ..training.loop import Average
+from ..training.vae import VAERecipe
 from .contract import Ablation, Base, Plan, Reading, Variant, marks
 from .drawing import ceiling
 

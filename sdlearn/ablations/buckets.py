@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ...data import Scene, scene
-from ...finetune.loop import draw_rows, train
-from ...images import to_images, to_tensor
-from ...sizes import Size, fitted
-from ..loop import Average
-from ..unet import noised, timesteps_for
+from ..data import Scene, scene
+from ..finetune.loop import draw_rows, train
+from ..images import to_images, to_tensor
+from ..sizes import Size, fitted
+from ..training.loop import Average
+from ..training.unet import noised, timesteps_for
 from .contract import Ablation, Asked, Base, Plan, Reading, Variant, marks
 from .drawing import draw, resized
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...controlnet import Control, ControlNet, controlled
-from ...data import Scene, scene
-from ...finetune.controlnet import train_controlnet
-from ...images import to_tensor
-from ..control import HINTS, edge_f1, hint_tensor, hint_widths
-from ..unet import encoded, noised
+from ..controlnet import Control, ControlNet, controlled
+from ..data import Scene, scene
+from ..finetune.controlnet import train_controlnet
+from ..images import to_tensor
+from ..training.control import HINTS, edge_f1, hint_tensor, hint_widths
+from ..training.unet import encoded, noised
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checkpoint import Parts
-from ...data import CORE, World
-from ...schedule import NoiseSchedule
-from ..classroom import Material, prepare
+from ..checkpoint import Parts
+from ..data import CORE, World
+from ..schedule import NoiseSchedule
+from ..training.classroom import Material, prepare
 
 
 class Asked(Protocol):

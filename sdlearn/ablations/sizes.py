@@ -9,12 +9,12 @@ from functools import lru_cache, partial
 
 import torch
 
-from ...costs import step_flops
-from ...data import scene
-from ...data.world import CLASSROOM as LESSON_WORLD
-from ...images import to_tensor
-from ..classroom import Material
-from ..unet import listening
+from ..costs import step_flops
+from ..data import scene
+from ..data.world import CLASSROOM as LESSON_WORLD
+from ..images import to_tensor
+from ..training.classroom import Material
+from ..training.unet import listening
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checkpoint import Parts
-from ...config import CLASSROOM, UNetConfig
-from ...data import World
-from ...data.world import CLASSROOM as LESSON_WORLD
-from ...finetune.loop import Diverged
-from ...guidance import predict_x0
-from ...images import to_images, to_tensor
-from ...samplers import get_sampler, grid_for
-from ..classroom import Material, learn
+from ..checkpoint import Parts
+from ..config import CLASSROOM, UNetConfig
+from ..data import World
+from ..data.world import CLASSROOM as LESSON_WORLD
+from ..finetune.loop import Diverged
+from ..guidance import predict_x0
+from ..images import to_images, to_tensor
+from ..samplers import get_sampler, grid_for
+from ..training.classroom import Material, learn
 from .contract import Asked, Base, Plan, Reading, marks
 
 AT_ONCE = 32            # images in a batch

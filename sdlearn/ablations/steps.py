@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from ...samplers import SAMPLERS
+from ..samplers import SAMPLERS
 from .contract import Ablation, Base, Plan, Reading, Variant
 from .drawing import draw, resized
 

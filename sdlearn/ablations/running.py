@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...checkpoint import CheckpointError, read_json, write_json
-from ...checkpoint.shipped import SHIPPED
-from ...data import contact_sheet
-from ...files import write_atomically
-from ..card import cpu_name
+from ..checkpoint import CheckpointError, read_json, write_json
+from ..checkpoint.shipped import SHIPPED
+from ..data import contact_sheet
+from ..files import write_atomically
+from ..training.card import cpu_name
 from .contract import Ablation, Base, Plan, Reading, Variant
 
 RESULTS = SHIPPED / "ablations"
