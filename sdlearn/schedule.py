@@ -14,6 +14,7 @@ A network may predict any of three things. Given x_t each determines the others:
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -157,17 +158,24 @@ class NoiseSchedule:
         return alpha, sigma
 
 
-def standard_noise(x: Tensor, generator: Generators = None) -> Tensor:
-    """Noise of variance 1, of x's shape and type and on its device.
+def seeded_noise(shape: Sequence[int], seeds: Iterable[int | torch.Generator]) -> Tensor:
+    """Noise of variance 1, (B, *shape): image i from seed i alone, or from generator i.
 
-    Drawn on the CPU in float32, so that a seed gives the same noise on every machine. A list holds one generator for
-    each image of the batch, so that each draws what it would draw alone. A GPU is not waited for.
+    Drawn on the CPU in float32, so that a seed gives the same noise on every device and in every batch.
     """
-    kind = {"device": "cpu", "dtype": torch.float32}
+    generators = [torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=one, device="cpu", dtype=torch.float32) for one in generators])
+
+
+def standard_noise(x: Tensor, generator: Generators = None) -> Tensor:
+    """Noise of variance 1, of x's shape and type and on its device; drawn on the CPU in float32.
+
+    generator: one for the whole batch, or a list of one for each image, as in `seeded_noise`. Does not wait for a GPU.
+    """
     if isinstance(generator, list):
-        noise = torch.stack([torch.randn(x.shape[1:], generator=one, **kind) for one in generator])
+        noise = seeded_noise(x.shape[1:], generator)
     else:
-        noise = torch.randn(x.shape, generator=generator, **kind)
+        noise = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32)
     return noise.to(device=x.device, dtype=x.dtype, non_blocking=x.is_cuda)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlearn.config import PRESETS, NoiseConfig
-from sdlearn.schedule import ALMOST_ZERO, PREDICTIONS, SPACINGS, NoiseSchedule, betas, timesteps
+from sdlearn.schedule import ALMOST_ZERO, PREDICTIONS, SPACINGS, NoiseSchedule, betas, seeded_noise, timesteps
 
 # From inside diffusers, whose schedulers are not written for this version of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -233,3 +233,12 @@ def test_every_preset_has_a_schedule():
         assert timesteps(schedule, 20)[-1][1] is None
     short = NoiseSchedule(replace(SD.config, steps=100))
     assert [t for t, _ in timesteps(short, 4)] == [76, 51, 26, 1]
+
+
+def test_seeded_noise_of_an_image_depends_on_its_seed_alone():
+    batch = seeded_noise((4, 3, 2), [5, 6])
+    assert batch.shape == (2, 4, 3, 2) and batch.dtype == torch.float32
+    assert torch.equal(batch[1:], seeded_noise((4, 3, 2), [6])) and not torch.equal(batch[0], batch[1])
+    generator = torch.Generator().manual_seed(6)
+    assert torch.equal(batch[1:], seeded_noise((4, 3, 2), [generator]))
+    assert not torch.equal(batch[1:], seeded_noise((4, 3, 2), [generator]))         # the generator has moved on
