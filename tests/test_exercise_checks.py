@@ -15,7 +15,7 @@ from models import one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from sdlearn.exercises.exercise import Exercise, exercises, find
-from sdlearn.exercises.judge import verdict
+from sdlearn.exercises.testing import run_test
 
 NAMES = [one.name for one in exercises() if one.module.startswith("sdlearn.")]
 ERROR = 1.5e-3          # relative to the largest number: more than any tolerance of a check
@@ -157,7 +157,7 @@ def passes(exercise: Exercise, index: int, name: str, spoiler: Spoiler) -> bool:
     """Whether the solutions pass that test where the one of that name is spoiled."""
     answers = tuple(spoiler.answer(solution) if one == name else solution
                     for one, solution in zip(exercise.names, exercise.solutions, strict=True))
-    return verdict(exercise, answers, index)["passed"]
+    return run_test(exercise, answers, index)["passed"]
 
 
 def results(exercise: Exercise, index: int, name: str) -> list:

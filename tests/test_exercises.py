@@ -25,14 +25,14 @@ from models import one_thread  # noqa: F401
 from nbclient import NotebookClient
 from torch import nn
 
-from sdlearn.exercises import NotRight, check, helper, hint, progress, solution, store
+from sdlearn.exercises import NotRight, check, hint, progress, sandbox, solution, store
 from sdlearn.exercises.cards import Card, shortened
-from sdlearn.exercises.carry import Missing, pack, unpack
 from sdlearn.exercises.checking import Result
 from sdlearn.exercises.difference import difference, resemblance
 from sdlearn.exercises.exercise import GRADES, REGISTERED, STEPS, Lesson, exercises, find, not_written
-from sdlearn.exercises.judge import (
-    Subject,
+from sdlearn.exercises.serialization import Missing, deserialize, serialize
+from sdlearn.exercises.testing import (
+    Answer,
     Wrong,
     randn,
     require_permutation,
@@ -62,7 +62,7 @@ def own_progress(tmp_path, monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def no_process_stays():
     yield
-    helper.close()
+    sandbox.close()
 
 
 def good(schedule, x0, noise, t):
@@ -118,7 +118,7 @@ def test_every_known_mistake_is_told_as_that_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stub_is_not_written_yet(name, monkeypatch):
-    monkeypatch.setattr("sdlearn.exercises.checking.ask", None)        # no process is asked
+    monkeypatch.setattr("sdlearn.exercises.checking.run_request", None)        # no process is asked
     result = check.run(name, *[stub] * len(find(name).names))
     assert result.status == "unwritten" and result.of == len(find(name).tests)
 
@@ -428,10 +428,10 @@ def test_the_process_that_is_killed_from_within_is_replaced():
 @pytest.fixture
 def without_fork(monkeypatch):
     """As on Windows: the tests of a check run in one process, which is then replaced."""
-    helper.close()
-    monkeypatch.setattr(helper, "FORK", False)
+    sandbox.close()
+    monkeypatch.setattr(sandbox, "FORK", False)
     yield
-    helper.close()
+    sandbox.close()
 
 
 def test_without_fork_too(without_fork):
@@ -449,14 +449,14 @@ def test_without_fork_too(without_fork):
 
 def test_an_answer_that_loops_ends_with_the_notebook():
     """Where the notebook's process is killed, nothing of a check stays behind."""
-    code = ("from sdlearn.exercises import check, helper\n"
+    code = ("from sdlearn.exercises import check, sandbox\n"
             "import os, threading, time\n"
             "def add_noise(schedule, x0, noise, t):\n"
             "    print('in', os.getpid(), flush=True)\n"
             "    while True: pass\n"
             "def tell():\n"
-            "    while not (helper._helper and helper._helper.ready): time.sleep(0.01)\n"
-            "    print(helper._helper.process.pid, flush=True)\n"
+            "    while not (sandbox._worker and sandbox._worker.ready): time.sleep(0.01)\n"
+            "    print(sandbox._worker.process.pid, flush=True)\n"
             "threading.Thread(target=tell, daemon=True).start()\n"
             "check.run('add_noise', add_noise, seconds=60)\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -519,7 +519,7 @@ def test_functions_classes_and_what_they_use_are_carried():
         count += 1
         return count
     count = 10
-    carried = unpack(pack((even, Child, fib, counted, torch.no_grad()(lambda: torch.is_grad_enabled()),
+    carried = deserialize(serialize((even, Child, fib, counted, torch.no_grad()(lambda: torch.is_grad_enabled()),
                            lambda x, *, y=SCALE: x + y + np.pi)))
     there, child, fibonacci, counting, switched, default = carried
     assert there is not even and there(10) and not there(7)
@@ -603,7 +603,7 @@ def test_a_subject_complains_of_what_a_call_leaves_behind():
     x = torch.ones(2, 2)
     for answer, words in ((spoils, "`x0` in place"), (pops, "`t` in place"), (lambda *_: None, "returns None")):
         with pytest.raises(Wrong, match=words):
-            Subject(find("add_noise"), "add_noise", answer)(None, x, x, [1, 2])
+            Answer(find("add_noise"), "add_noise", answer)(None, x, x, [1, 2])
     assert x.eq(1).all()
     with pytest.raises(Wrong, match="no parameter `weight`: it has none"):
         with_weights(nn.Identity(), {"weight": x})
@@ -803,13 +803,13 @@ def test_cards_are_html_that_holds_no_html_of_the_learners():
 # --- in a notebook ------------------------------------------------------------------------------------------
 
 CELLS = ["""import os, sys, time, torch, ctypes
-from sdlearn.exercises import check, hint, progress, solution, helper
+from sdlearn.exercises import check, hint, progress, solution, sandbox
 from sdlearn.schedule import NoiseSchedule
 FACTOR = 1.0
 def add_noise(schedule, x0, noise, t):
     raise NotImplementedError
 add_noise = check("add_noise", add_noise)
-assert add_noise is NoiseSchedule.add_noise and helper._helper is None""", """
+assert add_noise is NoiseSchedule.add_noise and sandbox._worker is None""", """
 def shares(schedule, x0, t):
     return schedule._beside(x0, t)
 def add_noise(schedule, x0, noise, t):

@@ -15,14 +15,12 @@ not (yet): the notebook runs to its end either way. `hint("zero_conv")` gives th
 `solution("zero_conv")` the package's code, `progress()` a bar for each notebook. `check.run("zero_conv", f)`
 returns a `Result` and shows nothing; `with check.grading():` raises where the answer is not right.
 
-**For authors.** The exercises of notebook 07 live in `nb07.py`, or, where they are many, in files whose names
-begin so. The package is the solution, so an exercise starts from a function, generator or class of it:
+**For authors.** The exercises of notebook 07 live in the package `nb07`, a file for each theme. The package is
+the solution, so an exercise starts from a function, generator or class of it:
 
-    from ..layers import zero_conv
-    from .exercise import Lesson
-    from .judge import randn, require, require_shape
-
-    lesson = Lesson(7, "ControlNet")
+    from ...layers import zero_conv
+    from ..testing import randn, require, require_shape
+    from . import lesson              # lesson = Lesson(7, "ControlNet")
 
     zero = lesson.exercise(
         1, zero_conv, grade="guided", minutes=3,
@@ -44,7 +42,7 @@ begin so. The package is the solution, so an exercise starts from a function, ge
         return conv
 
 - **Tests** go from "shape" over "value" to "edge case", and stop at the first that fails: put first what
-  explains most. A test gets a `Subject` for each name, to be called like the answer itself; it hands over
+  explains most. A test gets a `Answer` for each name, to be called like the answer itself; it hands over
   copies, and notices arguments changed in place, a missing return, gradients left switched off.
 - **`same(*args)`** compares its result with the solution's. **`agrees(run)`** compares what `run` makes of
   either: a module's output with given weights, a generator's items, two calls in a row. `run` must do the
@@ -61,7 +59,7 @@ begin so. The package is the solution, so an exercise starts from a function, ge
 - **Proof.** `tests/exercise_answers/nb07.py` holds at least five wrong answers for each exercise with the
   words that must be said, and two right ones written differently; `tests/test_exercises.py` runs them.
 
-Answers run in a process of their own, each test by itself: see `helper.py` for why, and for its limits.
+Answers run in a process of their own, each test by itself: see `sandbox.py` for why, and for its limits.
 """
 
 from .checking import NotRight, Result, check, hint, progress, solution

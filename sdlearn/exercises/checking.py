@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from . import carry, store
+from . import store
 from .cards import Bars, Card, Source, shortened, show
 from .exercise import Exercise, exercises, find, not_written
-from .helper import MEMORY, HelperError, ask
+from .sandbox import MEMORY, SandboxError, run_request
+from .serialization import serialize
 
 WAITING = "not written yet, the course goes on with its own."
 COLOURS = {"right": "green", "wrong": "orange", "unwritten": "grey", "unchecked": "grey", "given": "grey"}
@@ -48,7 +49,7 @@ class NotRight(AssertionError):
 class Check:
     """`add_noise = check("add_noise", add_noise)`: judges an answer, and hands back what to go on with.
 
-    An answer runs in another process, with limits of time and memory: see `helper.py`.
+    An answer runs in another process, with limits of time and memory: see `sandbox.py`.
     """
 
     def __call__(self, name: str, *answers: Callable) -> Any:
@@ -91,10 +92,10 @@ class Check:
         if all(map(not_written, answers)):
             return result("unwritten")
         try:
-            return result(*_judged(exercise, carry.pack(answers), seconds, memory))
+            return result(*_run_tests(exercise, serialize(answers), seconds, memory))
         except ValueError as error:
             return result("unchecked", message=f"It could not be checked: {error}.")
-        except HelperError as error:
+        except SandboxError as error:
             return result("unchecked", message=f"It could not be checked: {error}. Run the cell again.")
 
     @property
@@ -183,13 +184,13 @@ def card(exercise: Exercise, result: Result, told: str = "") -> Card:
     return Card(COLOURS[result.status], title, badge, (said, beyond, help_, told), plain, result.printed)
 
 
-def _judged(exercise: Exercise, answers: bytes, seconds: float | None,
+def _run_tests(exercise: Exercise, answers: bytes, seconds: float | None,
             memory: int) -> tuple[str, int, str, str]:
     """(status, tests passed, message, what was printed in the last test)."""
     request = {"module": exercise.module, "name": exercise.name, "path": [os.path.abspath(one) for one in sys.path],
                "folder": os.getcwd(), "answers": answers, "seconds": seconds, "memory": memory}
     passed, failed, printed = 0, {}, {}
-    for message in ask(request):
+    for message in run_request(request):
         match message:
             case {"printed": text, "test": test}:
                 printed[test] = printed.get(test, "") + text
@@ -200,7 +201,7 @@ def _judged(exercise: Exercise, answers: bytes, seconds: float | None,
     if not failed:
         return "right", passed, "", next(iter(printed.values()), "")
     status = "wrong" if failed["written"] or passed else "unwritten"
-    return status, passed, located(failed["said"], failed["place"]), printed.get(failed["test"], "")
+    return status, passed, located(failed["message"], failed["place"]), printed.get(failed["test"], "")
 
 
 def located(said: str, place: list | None) -> str:

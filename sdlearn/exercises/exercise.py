@@ -25,7 +25,7 @@ REGISTERED: dict[str, "Exercise"] = {}      # by name
 
 @dataclass(frozen=True)
 class Test:
-    """One step of a check: `run` is called with a `Subject` for each name that the exercise asks for."""
+    """One step of a check: `run` is called with a `Answer` for each name that the exercise asks for."""
 
     step: str
     run: Callable[..., None]
@@ -140,9 +140,9 @@ def find(name: str) -> Exercise:
 def exercises() -> list[Exercise]:
     """All exercises of the course, in its order."""
     package = sys.modules[__package__]
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name.startswith("nb"):
-            importlib.import_module(f"{__package__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+        if module.name.startswith(f"{__package__}.nb"):
+            importlib.import_module(module.name)
     return sorted(REGISTERED.values(), key=lambda one: (one.lesson.number, int(one.id.split(".")[1])))
 
 

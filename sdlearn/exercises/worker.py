@@ -1,9 +1,9 @@
-"""The process in which learners' code runs; `helper.py` is its other end.
+"""The process in which learners' code runs; `sandbox.py` is its other end.
 
 It reads requests from its standard input, and writes lines of JSON to what was its standard output:
 
     request     8 bytes, its length; then a pickled dictionary {module, name, path, folder, answers, seconds, memory}
-    answer      {"ready"}, {"printed", "test"}..., {"test", "passed", "said", "written", "place"}..., {"end"}
+    answer      {"ready"}, {"printed", "test"}..., {"test", "passed", "message", "written", "place"}..., {"end"}
 
 Where the system can fork, each test runs in a fork of its own, made from this process, which holds
 PyTorch and has never run it: no thread, no lock, nothing that an earlier test has touched. The fork is
@@ -28,9 +28,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import carry
 from .exercise import find
-from .judge import torch_as_it_was, verdict
+from .serialization import deserialize
+from .testing import run_test, torch_as_it_was
 
 try:
     import resource
@@ -85,11 +85,11 @@ def _attempt(request: dict, index: int, answers: int) -> dict:
     with torch_as_it_was():
         exercise = find(request["name"])
         try:
-            unpacked = carry.unpack(request["answers"])
+            unpacked = deserialize(request["answers"])
         except BaseException as error:
             said = f"It cannot be brought into the check ({type(error).__name__}: {error})."
-            return {"passed": False, "said": said, "written": True, "place": None}
-        return verdict(exercise, unpacked, index)
+            return {"passed": False, "message": said, "written": True, "place": None}
+        return run_test(exercise, unpacked, index)
 
 
 def _forked(request: dict, index: int, seconds: float, requests: int, answers: int) -> dict:
@@ -111,7 +111,7 @@ def _forked(request: dict, index: int, seconds: float, requests: int, answers: i
     try:
         told = json.loads(os.read(result, 2**16))
     except (ValueError, BlockingIOError):               # it ended before it could say anything
-        told = {"passed": False, "said": _ending(status, seconds), "written": True, "place": None}
+        told = {"passed": False, "message": _ending(status, seconds), "written": True, "place": None}
     os.close(result)
     return told
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from sdlearn.exercises.carry import pack, unpack
 from sdlearn.exercises.exercise import find
-from sdlearn.exercises.judge import verdict
+from sdlearn.exercises.serialization import deserialize, serialize
+from sdlearn.exercises.testing import run_test
 
 RIGHT: dict[str, list[Callable]] = {}
 WRONG: dict[str, list[tuple[Callable, str]]] = {}
@@ -40,11 +40,11 @@ def among(name: str, answer: Callable, of: str | None) -> tuple[Callable, ...]:
 def told(name: str, answers: tuple[Callable, ...]) -> tuple[int, str]:
     """(tests passed, what the first that failed said or "") of the answers, carried as into a check, but run here."""
     exercise = find(name)
-    answers = unpack(pack(answers))
+    answers = deserialize(serialize(answers))
     for index in range(len(exercise.tests)):
-        one = verdict(exercise, answers, index)
+        one = run_test(exercise, answers, index)
         if not one["passed"]:
-            return index, one["said"]
+            return index, one["message"]
     return len(exercise.tests), ""
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from sdlearn.exercises.exercise import Lesson
-from sdlearn.exercises.judge import randn, require_shape
+from sdlearn.exercises.testing import randn, require_shape
 from sdlearn.layers import zero_conv
 
 lesson = Lesson(98, "A sample")

@@ -1,0 +1,5 @@
+"""Exercises of notebook 08: Inpainting."""
+
+from ..exercise import Lesson
+
+lesson = Lesson(8, "Inpainting")
