@@ -24,12 +24,13 @@ class Theirs:
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text: CLIPTextModel
+    text_encoder: CLIPTextModel
     tensors: dict[str, torch.Tensor]
 
     def states(self):
         """Names and tensors of each part, in the spelling of ours."""
-        return {"unet": self.unet.state_dict(), "vae": self.vae.state_dict(), "text": text_state(self.text)}
+        return {"unet": self.unet.state_dict(), "vae": self.vae.state_dict(),
+                "text_encoder": text_state(self.text_encoder)}
 
 
 def text_state(text):

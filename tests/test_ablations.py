@@ -174,7 +174,7 @@ def test_drawing_is_the_same_in_batches_and_tells_what_is_not_finite(base, monke
 
 def test_dropout_measures_the_empty_prompt(base):
     unseen = scenes_of_lesson(base, 4, "test")
-    empty = base.text(base.tokenizer("")).hidden.detach()
+    empty = base.text_encoder(base.tokenizer("")).hidden.detach()
 
     def only_empty(x, t, context):
         """Knows the answer where the caption is the empty one, and says zero elsewhere."""
@@ -404,7 +404,8 @@ def test_the_bucket_fine_tunes_start_alike_and_leave_the_base(base):
 
 def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
     plan = SMALL["concept"]
-    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in (base.unet, base.text)]
+    before = [{name: value.clone() for name, value in part.state_dict().items()}
+              for part in (base.unet, base.text_encoder)]
     pixels = to_tensor([one.image for one in concept.images_of("alien", 2, 0)])
     known = concept.asked_of(base, plan.unseen)
     assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
@@ -420,7 +421,7 @@ def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
         assert ("other scenes" in moved) == (name != "textual inversion")       # a word changes nothing without it
         learns[name] = made.learns
     assert learns["textual inversion"] < learns["LoRA"] < learns["DreamBooth"] == learns["DreamBooth, prior kept"]
-    for part, had in zip((base.unet, base.text), before, strict=True):
+    for part, had in zip((base.unet, base.text_encoder), before, strict=True):
         assert all(torch.equal(value, had[name]) for name, value in part.state_dict().items())
     assert "<alien>" not in base.tokenizer.added
 

@@ -38,7 +38,7 @@ from sdlearn.vae import VAE
 
 UNET, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT, VISION = "text_encoder/model.safetensors", "vision/model.safetensors"
-MODULES = ("text", "vae", "unet", "clip")
+MODULES = ("text_encoder", "vae", "unet", "clip")
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +305,8 @@ def test_a_folder_can_be_loaded_in_another_precision(written):
 
 def test_clip_shares_the_text_encoder_that_the_unet_listens_to(written):
     again = load_folder(written)
-    assert again.clip.text_model is again.text
-    assert all(a is b for a, b in zip(again.clip.text_model.parameters(), again.text.parameters(), strict=True))
+    assert again.clip.text_model is again.text_encoder
+    assert all(a is b for a, b in zip(again.clip.text_model.parameters(), again.text_encoder.parameters(), strict=True))
 
 
 def test_loaded_weights_do_not_hang_on_the_file(folder):
@@ -358,11 +358,11 @@ def test_transformers_computes_in_float32_whatever_the_files_are(parts, tmp_path
 
 def test_text_encoders_are_read_in_all_spellings(folder):
     """Without the prefix, as the newest transformers writes; with the positions that the oldest wrote."""
-    wanted = load_folder(folder).text.state_dict()
+    wanted = load_folder(folder).text_encoder.state_dict()
     rewrite(folder / TEXT, lambda tensors: {
         **{name.removeprefix("text_model."): tensor for name, tensor in tensors.items()},
         "text_model.embeddings.position_ids": torch.arange(77)[None]})
-    again = load_folder(folder).text.state_dict()
+    again = load_folder(folder).text_encoder.state_dict()
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 

@@ -33,7 +33,7 @@ def lora(model):
 
 
 def assert_equal_weights(one, other):
-    for name in ("unet", "text"):
+    for name in ("unet", "text_encoder"):
         pairs = zip(getattr(one, name).parameters(), getattr(other, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), name
 
@@ -66,7 +66,7 @@ def test_a_sheet_with_holes_is_told(rows):
 
 def test_the_explorer_asks_every_way_in_its_own_words(model, lora):
     other = copy.copy(model)
-    other.unet, other.text = copy.deepcopy(model.unet), copy.deepcopy(model.text)
+    other.unet, other.text_encoder = copy.deepcopy(model.unet), copy.deepcopy(model.text_encoder)
     explorer = ConceptExplorer({"base": (model, "cat"), "LoRA": (other, "zwx cat")}, "a {} here",
                                lora=("LoRA", lora), steps=2)
     explorer.strength.value, explorer.seed.value = 0.5, 3
@@ -95,7 +95,7 @@ def test_the_explorer_keeps_the_last_rows_and_tells_what_cannot_be(model, monkey
 
 def test_the_lora_is_removed_after_an_error(model, lora, monkeypatch):
     other = copy.copy(model)
-    other.unet, other.text = copy.deepcopy(model.unet), copy.deepcopy(model.text)
+    other.unet, other.text_encoder = copy.deepcopy(model.unet), copy.deepcopy(model.text_encoder)
     explorer = ConceptExplorer({"LoRA": (other, "cat")}, "a {}", lora=("LoRA", lora), steps=1)
     monkeypatch.setattr(other, "text2img", lambda *given, **named: (_ for _ in ()).throw(ValueError("refused")))
     explorer.button.click()

@@ -77,11 +77,12 @@ def test_files_are_of_the_kind_that_their_ending_says(tmp_path):
 def test_diffusers_reads_what_is_saved_and_encodes_the_prompt_alike(folder, tmp_path, ending, count):
     path = save_embedding(tmp_path / f"toy{ending}", Embedding("<toy>", VECTORS[:count]))
     parts = tiny_parts(vision=False)
-    add_embedding(parts.tokenizer, parts.text, load_embedding(path))
+    add_embedding(parts.tokenizer, parts.text_encoder, load_embedding(path))
     prompts = ["a <toy> to the left of a cat", "a <TOY>", "two cars"]
     with torch.no_grad():
-        ours = parts.text(parts.tokenizer(prompts)).hidden
-        plain = parts.text(parts.tokenizer([prompt.lower().replace("<toy>", "toy") for prompt in prompts])).hidden
+        ours = parts.text_encoder(parts.tokenizer(prompts)).hidden
+        known = [prompt.lower().replace("<toy>", "toy") for prompt in prompts]
+        plain = parts.text_encoder(parts.tokenizer(known)).hidden
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     with warnings.catch_warnings():
@@ -95,23 +96,23 @@ def test_diffusers_reads_what_is_saved_and_encodes_the_prompt_alike(folder, tmp_
 
 def test_a_whole_model_with_a_new_word_is_saved_and_opens_in_diffusers(tmp_path):
     parts = tiny_parts(vision=False)
-    add_embedding(parts.tokenizer, parts.text, Embedding("<toy>", torch.randn(120, 16)))
-    parts.config = replace(parts.config, text=parts.text.config)
+    add_embedding(parts.tokenizer, parts.text_encoder, Embedding("<toy>", torch.randn(120, 16)))
+    parts.config = replace(parts.config, text=parts.text_encoder.config)
     folder = save_folder(tmp_path / "tiny", parts)
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     with torch.no_grad():
         theirs, _ = pipe.encode_prompt("two <toy>", "cpu", 1, False)
-        assert (parts.text(parts.tokenizer("two <toy>")).hidden - theirs).abs().max() < 1e-5
+        assert (parts.text_encoder(parts.tokenizer("two <toy>")).hidden - theirs).abs().max() < 1e-5
 
 
 def test_adding_one_s_own_word_again_is_the_same_word(parts, tmp_path):
     ours, other = tiny_parts(vision=False), tiny_parts(vision=False)
-    add_embedding(ours.tokenizer, ours.text, Embedding("<toy>", VECTORS))
-    path = save_embedding(tmp_path / "a.safetensors", read_embedding(ours.tokenizer, ours.text, "<toy>"))
-    add_embedding(other.tokenizer, other.text, load_embedding(path))
+    add_embedding(ours.tokenizer, ours.text_encoder, Embedding("<toy>", VECTORS))
+    path = save_embedding(tmp_path / "a.safetensors", read_embedding(ours.tokenizer, ours.text_encoder, "<toy>"))
+    add_embedding(other.tokenizer, other.text_encoder, load_embedding(path))
     ids = ours.tokenizer("a <toy>")
     assert torch.equal(ids, other.tokenizer("a <toy>"))
-    assert torch.equal(ours.text(ids).hidden, other.text(ids).hidden)
+    assert torch.equal(ours.text_encoder(ids).hidden, other.text_encoder(ids).hidden)
 
 
 # --- damage -----------------------------------------------------------------------------------------
@@ -204,5 +205,5 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
 def test_an_embedding_for_another_model_is_told_with_both_widths(parts, tmp_path):
     path = save_embedding(tmp_path / "a.safetensors", Embedding("<toy>", torch.zeros(1, 768)))
     with pytest.raises(ValueError, match="768 wide.*takes 16"):
-        add_embedding(parts.tokenizer, parts.text, load_embedding(path))
+        add_embedding(parts.tokenizer, parts.text_encoder, load_embedding(path))
     shutil.rmtree(tmp_path)

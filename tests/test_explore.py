@@ -153,7 +153,7 @@ def test_the_diagram_says_the_shapes_that_are(model):
     """Every shape in the figure is that of a tensor of a run, and every tensor of the list is there."""
     config, seen = model.config, {}
     ids = model.tokenizer(["", PROMPT])
-    context = model.text(ids).hidden
+    context = model.text_encoder(ids).hidden
     noise = torch.randn(model.latent_shape(model.checked({})))
     hooks = [module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: tuple(out.shape)}))
              for name, module in (("time", model.unet.time_embedding), ("middle", model.unet.mid_block))]

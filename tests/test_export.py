@@ -17,7 +17,7 @@ from sdlearn import __main__ as cli
 from sdlearn.checkpoint import load, load_folder, save_folder
 from sdlearn.pipeline import SHIPPED, StableDiffusion
 
-PARTS = ("unet", "vae", "text")
+PARTS = ("unet", "vae", "text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_model_becomes_a_folder_that_diffusers_opens(run, written, name):
     ids = pipeline.tokenizer("a red apple", padding="max_length", max_length=77, return_tensors="pt").input_ids
     assert torch.equal(ids, ours.tokenizer(["a red apple"]))
     with torch.no_grad():
-        text = ours.text(ids).hidden
+        text = ours.text_encoder(ids).hidden
         torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state, text, rtol=1e-4, atol=1e-4)
         side = ours.config.latent_size
         x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
@@ -137,7 +137,8 @@ def test_a_published_single_file_becomes_a_folder_that_diffusers_opens(run, tmp_
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in module.state_dict().items())
     ids = pipeline.tokenizer("a red apple", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state, theirs.text(ids).last_hidden_state)
+        torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state,
+                                   theirs.text_encoder(ids).last_hidden_state)
 
 
 # --- refusals ---------------------------------------------------------------------------------------

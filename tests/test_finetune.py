@@ -38,7 +38,7 @@ SIDE = 16
 
 def make(noise=ZERO_SNR) -> SimpleNamespace:
     parts = tiny_parts(noise, vision=False)
-    return SimpleNamespace(tokenizer=parts.tokenizer, text=parts.text, unet=parts.unet, vae=parts.vae,
+    return SimpleNamespace(tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae,
                            schedule=NoiseSchedule(noise), config=parts.config)
 
 
@@ -223,51 +223,52 @@ def test_settings_that_cannot_be_are_refused_at_once(settings, words):
 # --- textual inversion ------------------------------------------------------------------------------
 
 def test_a_grown_table_keeps_its_rows_bits(model):
-    before = model.text.embeddings.token_embedding.weight.detach().clone()
+    before = model.text_encoder.embeddings.token_embedding.weight.detach().clone()
     ids = model.tokenizer("two small green cars")
-    hidden = model.text(ids).hidden
-    grow(model.text, 3)
-    table = model.text.embeddings.token_embedding
+    hidden = model.text_encoder(ids).hidden
+    grow(model.text_encoder, 3)
+    table = model.text_encoder.embeddings.token_embedding
     assert table.weight.shape == (603, 16) and table.num_embeddings == 603 and table.weight.requires_grad
     assert torch.equal(table.weight[:600], before) and not table.weight[600:].any()
-    assert model.text.config.vocab_size == 603
-    assert torch.equal(model.text(ids).hidden, hidden)
+    assert model.text_encoder.config.vocab_size == 603
+    assert torch.equal(model.text_encoder(ids).hidden, hidden)
 
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_grown_table_learns_if_it_did_before(model, learns):
-    model.text.requires_grad_(learns)
-    grow(model.text, 2)
-    assert model.text.embeddings.token_embedding.weight.requires_grad == learns
-    lacking = model.text.config.vocab_size - model.tokenizer.vocab_size
-    add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(lacking + 3, 16)))     # grows it again
-    assert model.text.config.vocab_size == 605
-    assert all(parameter.requires_grad == learns for parameter in model.text.parameters())
+    model.text_encoder.requires_grad_(learns)
+    grow(model.text_encoder, 2)
+    assert model.text_encoder.embeddings.token_embedding.weight.requires_grad == learns
+    lacking = model.text_encoder.config.vocab_size - model.tokenizer.vocab_size
+    add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(lacking + 3, 16)))   # grows it
+    assert model.text_encoder.config.vocab_size == 605
+    assert all(parameter.requires_grad == learns for parameter in model.text_encoder.parameters())
 
 
 def test_an_added_word_is_read_as_its_vectors(model):
     vectors = torch.randn(3, 16)
     known = model.tokenizer.vocab_size
-    ids = add_embedding(model.tokenizer, model.text, Embedding("<Toy>", vectors))
+    ids = add_embedding(model.tokenizer, model.text_encoder, Embedding("<Toy>", vectors))
     assert ids == [known, known + 1, known + 2] == model.tokenizer.encode("<toy>")
-    assert torch.equal(read_embedding(model.tokenizer, model.text, "<toy>").vectors, vectors)
-    assert model.text.config.vocab_size == max(600, known + 3)
-    more = add_embedding(model.tokenizer, model.text, Embedding("<more>", torch.ones(300, 16)))
-    assert model.text.config.vocab_size == more[-1] + 1 == len(model.text.embeddings.token_embedding.weight)
-    assert torch.equal(read_embedding(model.tokenizer, model.text, "<toy>").vectors, vectors)
-    embedded = model.text.embeddings(torch.tensor([ids]))
-    assert torch.equal(embedded[0], vectors + model.text.embeddings.position_embedding.weight[:3])
+    assert torch.equal(read_embedding(model.tokenizer, model.text_encoder, "<toy>").vectors, vectors)
+    assert model.text_encoder.config.vocab_size == max(600, known + 3)
+    more = add_embedding(model.tokenizer, model.text_encoder, Embedding("<more>", torch.ones(300, 16)))
+    table = model.text_encoder.embeddings.token_embedding
+    assert model.text_encoder.config.vocab_size == more[-1] + 1 == len(table.weight)
+    assert torch.equal(read_embedding(model.tokenizer, model.text_encoder, "<toy>").vectors, vectors)
+    embedded = model.text_encoder.embeddings(torch.tensor([ids]))
+    assert torch.equal(embedded[0], vectors + model.text_encoder.embeddings.position_embedding.weight[:3])
 
 
 def test_a_new_word_starts_like_a_known_one(model):
     [cat] = model.tokenizer.encode("cat")
-    embedding = embedding_like(model.tokenizer, model.text, "<toy>", "cat", 2)
-    row = model.text.embeddings.token_embedding.weight[cat]
+    embedding = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat", 2)
+    row = model.text_encoder.embeddings.token_embedding.weight[cat]
     assert torch.equal(embedding.vectors, torch.stack([row, row]))
     with pytest.raises(ValueError, match="'red cat' is 2 tokens, but '<toy>' has 1"):
-        embedding_like(model.tokenizer, model.text, "<toy>", "red cat")
+        embedding_like(model.tokenizer, model.text_encoder, "<toy>", "red cat")
     with pytest.raises(ValueError, match="is 0 tokens"):
-        embedding_like(model.tokenizer, model.text, "<toy>", " ")
+        embedding_like(model.tokenizer, model.text_encoder, "<toy>", " ")
 
 
 @pytest.mark.parametrize("embedding, words", [
@@ -278,11 +279,11 @@ def test_a_new_word_starts_like_a_known_one(model):
     (Embedding("<toy>", torch.full((1, 16), math.nan)), "not finite"),
 ])
 def test_an_embedding_that_does_not_fit_changes_nothing(model, embedding, words):
-    add_embedding(model.tokenizer, model.text, Embedding("<taken>", torch.ones(1, 16)))
-    before, known = bits(model.text)[0], model.tokenizer.vocab_size
+    add_embedding(model.tokenizer, model.text_encoder, Embedding("<taken>", torch.ones(1, 16)))
+    before, known = bits(model.text_encoder)[0], model.tokenizer.vocab_size
     with pytest.raises(ValueError, match=words):
-        add_embedding(model.tokenizer, model.text, embedding)
-    assert not changed(model.text, before) and model.tokenizer.vocab_size == known
+        add_embedding(model.tokenizer, model.text_encoder, embedding)
+    assert not changed(model.text_encoder, before) and model.tokenizer.vocab_size == known
 
 
 def test_vectors_are_rows(model):
@@ -305,33 +306,35 @@ def test_vectors_of_some_tokens_are_exchanged():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_textual_inversion_moves_the_word_s_rows_and_nothing_else(model, count):
-    ids = add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat", count))
-    before = bits(model.text, model.unet, model.vae)
-    table = model.text.embeddings.token_embedding.weight
+    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat", count)
+    ids = add_embedding(model.tokenizer, model.text_encoder, start)
+    before = bits(model.text_encoder, model.unet, model.vae)
+    table = model.text_encoder.embeddings.token_embedding.weight
     first = loss_of(model, images(), "a picture of <toy>")
     for _ in train_embedding(model, "<toy>", images(), steps=30, learning_rate=0.1, batch_size=8):
-        assert model.text.embeddings.token_embedding.weight is table
+        assert model.text_encoder.embeddings.token_embedding.weight is table
     assert loss_of(model, images(), "a picture of <toy>") < 0.98 * first
     others = [row for row in range(len(table)) if row not in ids]
     assert torch.equal(table[others], before[0]["embeddings.token_embedding.weight"][others])
     assert (table[ids] != before[0]["embeddings.token_embedding.weight"][ids]).all()
-    assert changed(model.text, before[0]) == {"embeddings.token_embedding.weight"}
+    assert changed(model.text_encoder, before[0]) == {"embeddings.token_embedding.weight"}
     assert not changed(model.unet, before[1]) and not changed(model.vae, before[2])
-    assert torch.equal(read_embedding(model.tokenizer, model.text, "<toy>").vectors, table[ids])
-    assert table.requires_grad and not model.text.embeddings.token_embedding._forward_hooks
+    assert torch.equal(read_embedding(model.tokenizer, model.text_encoder, "<toy>").vectors, table[ids])
+    assert table.requires_grad and not model.text_encoder.embeddings.token_embedding._forward_hooks
 
 
 def test_rows_without_a_gradient_do_not_move(model):
     """Neither weight decay nor anything else pulls at them: with a silent U-Net, the loss says nothing."""
     torch.nn.init.zeros_(model.unet.conv_out.weight)
-    add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(2, 16)))
+    add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(2, 16)))
     steps = list(train_embedding(model, "<toy>", images(), steps=3, learning_rate=0.1))
     assert steps[-1].gradient_norm == 0
-    assert torch.equal(read_embedding(model.tokenizer, model.text, "<toy>").vectors, torch.ones(2, 16))
+    assert torch.equal(read_embedding(model.tokenizer, model.text_encoder, "<toy>").vectors, torch.ones(2, 16))
 
 
 def test_between_steps_and_after_an_early_stop_the_model_has_the_rows_so_far(model):
-    add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
+    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    add_embedding(model.tokenizer, model.text_encoder, start)
     seen = []
     run = train_embedding(model, "<toy>", images(), steps=50, learning_rate=0.05)
     for step in run:
@@ -346,7 +349,7 @@ def test_between_steps_and_after_an_early_stop_the_model_has_the_rows_so_far(mod
 
 
 def test_a_word_that_no_template_shows_would_not_learn(model):
-    add_embedding(model.tokenizer, model.text, Embedding("<toy>", torch.ones(1, 16)))
+    add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(1, 16)))
     for templates in (["an image"], [], "a cat"):
         with pytest.raises(ValueError, match="templates must be sentences with {}"):
             train_embedding(model, "<toy>", images(), steps=1, templates=templates)
@@ -358,12 +361,12 @@ def test_a_word_that_no_template_shows_would_not_learn(model):
 
 @pytest.mark.parametrize("train_text", [False, True])
 def test_dreambooth_learns_the_image(model, train_text):
-    before = bits(model.text, model.unet, model.vae)
+    before = bits(model.text_encoder, model.unet, model.vae)
     steps = list(train_dreambooth(model, images(), "a zwx cat", steps=40, learning_rate=2e-3, batch_size=4,
                                   train_text=train_text))
     assert falls(steps, 0.9)
     assert len(changed(model.unet, before[1])) > 0.9 * len(before[1])
-    assert bool(changed(model.text, before[0])) == train_text
+    assert bool(changed(model.text_encoder, before[0])) == train_text
     assert not changed(model.vae, before[2])
 
 
@@ -451,12 +454,12 @@ def test_an_inpainting_unet_is_refused_at_once(model):
 
 def test_a_controlnet_learns_and_its_base_keeps_its_bits(model):
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
-    before = bits(model.unet, model.text, model.vae, net)
+    before = bits(model.unet, model.text_encoder, model.vae, net)
     pixels = images(2)
     hints = (pixels > 0).float()
     steps = list(train_controlnet(model, net, pixels, ["a cat", "a car"], hints, steps=40, learning_rate=3e-3))
     assert falls(steps, 0.95)
-    for module, old in zip((model.unet, model.text, model.vae), before, strict=False):
+    for module, old in zip((model.unet, model.text_encoder, model.vae), before, strict=False):
         assert not changed(module, old)
         assert all(p.requires_grad and p.grad is None for p in module.parameters())
     # Behind the zero convolutions, which begin to pass something on after the first step, all of it learns.
@@ -558,13 +561,14 @@ def test_dreambooth_shows_both_kinds_in_one_batch_each_under_its_prompt(model, s
 
 
 def test_a_half_precision_model_learns_words_and_loras_and_says_why_not_more(model):
-    for module in (model.unet, model.text, model.vae):
+    for module in (model.unet, model.text_encoder, model.vae):
         module.to(torch.bfloat16)
-    ids = add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
-    before = model.text.embeddings.token_embedding.weight[ids].clone()
+    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    ids = add_embedding(model.tokenizer, model.text_encoder, start)
+    before = model.text_encoder.embeddings.token_embedding.weight[ids].clone()
     assert all(math.isfinite(step.loss) for step in train_embedding(model, "<toy>", images(), steps=3))
-    assert (model.text.embeddings.token_embedding.weight[ids] != before).any()
-    lora = new_lora(model.unet, model.text)
+    assert (model.text_encoder.embeddings.token_embedding.weight[ids] != before).any()
+    lora = new_lora(model.unet, model.text_encoder)
     assert all(math.isfinite(step.loss) for step in train_lora(model, lora, images(), "a cat", steps=3))
     assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in lora.tensors())
     with pytest.raises(ValueError, match="bfloat16.*load the model in float32"):
@@ -572,7 +576,8 @@ def test_a_half_precision_model_learns_words_and_loras_and_says_why_not_more(mod
 
 
 def by_embedding(model, seed):
-    add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
+    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    add_embedding(model.tokenizer, model.text_encoder, start)
     return train_embedding(model, "<toy>", images(3), steps=4, batch_size=2, seed=seed)
 
 
@@ -582,7 +587,7 @@ def by_dreambooth(model, seed):
 
 
 def by_lora(model, seed):
-    return train_lora(model, new_lora(model.unet, model.text), images(3), "a cat", steps=4, seed=seed)
+    return train_lora(model, new_lora(model.unet, model.text_encoder), images(3), "a cat", steps=4, seed=seed)
 
 
 def by_controlnet(model, seed):

@@ -367,7 +367,7 @@ def other_version(tiny) -> ControlNet:
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_is_told_before_anything_is_computed(tiny, monkeypatch, name, given, told):
     model = tiny.model(name)
-    monkeypatch.setattr(model.text, "forward", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(model.text_encoder, "forward", lambda *_: pytest.fail("computed"))
     swap = {"image": tiny.image(), "mask": tiny.mask()}
     given = {key: swap.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
     if given.get("controls") == "hint of another size":

@@ -27,17 +27,17 @@ def arrays(images):
 
 
 def lora_for(model, seed=0, text=True) -> LoRA:
-    lora = new_lora(model.unet, model.text if text else None, rank=2, seed=seed)
+    lora = new_lora(model.unet, model.text_encoder if text else None, rank=2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     filled = [{name: LowRank(layer.down, torch.randn(layer.up.shape, generator=generator), 2.0)
-               for name, layer in part.items()} for part in (lora.unet, lora.text)]
+               for name, layer in part.items()} for part in (lora.unet, lora.text_encoder)]
     return LoRA(*filled)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------
 
 def test_a_lora_changes_the_image_and_leaves_no_trace(model, tmp_path):
-    before = {name: tensor.clone() for module in (model.unet, model.text)
+    before = {name: tensor.clone() for module in (model.unet, model.text_encoder)
               for name, tensor in module.state_dict().items()}
     plain = arrays(model.text2img(PROMPT, steps=3))
     first = model.add_lora(save_lora(tmp_path / "a.safetensors", lora_for(model)), strength=0.7)
@@ -48,7 +48,7 @@ def test_a_lora_changes_the_image_and_leaves_no_trace(model, tmp_path):
     model.remove_lora(first)
     model.remove_lora(second)
     assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), plain)
-    assert all(torch.equal(before[name], tensor) for module in (model.unet, model.text)
+    assert all(torch.equal(before[name], tensor) for module in (model.unet, model.text_encoder)
                for name, tensor in module.state_dict().items())
     with pytest.raises(SettingsError, match="not merged"):
         model.remove_lora(first)
@@ -89,7 +89,7 @@ def test_an_exchanged_unet_begins_without_loras(model):
         model.remove_lora(lora)
 
 
-@pytest.mark.parametrize("part", ["unet", "text"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_replaced_part_has_no_loras_and_takes_new_ones(model, part):
     """A U-Net or a text encoder; the other part, which stays, keeps the LoRA in its weights."""
     lora = model.add_lora(lora_for(model))
@@ -197,7 +197,7 @@ def test_words_that_cannot_be_are_told(model, embedding, told):
     with pytest.raises(SettingsError, match=told):
         model.add_embedding(embedding)
     assert model.tokenizer.vocab_size == vocabulary
-    assert len(model.text.embeddings.token_embedding.weight) == model.text.config.vocab_size
+    assert len(model.text_encoder.embeddings.token_embedding.weight) == model.text_encoder.config.vocab_size
 
 
 # --- prompts ----------------------------------------------------------------------------------------

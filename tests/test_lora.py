@@ -39,19 +39,19 @@ def unet(parts):
 
 @pytest.fixture
 def text(parts):
-    return copy.deepcopy(parts.text)
+    return copy.deepcopy(parts.text_encoder)
 
 
 @pytest.fixture
 def model(parts, unet, text):
-    return SimpleNamespace(tokenizer=parts.tokenizer, text=text, unet=unet, vae=parts.vae,
+    return SimpleNamespace(tokenizer=parts.tokenizer, text_encoder=text, unet=unet, vae=parts.vae,
                            schedule=NoiseSchedule(ZERO_SNR))
 
 
 def random_lora(unet, text=None, seed=0, rank=3, alpha=None, **targets):
     lora = new_lora(unet, text, rank=rank, alpha=alpha, seed=seed, **targets)
     generator = torch.Generator().manual_seed(seed + 100)
-    for layer in (*lora.unet.values(), *lora.text.values()):
+    for layer in (*lora.unet.values(), *lora.text_encoder.values()):
         layer.up.copy_(torch.randn(layer.up.shape, generator=generator))
     return lora
 
@@ -77,12 +77,12 @@ def test_a_fresh_lora_covers_attention_and_changes_no_bit(unet, text):
     lora = new_lora(unet, text)
     ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
     assert set(lora.unet) == {name for name in layers_of(unet) if name.endswith(ends)}
-    assert set(lora.text) == {f"encoder.layers.{i}.self_attn.{name}" for i in (0, 1)
+    assert set(lora.text_encoder) == {f"encoder.layers.{i}.self_attn.{name}" for i in (0, 1)
                               for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     assert lora.unet[f"{BLOCK}.attn2.to_k"].down.shape == (4, 16)
     before, ids = output(unet), torch.arange(5)[None]
     hidden = text(ids).hidden
-    with attached(unet, lora.unet), attached(text, lora.text):
+    with attached(unet, lora.unet), attached(text, lora.text_encoder):
         assert torch.equal(output(unet), before) and torch.equal(text(ids).hidden, hidden)
     Merged(unet, text).add(lora)
     assert torch.equal(output(unet), before) and torch.equal(text(ids).hidden, hidden)
@@ -310,8 +310,8 @@ def image():
 
 
 def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
-    before = {name: bits(getattr(model, name)) for name in ("unet", "text", "vae")}
-    lora = new_lora(model.unet, model.text, targets=("to_q", "to_v", "to_out.0", "conv1", "proj_in"))
+    before = {name: bits(getattr(model, name)) for name in ("unet", "text_encoder", "vae")}
+    lora = new_lora(model.unet, model.text_encoder, targets=("to_q", "to_v", "to_out.0", "conv1", "proj_in"))
     fresh = [tensor.clone() for tensor in lora.tensors()]
     losses = []
     for step in train_lora(model, lora, image(), "a zwx cat", steps=50, learning_rate=1e-2, batch_size=8):
@@ -324,14 +324,14 @@ def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
     assert all(p.requires_grad for p in model.unet.parameters())
     plain = output(model.unet)
     assert (shown - plain).abs().max() > 0.01
-    merged = Merged(model.unet, model.text)
+    merged = Merged(model.unet, model.text_encoder)
     merged.add(lora)
     assert (output(model.unet) - shown).abs().max() < 3e-6          # of numbers up to 1.5: rounding
     merged.remove(lora)
     model.unet.double()
     with attached(model.unet, lora.unet):
         shown = output(model.unet)
-    Merged(model.unet, model.text).add(lora)
+    Merged(model.unet, model.text_encoder).add(lora)
     assert (output(model.unet) - shown).abs().max() < 1e-12
 
 
@@ -345,7 +345,7 @@ def test_an_early_stop_keeps_what_was_learnt_and_detaches_it(model):
     del step
     assert any(layer.up.any() for layer in lora.unet.values())
     assert torch.equal(output(model.unet), before)
-    assert not lora.text
+    assert not lora.text_encoder
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -366,13 +366,13 @@ def written_by_hand(spelling, unet, text):
     """A file's tensors and, for each layer, what they say: (part, layer) -> (down, up, alpha / r)."""
     lora = random_lora(unet, text, rank=4, targets=["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"])
     tensors, meaning = {}, {}
-    for part, changes in (("unet", lora.unet), ("text", lora.text)):
+    for part, changes in (("unet", lora.unet), ("text_encoder", lora.text_encoder)):
         for index, (layer, change) in enumerate(changes.items()):
             alpha = None
             path = layer if part == "unet" else f"text_model.{layer}"
             match spelling:
                 case "kohya":
-                    name = {"unet": "lora_unet_", "text": "lora_te_"}[part] + path.replace(".", "_")
+                    name = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + path.replace(".", "_")
                     keys = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
                     if index % 3:
                         alpha = 1 + index % 3
@@ -416,11 +416,11 @@ def test_every_spelling_gives_the_libraries_output_with_the_formula_applied_by_h
     save_file(tensors, file) if ending == ".safetensors" else torch.save(tensors, file)
     theirs = {
         "unet": UNet2DConditionModel.from_config(configs.unet_to_dict(unet.config, 8)),
-        "text": CLIPTextModel(CLIPTextConfig(**configs.text_to_dict(text.config))),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**configs.text_to_dict(text.config))),
     }
     theirs["unet"].load_state_dict(unet.state_dict())
-    prefix = "text_model." if any(key.startswith("text_model.") for key in theirs["text"].state_dict()) else ""
-    theirs["text"].load_state_dict({f"{prefix}{name}": tensor for name, tensor in text.state_dict().items()})
+    prefix = "text_model." if any(key.startswith("text_model.") for key in theirs["text_encoder"].state_dict()) else ""
+    theirs["text_encoder"].load_state_dict({f"{prefix}{name}": tensor for name, tensor in text.state_dict().items()})
     ids = torch.tensor([[1, 2, 3, 4]])
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 16)
     plain = unet(x, t, context), text(ids).hidden
@@ -432,7 +432,7 @@ def test_every_spelling_gives_the_libraries_output_with_the_formula_applied_by_h
     Merged(unet, text).add(load_lora(file, unet, text), strength=0.8)
     ours = unet(x, t, context), text(ids).hidden
     with torch.no_grad():
-        wanted = theirs["unet"].eval()(x, t, context).sample, theirs["text"].eval()(ids).last_hidden_state
+        wanted = theirs["unet"].eval()(x, t, context).sample, theirs["text_encoder"].eval()(ids).last_hidden_state
     for mine, other, before in zip(ours, wanted, plain, strict=True):
         assert (mine - other).abs().max() < 1e-5
         assert (mine - before).abs().max() > 0.01
@@ -443,7 +443,7 @@ def test_every_spelling_gives_the_libraries_output_with_the_formula_applied_by_h
 def test_what_is_saved_is_loaded(unet, text, tmp_path, spelling, alpha):
     lora = random_lora(unet, text, rank=4, alpha=alpha, targets=["to_q", "to_out.0", "conv2", "proj_out"])
     again = load_lora(save_lora(tmp_path / "new" / "a.safetensors", lora, spelling=spelling), unet, text)
-    for part in ("unet", "text"):
+    for part in ("unet", "text_encoder"):
         ours, theirs = getattr(lora, part), getattr(again, part)
         assert ours.keys() == theirs.keys()
         for name, change in ours.items():
@@ -466,7 +466,8 @@ def test_peft_s_settings_in_the_header_give_alpha(unet, text, tmp_path):
                 "text_encoder.lora_alpha": 8, "text_encoder.use_rslora": True}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
     lora = load_lora(tmp_path / "a.safetensors", unet, text)
-    assert (lora.unet[own].scale, lora.unet[other].scale, lora.text[TEXT_LAYER].scale) == (2 / 4, 8 / 4, 8 / 4**0.5)
+    scales = lora.unet[own].scale, lora.unet[other].scale, lora.text_encoder[TEXT_LAYER].scale
+    assert scales == (2 / 4, 8 / 4, 8 / 4**0.5)
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="a.safetensors has lora_adapter_metadata.*no JSON"):
         load_lora(tmp_path / "a.safetensors", unet, text)

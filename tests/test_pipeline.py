@@ -344,7 +344,7 @@ def test_models_that_store_no_settings_have_stable_diffusions(model):
     ({"step": 20}, "no setting 'step'; the settings are steps,"),
 ], ids=str)
 def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch, wrong, told):
-    monkeypatch.setattr(model.text, "forward", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(model.text_encoder, "forward", lambda *_: pytest.fail("computed"))
     with pytest.raises(SettingsError) as caught:
         model.steps(PROMPT, **wrong)        # at the call, not at the first step
     assert told in str(caught.value)

@@ -38,7 +38,7 @@ from sdlearn.checkpoint import single as single_module
 from sdlearn.config import PRESETS, NoiseConfig
 from sdlearn.pipeline import SHIPPED
 
-PARTS = ("unet", "vae", "text")
+PARTS = ("unet", "vae", "text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_an_sd_1_file_gives_the_tensors_and_numbers_of_the_libraries(older, old_
     assert config.text == replace(PRESETS["sd15"].text, layers=2, mlp_dim=48, vocab_size=VOCABULARY)
     assert parts.tokenizer.pad_with_end and parts.clip is None and parts.world is None
     ids = parts.tokenizer(["a red apple"])
-    text = parts.text(ids).hidden
-    torch.testing.assert_close(text, older.text(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+    text = parts.text_encoder(ids).hidden
+    torch.testing.assert_close(text, older.text_encoder(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(parts.unet(x, 500, text), older.unet(x, 500, text).sample, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(parts.vae.decode(x), older.vae.decode(x).sample, rtol=1e-4, atol=1e-4)
@@ -130,8 +130,8 @@ def test_an_sd_2_file_gives_the_tensors_and_numbers_of_the_libraries(newer, word
     assert (parts.config.noise.prediction, parts.config.image_size) == (prediction, side)
     assert not parts.tokenizer.pad_with_end and not parts.config.text.pad_with_end
     ids = parts.tokenizer(["a red apple"])
-    text = parts.text(ids).hidden
-    torch.testing.assert_close(text, newer.text(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+    text = parts.text_encoder(ids).hidden
+    torch.testing.assert_close(text, newer.text_encoder(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(parts.unet(x, 500, text), newer.unet(x, 500, text).sample, rtol=1e-4, atol=1e-4)
 
@@ -149,11 +149,12 @@ def test_an_sd_2_file_without_a_prediction_is_refused_before_a_tensor_is_read(ne
 def test_text_encoders_are_told_by_their_keys(older, newer, words, tmp_path, prefix):
     for theirs, prediction in ((older, None), (newer, "epsilon")):
         tensors = {name: one for name, one in theirs.tensors.items() if not name.startswith((HF, OPEN_CLIP))}
-        there = {f"cond_stage_model.transformer.{prefix}{name}": one for name, one in text_state(theirs.text).items()}
+        there = {f"cond_stage_model.transformer.{prefix}{name}": one
+                 for name, one in text_state(theirs.text_encoder).items()}
         positions = {f"cond_stage_model.transformer.{prefix}embeddings.position_ids": torch.arange(77)[None]}
         save_file(tensors | there | positions, tmp_path / "model.safetensors")
         parts = load_single(tmp_path / "model.safetensors", prediction=prediction, tokenizer=words)
-        same(parts.text.state_dict(), text_state(theirs.text))
+        same(parts.text_encoder.state_dict(), text_state(theirs.text_encoder))
         assert parts.config.text.activation == ("quick_gelu" if theirs is older else "gelu")
 
 
@@ -328,7 +329,7 @@ def test_what_tensors_cannot_tell_is_written_beside_them(config, tmp_path):
     again = load_single(file)
     assert again.config == parts.config and again.world == parts.world
     same_parts(again, parts)
-    assert again.clip.text_model is again.text
+    assert again.clip.text_model is again.text_encoder
     assert again.tokenizer.encode("a red appletree!") == parts.tokenizer.encode("a red appletree!")
     assert again.tokenizer.pad_with_end == config.text.pad_with_end
     names = load_file(file)

@@ -53,7 +53,7 @@ def test_each_of_the_other_texts_is_read_as_before(model):
 
 def test_it_changes_what_reads_the_text_and_has_the_rank(model):
     lora = word_swap(model, OLD, NEW, [], rank=3)
-    assert lora.unet and not lora.text and all(name.endswith(READERS) for name in lora.unet)
+    assert lora.unet and not lora.text_encoder and all(name.endswith(READERS) for name in lora.unet)
     assert {change.rank for change in lora.unet.values()} == {3}
 
 

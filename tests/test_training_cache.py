@@ -24,12 +24,12 @@ def parts():
 
 def make(parts, folder, *, vae=None, text=None, tokenizer=None, **options):
     options = {"world": CORE, "image_size": 128, "capacity": 7, "first": 0} | options
-    return LatentCache(folder, vae or parts.vae, text or parts.text, tokenizer or parts.tokenizer, **options)
+    return LatentCache(folder, vae or parts.vae, text or parts.text_encoder, tokenizer or parts.tokenizer, **options)
 
 
 def holds(cache, seeds, parts):
     """Whether row i holds the scene of seeds[i]."""
-    wanted = encoded([scene(seed, world=CORE) for seed in seeds], parts.vae, parts.text, parts.tokenizer)
+    wanted = encoded([scene(seed, world=CORE) for seed in seeds], parts.vae, parts.text_encoder, parts.tokenizer)
     found = cache.take(np.arange(len(seeds)))
     return all(torch.allclose(one, another, atol=0.01) for one, another in zip(found, wanted, strict=True))
 
@@ -55,8 +55,8 @@ def test_processes_learn_from_scenes_of_their_own(parts, tmp_path, monkeypatch):
     seen, recipes = [], []
     for process in (0, 1, 2):
         monkeypatch.setitem(vars(PartialState()), "process_index", process)
-        recipe = UNetRecipe(parts.config, parts.vae, parts.text, parts.tokenizer, tmp_path, batch_size=2, fresh=2,
-                            first=0, capacity=4)
+        recipe = UNetRecipe(parts.config, parts.vae, parts.text_encoder, parts.tokenizer, tmp_path, batch_size=2,
+                            fresh=2, first=0, capacity=4)
         for _ in range(3):
             recipe.batch(torch.Generator().manual_seed(0))
         seen.append(recipe.cache.seeds(np.arange(4)).tolist())
@@ -79,8 +79,8 @@ def changes(parts):
     return {
         "first layer of the autoencoder": {"vae": changed(parts.vae, "encoder.conv_in.weight")},
         "last layer of the encoder": {"vae": changed(parts.vae, "encoder.conv_out.bias")},
-        "token embedding": {"text": changed(parts.text, "embeddings.token_embedding.weight")},
-        "last norm of the text encoder": {"text": changed(parts.text, "final_layer_norm.bias")},
+        "token embedding": {"text": changed(parts.text_encoder, "embeddings.token_embedding.weight")},
+        "last norm of the text encoder": {"text": changed(parts.text_encoder, "final_layer_norm.bias")},
         "vocabulary": {"tokenizer": Tokenizer.train(texts, parts.tokenizer.vocab_size - 5)},
         "world": {"world": replace(CORE, pair=0.0)}, "capacity": {"capacity": 8},
     }
@@ -107,8 +107,8 @@ def test_a_cache_is_regenerated_when_captions_are_worded_in_another_way(parts, t
 
 def test_the_shuffled_caption_gap_of_a_run_is_of_unseen_scenes(parts, tmp_path):
     """Of the test split in the run's world, whatever the run has learnt from."""
-    recipe = UNetRecipe(parts.config, parts.vae, parts.text, parts.tokenizer, tmp_path, first=0, capacity=4)
+    recipe = UNetRecipe(parts.config, parts.vae, parts.text_encoder, parts.tokenizer, tmp_path, first=0, capacity=4)
     drawn = [scene(seed, "test", CORE) for seed in range(3)]
-    wanted = listening(parts.unet, recipe.schedule, *encoded(drawn, parts.vae, parts.text, parts.tokenizer))
+    wanted = listening(parts.unet, recipe.schedule, *encoded(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
     assert recipe.listening(parts.unet, count=3) == pytest.approx(wanted, rel=1e-5)
     assert wanted["right@700"] != wanted["wrong@700"]

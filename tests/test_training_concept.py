@@ -46,7 +46,7 @@ def model(config, run, tmp_path):
 @pytest.mark.parametrize("stage", ["word", "lora"])
 def test_what_learns_learns_and_everything_else_keeps_its_bits(config, run, stage):
     recipe = stages.STAGES[stage].make(config, run)
-    frozen = {name: value.clone() for part in (recipe.unet, recipe.text, recipe.vae)
+    frozen = {name: value.clone() for part in (recipe.unet, recipe.text_encoder, recipe.vae)
               for name, value in part.state_dict().items()}
     batch = recipe.batch(torch.Generator().manual_seed(0))
     optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-2)
@@ -58,9 +58,9 @@ def test_what_learns_learns_and_everything_else_keeps_its_bits(config, run, stag
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 1e-4
-    for part in (recipe.unet, recipe.text, recipe.vae):
+    for part in (recipe.unet, recipe.text_encoder, recipe.vae):
         assert all(torch.equal(value, frozen[name]) for name, value in part.state_dict().items())
-    assert all(one.grad is None for part in (recipe.unet, recipe.text) for one in part.parameters())
+    assert all(one.grad is None for part in (recipe.unet, recipe.text_encoder) for one in part.parameters())
     figures, pixels, prompts = recipe.looked_at(recipe.model, count=1)
     assert set(figures) == {"fidelity", "fidelity elsewhere", "class kept"} and len(pixels) == len(prompts) == 3
     assert all(0 <= value <= 1 for value in figures.values())
@@ -117,7 +117,7 @@ def test_figures_are_of_images_that_the_averaged_weights_draw(recipes, monkeypat
 
     def outputs(prompts):
         with torch.no_grad():
-            context = recipe.text(recipe.tokenizer([prompts[0]])).hidden
+            context = recipe.text_encoder(recipe.tokenizer([prompts[0]])).hidden
             return recipe.unet(torch.ones(1, 4, 16, 16), torch.tensor([500]), context)
 
     found = []
@@ -157,7 +157,7 @@ def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, mo
     assert set(figures) == {"word", "lora"}
     found = load_concept(model)
     assert found.word.token == concept.WORD and torch.equal(found.word.vectors, learnt["word"].vectors)
-    assert found.lora.unet.keys() == learnt["lora"].unet.keys() and not found.lora.text
+    assert found.lora.unet.keys() == learnt["lora"].unet.keys() and not found.lora.text_encoder
     for name, change in learnt["lora"].unet.items():
         torch.testing.assert_close(found.lora.unet[name].delta(), change.delta())
     assert found.told["thing"] == concept.THING and found.told["lora"]["training"]["step"] == 2
@@ -190,13 +190,13 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
         load_concept(model)
     save_concept(model, a_concept(model))
     assert adapters.ship_adapters(config, run, model, count=1) == {} and load_concept(model).told["thing"] == "alien"
-    for part in ("unet", "text"):
+    for part in ("unet", "text_encoder"):
         save_concept(model, a_concept(model))
         parts = load_folder(model)
         with torch.no_grad():
             next(getattr(parts, part).parameters()).add_(0.5)
         save_folder(model, parts, dtype=torch.float16)
-        name = {"unet": "U-Net", "text": "text encoder"}[part]
+        name = {"unet": "U-Net", "text_encoder": "text encoder"}[part]
         with pytest.raises(CheckpointError, match=f"another base than the one in .*: the {name} is not the same"):
             load_concept(model)
         assert adapters.ship_adapters(config, run, model, count=1) == {} and not (model / CONCEPT).exists()

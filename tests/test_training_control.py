@@ -465,7 +465,7 @@ def test_moments_are_those_of_every_layers_inputs(config, run, stage):
     texts = []
     for i in range(6):
         drawn = [scene(10**6 + 4 * i + j, world=CORE) for j in range(4)]
-        texts += [recipe.empty, recipe.text(recipe.tokenizer([one.caption for one in drawn[1:]])).hidden]
+        texts += [recipe.empty, recipe.text_encoder(recipe.tokenizer([one.caption for one in drawn[1:]])).hidden]
     tokens = torch.cat(texts).flatten(0, 1)
     readers = [name for name in found if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
     assert readers
@@ -670,7 +670,7 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
 
 def drawn_by(recipe, network, prompts):
     """An image for each prompt of one pass of a network over noise, uint8 (B, 128, 128, 3)."""
-    context = recipe.text(recipe.tokenizer(prompts)).hidden
+    context = recipe.text_encoder(recipe.tokenizer(prompts)).hidden
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return to_images(network(noise, 500, context)[:, :3].repeat_interleave(

@@ -82,7 +82,7 @@ def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, 
     drawn = [scene(seed, split, base.world) for seed in seeds]
     latents = [base.vae.to_latent(to_tensor([laid_out(one, size) for one in drawn[first:first + 16]]).to(base.device))
                for first in range(0, len(drawn), 16)]
-    return torch.cat(latents), base.text(base.tokenizer([one.caption for one in drawn]).to(base.device)).hidden
+    return torch.cat(latents), base.text_encoder(base.tokenizer([one.caption for one in drawn]).to(base.device)).hidden
 
 
 # --- training -------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
     count = len(sizes)
     parts = [material(base, range(i, plan.scenes, count), "train", size) for i, size in enumerate(sizes)]
     with torch.no_grad():
-        empty = base.text(base.tokenizer("").to(base.device)).hidden                            # (1, M, T)
+        empty = base.text_encoder(base.tokenizer("").to(base.device)).hidden                            # (1, M, T)
 
     def loss(generator: torch.Generator) -> Tensor:
         bucket = int(torch.randint(count, (1,), generator=generator))

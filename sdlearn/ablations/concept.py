@@ -56,8 +56,8 @@ def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
     own = own_copy(base)
     start = CLASS.split()[-1]
     count = len(own.tokenizer.encode(start))            # one; more only for a vocabulary that has no such word
-    vectors = embedding_like(own.tokenizer, own.text, WORD, start, count)
-    add_embedding(own.tokenizer, own.text, vectors)
+    vectors = embedding_like(own.tokenizer, own.text_encoder, WORD, start, count)
+    add_embedding(own.tokenizer, own.text_encoder, vectors)
     run = train_embedding(own, WORD, pixels, steps=plan.steps, learning_rate=RATES["word"], templates=SENTENCES,
                           batch_size=plan.batch, seed=plan.seed)
     return Way(own, WORD, run, vectors.vectors.numel())
@@ -89,7 +89,7 @@ WAYS = {"textual inversion": by_word, "LoRA": by_lora, "DreamBooth": partial(by_
 def own_copy(base: Base) -> Base:
     """The base with a U-Net, a text encoder and a tokenizer that may change."""
     parts = base.parts
-    return Base(replace(parts, unet=copy.deepcopy(parts.unet), text=copy.deepcopy(parts.text),
+    return Base(replace(parts, unet=copy.deepcopy(parts.unet), text_encoder=copy.deepcopy(parts.text_encoder),
                         tokenizer=copy.deepcopy(parts.tokenizer)), base.measures)
 
 
@@ -121,7 +121,8 @@ def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
     sets = {"images that taught": images_of(THING, TAUGHT, 0), "unseen images": images_of(THING, count, 100),
             "class": images_of(CLASS, count, 200),
             "other scenes": [scene(seed, "test", base.world) for seed in range(2 * count)]}
-    return {name: (drawn, encoded(drawn, base.vae, base.text, base.tokenizer)[0]) for name, drawn in sets.items()}
+    return {name: (drawn, encoded(drawn, base.vae, base.text_encoder, base.tokenizer)[0])
+            for name, drawn in sets.items()}
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def losses(base: Base, way: Way, plan: Plan) -> dict[str, float]:
     model, found = way.model, {}
     for name, (drawn, latents) in asked_of(base, plan.unseen).items():
         texts = [one.caption.replace(f"a {THING} ", f"a {way.words} ") for one in drawn]
-        contexts = model.text(model.tokenizer(texts).to(model.device)).hidden              # (B, M, T)
+        contexts = model.text_encoder(model.tokenizer(texts).to(model.device)).hidden              # (B, M, T)
         each = [F.mse_loss(model.unet(noisy, t, contexts), target) for noisy, t, target in
                 (noised(latents, step, model.schedule) for step in TIMESTEPS)]
         found[name] = float(torch.stack(each).mean())

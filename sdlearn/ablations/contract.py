@@ -73,8 +73,8 @@ class Base:
         return self.parts.tokenizer
 
     @property
-    def text(self):
-        return self.parts.text
+    def text_encoder(self):
+        return self.parts.text_encoder
 
     @property
     def vae(self):

@@ -43,7 +43,7 @@ def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, s
         some = list(texts[first:first + AT_ONCE])
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
         noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(base.device)  # (B, C, h, w)
-        context = base.text(base.tokenizer([*some, ""]).to(base.device)).hidden                         # (B + 1, M, T)
+        context = base.text_encoder(base.tokenizer([*some, ""]).to(base.device)).hidden                 # (B + 1, M, T)
         denoise = predict_x0(unet, base.schedule, context[:-1], context[-1:], scale=guidance)
         *_, last = get_sampler(sampler)(denoise, noise, grid, base.schedule, generator=generators)
         if not bool(last.x.isfinite().all()):

@@ -33,7 +33,7 @@ def readings(base: Base, plan: Plan, share: float):
 def heard(base: Base, unseen: Material, unet, step: int = 700) -> dict[str, float]:
     """Losses on unseen scenes with the right captions, with those of others, and with the empty one."""
     noisy, t, target = noised(unseen.latents, step, base.schedule)
-    empty = base.text(base.tokenizer("").to(base.device)).hidden.expand_as(unseen.contexts)          # (B, M, T)
+    empty = base.text_encoder(base.tokenizer("").to(base.device)).hidden.expand_as(unseen.contexts)          # (B, M, T)
     return {**listening(unet, base.schedule, unseen.latents, unseen.contexts),
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 

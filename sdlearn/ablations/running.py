@@ -102,7 +102,7 @@ def step_seconds(variant: Variant, tries: int = 4) -> float:
 def fingerprint(base: Base) -> str:
     """Of the weights that an ablation builds on."""
     digest = hashlib.sha256()
-    for module in (base.unet, base.vae, base.text):
+    for module in (base.unet, base.vae, base.text_encoder):
         for tensor in module.state_dict().values():
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

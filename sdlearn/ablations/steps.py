@@ -65,7 +65,8 @@ def afford(base: Base, plan: Plan, minutes: float) -> Plan:
     """As many prompts as `minutes` allow, at least one of each kind; where even that is too much, fewer counts."""
     asked = base.measures.ask(base.world, 1)
     latent = torch.zeros(2 * len(asked), base.unet.config.in_channels, base.cells, base.cells, device=base.device)
-    context = torch.zeros(len(latent), base.text.config.length, base.text.config.dim, device=base.device)
+    text = base.text_encoder.config
+    context = torch.zeros(len(latent), text.length, text.dim, device=base.device)
     seconds = []
     with torch.no_grad():
         for _ in range(4):

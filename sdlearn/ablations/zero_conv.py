@@ -93,7 +93,7 @@ def losses(base: Base, plan: Plan, net: ControlNet) -> dict[str, float]:
 @lru_cache(maxsize=4)
 def unseen_latents(base: Base, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (B, C, h, w) and text features (B, M, T) of the unseen scenes."""
-    return encoded(drawn_scenes(base, count, "test")[0], base.vae, base.text, base.tokenizer)
+    return encoded(drawn_scenes(base, count, "test")[0], base.vae, base.text_encoder, base.tokenizer)
 
 
 def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:

@@ -170,7 +170,7 @@ def prepared(race: Race, rung: Rung, model: StableDiffusion, noise: Tensor) -> R
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        beside = torch.cuda.memory_allocated() - sum(p.nbytes for part in (model.text, model.unet, model.vae)
+        beside = torch.cuda.memory_allocated() - sum(p.nbytes for part in (model.text_encoder, model.unet, model.vae)
                                                      for p in part.parameters())
     latents = paint(noise)
     memory = torch.cuda.max_memory_allocated() - beside if gpu else None

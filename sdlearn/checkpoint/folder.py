@@ -42,11 +42,11 @@ DIFFUSERS_VERSION = "0.36.0"        # the oldest whose classes take all the keys
 
 @dataclass
 class Parts:
-    """The parts of a model, in memory. `clip` shares its text encoder with `text`."""
+    """The parts of a model, in memory. `clip` shares `text_encoder`."""
 
     config: ModelConfig
     tokenizer: Tokenizer
-    text: TextEncoder
+    text_encoder: TextEncoder
     vae: VAE
     unet: UNet
     clip: CLIP | None = None
@@ -93,7 +93,7 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
         write_tensors(beside / "unet" / DIFFUSERS_FILE, parts.unet.state_dict(), dtype)
         write_tensors(beside / "vae" / DIFFUSERS_FILE, parts.vae.state_dict(), dtype)
         # With the prefix, which every version of transformers reads; without it, only the newest.
-        text = {f"text_model.{name}": tensor for name, tensor in parts.text.state_dict().items()}
+        text = {f"text_model.{name}": tensor for name, tensor in parts.text_encoder.state_dict().items()}
         write_tensors(beside / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
         if parts.clip is not None:
             write_tensors(beside / "vision" / TRANSFORMERS_FILE, beside_text(parts.clip.state_dict()), dtype)

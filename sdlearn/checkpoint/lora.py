@@ -33,7 +33,7 @@ PEFT = re.compile(r"(?P<layer>.+)\.(?P<what>lora_[AB]|lora\.down|lora\.up|lora_l
 OLD = re.compile(r"(?P<layer>.+?)(?:\.processor)?\.to_(?P<target>q|k|v|out)_lora\.(?P<what>down|up)\.weight")
 ALPHA = re.compile(r"(?P<layer>.+)\.(?P<what>alpha)")
 OLD_TARGETS = {"unet": {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
-               "text": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}}
+               "text_encoder": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}}
 DOWN = ("lora_down.weight", "lora_A", "lora.down", "lora_linear_layer.down", "down")
 METADATA = "lora_adapter_metadata"      # in a header: PEFT's settings, as JSON
 
@@ -47,12 +47,12 @@ def load_lora(file: str | Path, unet: nn.Module, text: nn.Module) -> LoRA:
     """
     file = Path(file)
     check_small(file)
-    modules = {"unet": unet, "text": text}
+    modules = {"unet": unet, "text_encoder": text}
     with stored(file) as there:
         keys = _understood(file, list(there.shapes), modules)
         tensors = {key: _copied(file, key, there.read(key), what) for key, (_, _, what) in keys.items()}
         settings = _settings(file, there.metadata)
-    grouped: dict[str, dict[str, dict[str, Tensor]]] = {"unet": defaultdict(dict), "text": defaultdict(dict)}
+    grouped: dict[str, dict[str, dict[str, Tensor]]] = {"unet": defaultdict(dict), "text_encoder": defaultdict(dict)}
     for key, (part, layer, what) in keys.items():
         if what in grouped[part][layer]:
             raise CheckpointError(f"{file} holds two {what} for layer '{layer}', the second being '{key}'; "
@@ -88,8 +88,8 @@ def _understood(file: Path, keys: list[str], modules: dict[str, nn.Module]) -> d
     known, strange = {}, []
     for key in keys:
         if match := KOHYA.fullmatch(key):
-            part = "unet" if match["part"] == "unet" else "text"
-            layer = match["layer"].removeprefix("text_model_") if part == "text" else match["layer"]
+            part = "unet" if match["part"] == "unet" else "text_encoder"
+            layer = match["layer"].removeprefix("text_model_") if part == "text_encoder" else match["layer"]
             known[key] = part, by_underscores[part].get(layer, layer), _kind(match["what"])
         elif match := OLD.fullmatch(key) or PEFT.fullmatch(key) or ALPHA.fullmatch(key):
             part, layer = _place(match["layer"])
@@ -113,7 +113,7 @@ def _place(path: str) -> tuple[str, str]:
     """Part and layer of a path with dots; without a part's name it is the U-Net's."""
     path = path.removeprefix("base_model.model.")
     if path.startswith("text_encoder."):
-        return "text", path.removeprefix("text_encoder.").removeprefix("text_model.")
+        return "text_encoder", path.removeprefix("text_encoder.").removeprefix("text_model.")
     return "unet", path.removeprefix("unet.")
 
 
@@ -142,7 +142,7 @@ def _settings(file: Path, metadata: dict[str, str]) -> dict:
 
 def _alpha(settings: dict, part: str, layer: str, rank: int) -> float | None:
     """The alpha that PEFT's settings give a layer, or None. With its use_rslora the scale is alpha / sqrt(r)."""
-    prefix = "text_encoder." if part == "text" else "unet."
+    prefix = "text_encoder." if part == "text_encoder" else "unet."
     patterns = settings.get(f"{prefix}alpha_pattern") or {}
     own = [alpha for name, alpha in patterns.items() if f".{layer}".endswith(f".{name.removeprefix('text_model.')}")]
     alpha = own[0] if own else settings.get(f"{prefix}lora_alpha")
@@ -164,7 +164,7 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} does not end in .safetensors, the only format that LoRAs are written in.")
     tensors = {}
-    for part, changes in (("unet", lora.unet), ("text", lora.text)):
+    for part, changes in (("unet", lora.unet), ("text_encoder", lora.text_encoder)):
         for layer, change in changes.items():
             tensors |= _spelled(part, layer, change, spelling)
     if not tensors:
@@ -176,15 +176,15 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
 
 
 def _spelled(part: str, layer: str, change: LowRank, spelling: str) -> dict[str, Tensor]:
-    path = f"text_model.{layer}" if part == "text" else layer
+    path = f"text_model.{layer}" if part == "text_encoder" else layer
     if spelling == "kohya":
-        name = ("lora_te_" if part == "text" else "lora_unet_") + path.replace(".", "_")
+        name = ("lora_te_" if part == "text_encoder" else "lora_unet_") + path.replace(".", "_")
         alpha = torch.tensor(float(change.rank if change.alpha is None else change.alpha))
         return {f"{name}.lora_down.weight": change.down, f"{name}.lora_up.weight": change.up, f"{name}.alpha": alpha}
-    name = ("text_encoder." if part == "text" else "unet.") + path
+    name = ("text_encoder." if part == "text_encoder" else "unet.") + path
     if spelling == "peft":
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
     else:
-        middle = "lora_linear_layer" if part == "text" else "lora"
+        middle = "lora_linear_layer" if part == "text_encoder" else "lora"
         down, up = f"{name}.{middle}.down.weight", f"{name}.{middle}.up.weight"
     return {down: change.down, up: change.scale * change.up}

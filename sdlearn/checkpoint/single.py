@@ -67,11 +67,11 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
     for part, module in modules.items():
         mine = {name: tensor for (owner, name), tensor in tensors.items() if owner == part}
         if part == "clip":
-            module.text_model = modules["text"]
+            module.text_model = modules["text_encoder"]
             mine = {**module.state_dict(keep_vars=True), **mine}
         module.load_state_dict(mine, strict=True, assign=True)
         module.eval()
-    return Parts(config, own, modules["text"], modules["vae"], modules["unet"], modules.get("clip"), world)
+    return Parts(config, own, modules["text_encoder"], modules["vae"], modules["unet"], modules.get("clip"), world)
 
 
 def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -84,7 +84,7 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
     file = Path(file).absolute()
     if file.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{file} does not end in .safetensors; single files are written as such.")
-    text, modules = parts.config.text, {"text": parts.text, "vae": parts.vae, "unet": parts.unet}
+    text, modules = parts.config.text, {"text_encoder": parts.text_encoder, "vae": parts.vae, "unet": parts.unet}
     if parts.clip is not None:
         modules["clip"] = parts.clip
     older = text.activation == "quick_gelu" and text.pad_with_end
@@ -123,7 +123,7 @@ def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cp
 def empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts without any weights, on the meta device."""
     with torch.device("meta"):
-        modules = {"text": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
+        modules = {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
         return modules | ({"clip": CLIP(config.text, config.vision)} if config.vision else {})
 
 
@@ -131,7 +131,7 @@ def places_of(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str],
     """The place of each tensor by (part, our name), when the text encoder lies under the prefix `text`."""
     tables = {
         "unet": (detect.UNET, unet_places), "vae": (detect.VAE, vae_places),
-        "text": (text, open_clip_places if text == detect.OPEN_CLIP_TEXT else same_places),
+        "text_encoder": (text, open_clip_places if text == detect.OPEN_CLIP_TEXT else same_places),
         "clip": (VISION, lambda names: same_places(beside_text(dict.fromkeys(names)))),
     }
     return {(part, name): place._replace(name=tables[part][0] + place.name)

@@ -201,7 +201,7 @@ class UNetBreaker(WithStill):
     def look(self, scene: int, t: int, *, time: float | None = None, skips=(), silent=()) -> tuple[list, list[str]]:
         """Four images and their captions."""
         model = self.model
-        latent, context = encoded([self.scenes[scene]], model.vae, model.text, model.tokenizer)
+        latent, context = encoded([self.scenes[scene]], model.vae, model.text_encoder, model.tokenizer)
         x, step, target = noised(latent, t, model.schedule)
         whole = model.unet(x, step, context)
         with altered(model.unet, time=time, skips=skips, silent=silent):

@@ -60,4 +60,4 @@ def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, cap
         return diffusion_loss(controlled, model.schedule, x0, encode_frozen(model, prompts), generator)
 
     return train(net.parameters(), loss, steps=steps, learning_rate=learning_rate,
-                 models=(model.unet, model.text, net), warmup=warmup, seed=seed)
+                 models=(model.unet, model.text_encoder, net), warmup=warmup, seed=seed)

@@ -85,6 +85,6 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
         x0 = [part[draw_rows(len(part), batch_size, generator)] for part in latents()]
         return dreambooth_loss(model.unet, model.schedule, x0, context, generator, prior_weight)
 
-    parameters = [*model.unet.parameters(), *(model.text.parameters() if train_text else ())]
-    return train(parameters, loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text),
+    parameters = [*model.unet.parameters(), *(model.text_encoder.parameters() if train_text else ())]
+    return train(parameters, loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text_encoder),
                  warmup=warmup, seed=seed)

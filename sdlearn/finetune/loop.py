@@ -155,8 +155,8 @@ def draw_timesteps(count: int, schedule: NoiseSchedule, generator: torch.Generat
 
 def encode_prompts(model: LatentDiffusion, prompts: list[str]) -> Tensor:
     """What the U-Net attends to, (B, M, T); differentiable in the text encoder."""
-    ids = model.tokenizer(prompts, model.text.config.length)                                # (B, M)
-    return model.text(ids.to(model.text.final_layer_norm.weight.device)).hidden
+    ids = model.tokenizer(prompts, model.text_encoder.config.length)                                # (B, M)
+    return model.text_encoder(ids.to(model.text_encoder.final_layer_norm.weight.device)).hidden
 
 
 @torch.no_grad()

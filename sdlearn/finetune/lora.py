@@ -74,11 +74,12 @@ class LoRA:
     """The changes of a whole model, by the names of the layers in its U-Net and its text encoder."""
 
     unet: dict[str, LowRank] = field(default_factory=dict)
-    text: dict[str, LowRank] = field(default_factory=dict)
+    text_encoder: dict[str, LowRank] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """Every down and up: what learns."""
-        return [tensor for layer in (*self.unet.values(), *self.text.values()) for tensor in (layer.down, layer.up)]
+        layers = (*self.unet.values(), *self.text_encoder.values())
+        return [tensor for layer in layers for tensor in (layer.down, layer.up)]
 
 
 class LoRALinear(nn.Module):
@@ -208,23 +209,23 @@ def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str
     check_images(model, pixels)
     check_batch(batch_size)
     check_fit(lora.unet, model.unet)
-    check_fit(lora.text, model.text)
+    check_fit(lora.text_encoder, model.text_encoder)
     captions = [captions] * len(pixels) if isinstance(captions, str) else list(captions)
     if len(captions) != len(pixels):
         raise ValueError(f"{len(pixels)} images need as many captions, or one for all, not {len(captions)}")
     latents = cache(lambda: encode_images(model, pixels))
-    encode = encode_prompts if lora.text else encode_frozen
+    encode = encode_prompts if lora.text_encoder else encode_frozen
 
     def loss(generator: torch.Generator) -> Tensor:
         shown = draw_rows(len(pixels), batch_size, generator)
         context = encode(model, [captions[row] for row in shown.tolist()])
         return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
 
-    run = train(lora.tensors(), loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text),
+    run = train(lora.tensors(), loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text_encoder),
                 warmup=warmup, seed=seed)
     return _attached_meanwhile(run, model, lora)
 
 
 def _attached_meanwhile(run: Iterator[TrainStep], model: LatentDiffusion, lora: LoRA) -> Iterator[TrainStep]:
-    with attached(model.unet, lora.unet), attached(model.text, lora.text), closing(run):
+    with attached(model.unet, lora.unet), attached(model.text_encoder, lora.text_encoder), closing(run):
         yield from run

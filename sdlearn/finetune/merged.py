@@ -35,7 +35,7 @@ class Merged:
     """
 
     def __init__(self, unet: nn.Module, text: nn.Module):
-        self.unet, self.text = unet, text
+        self.unet, self.text_encoder = unet, text
         self._strengths: dict[LoRA, float] = {}
         self._bases: dict[nn.Module, Tensor] = {}       # the weight of each touched layer as it was
         self._seen: dict[nn.Module, tuple[Tensor, int]] = {}    # what was written: the weight and its version
@@ -53,7 +53,7 @@ class Merged:
         if not abs(strength) < float("inf"):
             raise ValueError(f"the strength is {strength}: give a finite number, such as 1")
         check_fit(lora.unet, self.unet)
-        check_fit(lora.text, self.text)
+        check_fit(lora.text_encoder, self.text_encoder)
         self._write(lora, {**self._strengths, lora: strength})
 
     def remove(self, lora: LoRA) -> None:
@@ -65,7 +65,7 @@ class Merged:
     @torch.no_grad()
     def _write(self, lora: LoRA, strengths: dict[LoRA, float]) -> None:
         """Make the weights that `lora` touches anew, for LoRAs of these strengths."""
-        touched = [(layers_of(module)[name], part, name) for module, part in ((self.unet, "unet"), (self.text, "text"))
+        touched = [(layers_of(getattr(self, part))[name], part, name) for part in ("unet", "text_encoder")
                    for name in getattr(lora, part)]
         for layer, _, name in touched:
             self._check_unchanged(layer, name)

@@ -122,20 +122,20 @@ def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps
     if not templates or (bad := [template for template in templates if "{}" not in template]):
         raise ValueError("templates must be sentences with {} where the word goes, but "
                          + (f"'{bad[0]}' has no {{}}" if templates else "none are given"))
-    rows = read_embedding(model.tokenizer, model.text, token).vectors.float()       # (n, D), what learns
+    rows = read_embedding(model.tokenizer, model.text_encoder, token).vectors.float()       # (n, D), what learns
     latents = cache(lambda: encode_images(model, pixels))                         # at the first step, then kept
     sentences = [template.replace("{}", token) for template in templates]
 
     def loss(generator: torch.Generator) -> Tensor:
         shown = draw_rows(len(pixels), batch_size, generator)
         chosen = torch.randint(len(sentences), (batch_size,), generator=generator).tolist()
-        with rows_in_place(model.text.embeddings.token_embedding, ids, rows):
+        with rows_in_place(model.text_encoder.embeddings.token_embedding, ids, rows):
             context = encode_prompts(model, [sentences[i] for i in chosen])         # (B, M, T)
         return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
 
-    run = train([rows], loss, steps=steps, learning_rate=learning_rate, models=(model.text, model.unet),
+    run = train([rows], loss, steps=steps, learning_rate=learning_rate, models=(model.text_encoder, model.unet),
                 warmup=warmup, weight_decay=0.0, seed=seed)
-    return _written_after_each(run, model.text, ids, rows)
+    return _written_after_each(run, model.text_encoder, ids, rows)
 
 
 def _written_after_each(run: Iterator[TrainStep], text: TextEncoder, ids: list[int], rows: Tensor):

@@ -68,13 +68,13 @@ class SamplingStep:
 class StableDiffusion:
     """A text encoder, a U-Net, a VAE and a noise schedule that were trained for one another.
 
-    The parts are attributes, to be looked at and exchanged: `tokenizer`, `text`, `unet`, `vae`,
+    The parts are attributes, to be looked at and exchanged: `tokenizer`, `text_encoder`, `unet`, `vae`,
     `schedule`, `config`; `clip` and `world`, what the model was taught, are None where a folder has none.
     """
 
     def __init__(self, parts: Parts):
         self.config, self.world = parts.config, parts.world
-        self.tokenizer, self.text, self.clip = parts.tokenizer, parts.text, parts.clip
+        self.tokenizer, self.text_encoder, self.clip = parts.tokenizer, parts.text_encoder, parts.clip
         self.unet, self.vae = parts.unet, parts.vae
         self.schedule = NoiseSchedule(parts.config.noise)
         self._loras = self._compiled = None
@@ -122,8 +122,8 @@ class StableDiffusion:
     @property
     def parts(self) -> Parts:
         """The model as `checkpoint.save_folder` writes it, with added words and merged LoRAs."""
-        config = replace(self.config, text=self.text.config)        # its vocabulary may have grown
-        return Parts(config, self.tokenizer, self.text, self.vae, self.unet, self.clip, self.world)
+        config = replace(self.config, text=self.text_encoder.config)        # its vocabulary may have grown
+        return Parts(config, self.tokenizer, self.text_encoder, self.vae, self.unet, self.clip, self.world)
 
     def compile(self) -> "StableDiffusion":
         """Run the U-Net compiled from now on: the same images up to rounding, sooner; gives the model itself.
@@ -150,8 +150,8 @@ class StableDiffusion:
     @property
     def loras(self) -> Merged:
         """What LoRAs have been merged into the U-Net and the text encoder that are there now."""
-        if self._loras is None or (self._loras.unet, self._loras.text) != (self.unet, self.text):
-            self._loras = Merged(self.unet, self.text)
+        if self._loras is None or (self._loras.unet, self._loras.text_encoder) != (self.unet, self.text_encoder):
+            self._loras = Merged(self.unet, self.text_encoder)
         return self._loras
 
     def add_lora(self, source: str | Path | LoRA, strength: float = 1.0) -> LoRA:
@@ -160,7 +160,7 @@ class StableDiffusion:
         Several add up. The result is what `remove_lora` takes, after which the weights have their bits back.
         Raises CheckpointError for a file that cannot be used, SettingsError for a LoRA that does not fit.
         """
-        lora = source if isinstance(source, LoRA) else load_lora(source, self.unet, self.text)
+        lora = source if isinstance(source, LoRA) else load_lora(source, self.unet, self.text_encoder)
         told(self.loras.add, lora, strength)
         return lora
 
@@ -176,7 +176,7 @@ class StableDiffusion:
         """
         embedding = source if isinstance(source, Embedding) else load_embedding(source)
         embedding = replace(embedding, token=token or embedding.token)
-        told(add_embedding, self.tokenizer, self.text, embedding)
+        told(add_embedding, self.tokenizer, self.text_encoder, embedding)
         return embedding.token
 
     @property
@@ -301,7 +301,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str], *, long: str = "cut") -> Tensor:
         """What the U-Net attends to: (B, M, T). long: what becomes of prompts past M tokens, see `Settings`."""
-        return told(prompt_room.encode, prompts, self.tokenizer, self.text, long=long)
+        return told(prompt_room.encode, prompts, self.tokenizer, self.text_encoder, long=long)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:

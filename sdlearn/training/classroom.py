@@ -52,7 +52,7 @@ def prepare(parts: Parts, count: int = 1500, *, split: str = "train", world: Wor
     found = []
     for first in tqdm(range(0, count, 50), desc="scenes", unit="scene", unit_scale=50):
         drawn = [scene(seed, split, world) for seed in range(first, min(first + 50, count))]
-        found.append(encoded(drawn, parts.vae, parts.text, parts.tokenizer))
+        found.append(encoded(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
     return Material(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
@@ -80,7 +80,7 @@ def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, s
     average, schedule = Average(unet, decay=0.995), NoiseSchedule(parts.config.noise)
     whole = replace(parts, unet=average.model, config=replace(parts.config, name=CONFIG.name, unet=config))
     with torch.no_grad():
-        empty = parts.text(parts.tokenizer("").to(material.contexts.device)).hidden                     # 1 L D
+        empty = parts.text_encoder(parts.tokenizer("").to(material.contexts.device)).hidden                     # 1 L D
     optimiser = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     step, seconds, mean = 0, 0.0, math.nan

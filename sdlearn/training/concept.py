@@ -63,7 +63,7 @@ class ConceptRecipe:
     def __init__(self, config: ModelConfig, unet: UNet, vae: VAE, text: TextEncoder, tokenizer: Tokenizer, folder: Path,
                  *, world: World = CORE, batch_size: int = 8, guidance: float = 3.0):
         """`world` is what every stage is told, and is not used: the images are of things outside of all worlds."""
-        self.unet, self.vae, self.text, self.tokenizer = unet, vae, text, tokenizer
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text, tokenizer
         self.schedule, self.batch_size, self.guidance = NoiseSchedule(config.noise), batch_size, guidance
         self.side = config.latent_size
         for part in (unet, vae, text):
@@ -97,7 +97,7 @@ class ConceptRecipe:
 
     def loss(self, model, latents, ids, t, noise):
         with self.in_place(model):
-            output = self.unet(self.schedule.add_noise(latents, noise, t), t, self.text(ids).hidden)
+            output = self.unet(self.schedule.add_noise(latents, noise, t), t, self.text_encoder(ids).hidden)
         return F.mse_loss(output.float(), self.schedule.target(latents, noise, t).float()), {}
 
     def in_place(self, model):
@@ -107,7 +107,7 @@ class ConceptRecipe:
     @torch.no_grad()
     def drawn(self, prompts: list[str], steps: int = 20, first: int = 0) -> torch.Tensor:
         """Images of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
-        context, empty = (self.text(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
+        context, empty = (self.text_encoder(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
         return sampled(self.unet, context, empty, self.latents.shape[1:], self.schedule, self.vae,
                        guidance=self.guidance, steps=steps, first=first)
 
@@ -148,13 +148,13 @@ class WordRecipe(ConceptRecipe):
         self.learning_rate = learning_rate
         start = CLASS.split()[-1]
         count = len(self.tokenizer.encode(start))               # one; more for a vocabulary that has no such word
-        start = embedding_like(self.tokenizer, self.text, WORD, start, count)
-        self.ids = add_embedding(self.tokenizer, self.text, start)
-        self.text.requires_grad_(False)
+        start = embedding_like(self.tokenizer, self.text_encoder, WORD, start, count)
+        self.ids = add_embedding(self.tokenizer, self.text_encoder, start)
+        self.text_encoder.requires_grad_(False)
         self.model = Word(start.vectors)
 
     def in_place(self, model):
-        return rows_in_place(self.text.embeddings.token_embedding, self.ids, model.vectors)
+        return rows_in_place(self.text_encoder.embeddings.token_embedding, self.ids, model.vectors)
 
     @staticmethod
     def learnt(model: Word) -> Embedding:

@@ -89,7 +89,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, vae: VAE, text: TextEncoder, tokenizer: Tokenizer, *, world: World,
                  image_size: int, capacity: int = 24_000, first: int = 4_000, offset: int = 0):
-        self.vae, self.text, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
+        self.vae, self.text_encoder, self.tokenizer, self.world = vae.eval(), text.eval(), tokenizer, world
         self.offset = offset                                    # of the seeds, so that processes see different scenes
         cells = image_size // vae.config.factor
         shapes = {"latents": (capacity, vae.config.latent_channels, cells, cells),
@@ -123,7 +123,7 @@ class LatentCache:
         """Of everything the rows depend on: the two frozen models, the world, and how its captions are worded."""
         captions = [scene(seed, world=self.world).caption for seed in range(64)]
         digest = hashlib.sha256(repr((self.world, self.tokenizer.vocab_size, captions)).encode())
-        for model in (self.vae.encoder, self.text):
+        for model in (self.vae.encoder, self.text_encoder):
             for parameter in model.parameters():
                 digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -135,7 +135,7 @@ class LatentCache:
             return
         drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
-        latents, contexts = encoded(drawn, self.vae, self.text, self.tokenizer)
+        latents, contexts = encoded(drawn, self.vae, self.text_encoder, self.tokenizer)
         self.arrays["latents"][rows] = latents.cpu().numpy()
         self.arrays["contexts"][rows] = contexts.cpu().numpy()
         self.meta["made"] += count
@@ -190,7 +190,7 @@ class LatentRecipe:
         """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step; `shift`: of the
         timesteps to the noisy end, see `timesteps_for`."""
         self.model = model.to(memory_format=torch.channels_last)                 # some 8 % faster, on a CPU too
-        self.schedule, self.tokenizer, self.text, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
+        self.schedule, self.tokenizer, self.text_encoder, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
         self.dropout, self.fresh, self.guidance, self.shift = dropout, fresh, guidance, shift
         process = PartialState().process_index
@@ -227,7 +227,7 @@ class LatentRecipe:
     @torch.no_grad()
     def sample(self, network, prompts: list[str], steps: int = 20) -> np.ndarray:
         """Images of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
-        context = self.text(self.tokenizer(prompts).to(self.empty.device)).hidden
+        context = self.text_encoder(self.tokenizer(prompts).to(self.empty.device)).hidden
         shape = self.cache.arrays["latents"].shape[1:]
         return to_images(sampled(network, context, self.empty, shape, self.schedule, self.vae, guidance=self.guidance,
                                  steps=steps))
@@ -235,7 +235,7 @@ class LatentRecipe:
     @torch.no_grad()
     def probe(self, drawn: list[Scene], step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of scenes: latents with noise at a timestep, that timestep, text features, and what the model should say."""
-        latents, contexts = encoded(drawn, self.vae, self.text, self.tokenizer)
+        latents, contexts = encoded(drawn, self.vae, self.text_encoder, self.tokenizer)
         noisy, t, target = noised(latents, step, self.schedule)
         return noisy, t, contexts, target
 
@@ -256,4 +256,4 @@ class UNetRecipe(LatentRecipe):
 
     def listening(self, unet, count: int = 128) -> dict[str, float]:
         drawn = [scene(seed, "test", self.world) for seed in range(count)]
-        return listening(unet, self.schedule, *encoded(drawn, self.vae, self.text, self.tokenizer))
+        return listening(unet, self.schedule, *encoded(drawn, self.vae, self.text_encoder, self.tokenizer))
