@@ -190,7 +190,7 @@ def test_flops_of_the_maps_are_those_of_the_formula():
 # --- the widget ---------------------------------------------------------------------------------------
 
 def test_the_maps_are_those_of_the_run_with_the_prompt(model, explorer):
-    steps = list(model.steps(PROMPT, steps=4))
+    steps = list(model.iter_steps(PROMPT, num_inference_steps=4))
     torch.testing.assert_close(explorer.run[-1].latent, steps[-1].latent, atol=1e-2, rtol=1e-3)     # only watched
     context = model.encode([PROMPT])
     with record_attention(model.unet, only="attn2") as record:

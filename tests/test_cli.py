@@ -75,11 +75,14 @@ def test_an_image_is_written_with_its_settings(run, written):
         told = json.loads(image.text["sdlearn"])
         pixels = np.asarray(image)
     assert re.fullmatch("[0-9a-f]{16}", told.pop("weights"))
-    assert told == {"prompt": PROMPT, "negative_prompt": "a cat", "steps": 3, "sampler": "euler", "guidance": 4.0,
-                    "size": "24x16", "batch": 1, "seed": 5, "model": str(written), "rescale": 0.0, "spacing": None,
+    assert told == {"prompt": PROMPT, "negative_prompt": "a cat", "num_inference_steps": 3, "sampler": "euler",
+                    "guidance_scale": 4.0,
+                    "size": "24x16", "batch": 1, "seed": 5, "model": str(written), "guidance_rescale": 0.0,
+                    "timestep_spacing": None,
                     "long_prompts": "cut", "dtype": "float32", "resample": 1}
     model = StableDiffusion.load(written, device="cpu")
-    [wanted] = model.text2img(PROMPT, "a cat", steps=3, sampler="euler", guidance=4.0, size=(24, 16), seed=5)
+    [wanted] = model.text2img(PROMPT, "a cat", num_inference_steps=3, sampler="euler", guidance_scale=4.0,
+                              size=(24, 16), seed=5)
     assert np.array_equal(pixels, np.asarray(wanted))
 
 
@@ -90,7 +93,7 @@ def test_an_image_tells_the_model_s_default_settings_that_it_was_made_with(run, 
     assert result.status == 0 and f"{steps}/{steps}" in result.err
     with Image.open("apple.png") as image:
         told = json.loads(image.text["sdlearn"])
-    assert (told["steps"], told["guidance"]) == (steps, sampling["guidance_scale"])
+    assert (told["num_inference_steps"], told["guidance_scale"]) == (steps, sampling["guidance_scale"])
 
 
 def test_a_batch_is_numbered_and_each_image_can_be_made_again_alone(run):
@@ -158,8 +161,8 @@ def test_emoji_and_control_characters_run_and_are_kept_in_the_settings(run, prom
     (["--steps", "2000"], "2000 steps asked for"),
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--sampler", "magic"], "no sampler 'magic'; choose one of ddpm, ddim, euler"),
-    (["--guidance", "nan"], "guidance is nan; give a finite number"),
-    (["--guidance", "inf"], "guidance is inf"),
+    (["--guidance", "nan"], "guidance_scale is nan; give a finite number"),
+    (["--guidance", "inf"], "guidance_scale is inf"),
     (["--batch", "0"], "batch is 0; give a whole number from 1 to"),
     (["--seed", "-1"], "seed is -1"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
@@ -168,12 +171,12 @@ def test_emoji_and_control_characters_run_and_are_kept_in_the_settings(run, prom
     (["--out", "apple.jpg"], "apple.jpg does not end in .png"),
 ])
 def test_bad_input_is_one_sentence_and_status_2(run, args, told, monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "steps", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(StableDiffusion, "iter_steps", lambda *_, **__: pytest.fail("sampled"))
     refused(run("generate", PROMPT, *args), told)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "steps", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(StableDiffusion, "iter_steps", lambda *_, **__: pytest.fail("sampled"))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     refused(run("generate", PROMPT, "--out", tmp_path / "folder.png"), "is a folder; give the name of a file in it")
@@ -220,7 +223,7 @@ def test_too_little_memory_and_a_missing_device_are_told(run, monkeypatch):
         raise MemoryError("not enough memory for the images; ask for fewer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusion, "steps", greedy)
+        patch.setattr(StableDiffusion, "iter_steps", greedy)
         refused(run("generate", PROMPT), "not enough memory")
     refused(run("generate", PROMPT, "--device", "abacus"), "no device")
 
@@ -230,7 +233,7 @@ def test_ctrl_c_is_status_130_without_a_traceback(run, monkeypatch):
         yield from ()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(StableDiffusion, "steps", stopped)
+    monkeypatch.setattr(StableDiffusion, "iter_steps", stopped)
     result = run("generate", PROMPT, "--out", "x.png")
     assert (result.status, result.files, result.out) == (130, [], "")
     assert "Traceback" not in result.err and "stopped" in result.err

@@ -68,8 +68,10 @@ def test_generate_does_all_that_the_pipeline_does(run, written, files):  # noqa:
     model.add_embedding(files / "toy.safetensors")
     net = load_controlnet(files / "net", device="cpu", dtype=torch.float32)
     image = Image.open(files / "in.png")
-    [wanted] = model.inpaint("a <toy> cat", image, Image.open(files / "mask.png"), strength=0.75, steps=4, resample=2,
-                             controls=make_control(net, image, strength=0.4), rescale=0.5, spacing="trailing",
+    [wanted] = model.inpaint("a <toy> cat", image, Image.open(files / "mask.png"), strength=0.75,
+                             num_inference_steps=4, resample=2,
+                             controls=make_control(net, image, strength=0.4), guidance_rescale=0.5,
+                             timestep_spacing="trailing",
                              sampler="ddim")
     assert np.array_equal(found, np.asarray(wanted))
     assert told["size"] == "24x32" and told["strength"] == 0.75 and told["lora"][0][1] == "0.5"
@@ -77,7 +79,8 @@ def test_generate_does_all_that_the_pipeline_does(run, written, files):  # noqa:
 
 def test_an_image_is_changed_by_four_fifths_unless_told_otherwise(run, written, files):  # noqa: F811
     run("generate", PROMPT, "--steps", 5, "--out", "out.png", "--image", files / "in.png")
-    [wanted] = StableDiffusion.load(written, device="cpu").img2img(PROMPT, Image.open(files / "in.png"), steps=5)
+    [wanted] = StableDiffusion.load(written, device="cpu").img2img(PROMPT, Image.open(files / "in.png"),
+                                                                   num_inference_steps=5)
     assert np.array_equal(pixels("out.png")[0], np.asarray(wanted))
 
 
@@ -91,7 +94,7 @@ def test_without_a_strength_a_mask_is_inpainted_from_noise(run, written, files, 
     assert result.status == 0 and f"{steps}/{steps}" in result.err
     model, image = StableDiffusion.load(written, device="cpu"), Image.open(files / "in.png")
     task = {"image": image, **({"mask": Image.open(files / "mask.png")} if "--mask" in given else {})}
-    [wanted] = list(model.steps(PROMPT, steps=5, strength=strength, **task))[-1].noisy_images()
+    [wanted] = list(model.iter_steps(PROMPT, num_inference_steps=5, strength=strength, **task))[-1].noisy_images()
     found, told = pixels("out.png")
     assert np.array_equal(found, np.asarray(wanted))
     assert ("strength" in told) == ("--strength" in given), "what is recorded is what was given"
@@ -132,7 +135,7 @@ def test_numbers_and_words_left_out_are_one_and_the_files_own(run, written, file
     (["--lora", "{}/lora.safetensors", "1", "2"], "--lora takes a file and a number"),
     (["--embedding", "{}/lora.safetensors"], "lora.safetensors is no embedding"),
     (["--embedding", "{}/toy.safetensors", "cat", "dog"], "--embedding takes a file and a word"),
-    (["--spacing", "odd"], "no spacing 'odd'"), (["--long-prompts", "fold"], "long_prompts is 'fold'"),
+    (["--spacing", "odd"], "no timestep_spacing 'odd'"), (["--long-prompts", "fold"], "long_prompts is 'fold'"),
 ], ids=lambda value: " ".join(value).replace("{}/", "") if isinstance(value, list) else "")
 def test_bad_input_is_one_sentence(run, files, args, told):  # noqa: F811
     result = run("generate", PROMPT, "--steps", 2, "--out", "x.png", *(arg.replace("{}", str(files)) for arg in args))
@@ -151,7 +154,7 @@ def test_the_shipped_model_is_exported_and_gives_the_same_image(run, to):  # noq
     result = run("export", "mini", "--to", to, "--out", target)
     assert (result.status, result.out) == (0, f"{target}\n"), result.err
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    given = {"steps": 4, "sampler": "ddim", "guidance": 4.0, "latent": noise}
+    given = {"num_inference_steps": 4, "sampler": "ddim", "guidance_scale": 4.0, "latent": noise}
     [wanted] = StableDiffusion.load("mini", device="cpu").text2img(PROMPT, **given)
     [again] = StableDiffusion.load(target, device="cpu").text2img(PROMPT, **given)
     assert np.array_equal(np.asarray(again), np.asarray(wanted))

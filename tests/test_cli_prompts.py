@@ -35,7 +35,7 @@ def test_each_line_becomes_an_image(run, written, prompts, tmp_path):  # noqa: F
     files = sorted(out.iterdir())
     assert [told(file)["prompt"] for file in files] == ASKED
     assert files[0].name == "0000-a-red-apple-0.png" and files[2].name == "0002-a-red-apple-0.png"
-    alone, = StableDiffusion.load(written, device="cpu").text2img(ASKED[1], steps=2)
+    alone, = StableDiffusion.load(written, device="cpu").text2img(ASKED[1], num_inference_steps=2)
     assert Image.open(files[1]).tobytes() == alone.tobytes()
 
 
@@ -52,7 +52,7 @@ def test_it_goes_on_where_it_was_cut_off(run, prompts, tmp_path):  # noqa: F811
     assert {file: file.read_bytes() for file in whole} == whole
     assert kept.stat().st_mtime == 1, "it was made again"
     assert run(*call, "--steps", 3).status == 0
-    assert told(kept)["steps"] == 3 and kept.stat().st_mtime > 1
+    assert told(kept)["num_inference_steps"] == 3 and kept.stat().st_mtime > 1
 
 
 @pytest.fixture

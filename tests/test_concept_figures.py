@@ -74,9 +74,9 @@ def test_the_explorer_asks_every_way_in_its_own_words(model, lora):
     assert_equal_weights(other, model)              # the LoRA is merged for its own image alone
     said, images = explorer.rows[0]
     assert said == "a {} here, seed 3, LoRA 0.5: base, LoRA"
-    [base] = model.text2img("a cat here", seed=3, steps=2, guidance=3.0)
+    [base] = model.text2img("a cat here", seed=3, num_inference_steps=2, guidance_scale=3.0)
     merged = other.add_lora(lora, 0.5)
-    [learnt] = other.text2img("a zwx cat here", seed=3, steps=2, guidance=3.0)
+    [learnt] = other.text2img("a zwx cat here", seed=3, num_inference_steps=2, guidance_scale=3.0)
     other.remove_lora(merged)
     assert [one.tobytes() for one in images] == [base.tobytes(), learnt.tobytes()]
     assert_equal_weights(other, model)
@@ -107,7 +107,8 @@ def test_the_still_shows_the_newest_row_in_the_order_of_the_ways(model):
     explorer = ConceptExplorer({"base": (model, "cat"), "rare": (model, "zwx cat")}, "a {}", steps=1)
     explorer.seed.value = 5
     explorer.button.click()
-    expected = [model.text2img(f"a {words}", seed=5, steps=1, guidance=3.0)[0] for words in ("cat", "zwx cat")]
+    expected = [model.text2img(f"a {words}", seed=5, num_inference_steps=1, guidance_scale=3.0)[0]
+                for words in ("cat", "zwx cat")]
     still = explorer.still()
     assert_shows(still, expected)
     assert [text.get_text() for text in still.texts if text.get_text() in ("base", "rare")] == ["base", "rare"]

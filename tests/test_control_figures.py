@@ -118,7 +118,7 @@ def test_the_explorer_draws_the_strokes(model, net):
     said, drawn, image = explorer.rows[0]
     assert said == "a red apple, strength 0.5, end 0.5, seed 3"
     assert np.array_equal(drawn, as_image(edge_map_of(explorer.strokes, explorer.side)))
-    [expected] = model.control("a red apple", net, drawn, strength=0.5, end=0.5, seed=3, steps=2)
+    [expected] = model.control("a red apple", net, drawn, strength=0.5, end=0.5, seed=3, num_inference_steps=2)
     assert image.tobytes() == expected.tobytes() and not explorer.button.disabled
     explorer.undo.click()
     assert explorer.strokes == [CIRCLE] and explorer.map.value == before
@@ -141,7 +141,7 @@ def test_the_still_shows_each_edge_map_before_its_image_the_newest_first(model, 
     expected = []
     for strokes, seed in ((explorer.strokes, 3), ([CIRCLE], 0)):
         drawn = as_image(edge_map_of(strokes, explorer.side))
-        expected += [drawn, *model.control("a red apple", net, drawn, seed=seed, steps=1)]
+        expected += [drawn, *model.control("a red apple", net, drawn, seed=seed, num_inference_steps=1)]
     assert_shows(explorer.still(), expected)
 
 

@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def steps(model):
-    return list(model.steps(PROMPT, steps=4))
+    return list(model.iter_steps(PROMPT, num_inference_steps=4))
 
 
 def words(drawing: Drawing) -> list[str]:
@@ -154,7 +154,7 @@ def test_the_diagram_says_the_shapes_that_are(model):
     config, seen = model.config, {}
     ids = model.tokenizer(["", PROMPT])
     context = model.text_encoder(ids).hidden
-    noise = torch.randn(model.latent_shape(model.checked({})))
+    noise = torch.randn(model.latent_shape(model.validate()))
     hooks = [module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: tuple(out.shape)}))
              for name, module in (("time", model.unet.time_embedding), ("middle", model.unet.mid_block))]
     features = model.unet.encode(torch.cat([noise, noise]), model.unet.embed_time(1, noise), context)
@@ -247,7 +247,7 @@ def test_a_widget_carries_a_still_image_for_where_none_runs(model, steps, kind):
 @pytest.fixture
 def explorer(model):
     explorer = PromptExplorer(model, PROMPT)
-    explorer.steps.value = 3
+    explorer.num_inference_steps.value = 3
     return explorer
 
 
@@ -258,10 +258,10 @@ def as_shown(explorer: PromptExplorer, image: Image.Image) -> bool:
 
 
 def test_the_button_draws_what_is_set_and_keeps_what_was_there(model, explorer):
-    explorer.prompt.value, explorer.seed.value, explorer.guidance.value = "a cat", 7, 2.0
+    explorer.prompt.value, explorer.seed.value, explorer.guidance_scale.value = "a cat", 7, 2.0
     explorer.sampler.value = "euler"
     explorer.button.click()
-    [image] = model.text2img("a cat", seed=7, guidance=2.0, steps=3, sampler="euler")
+    [image] = model.text2img("a cat", seed=7, guidance_scale=2.0, num_inference_steps=3, sampler="euler")
     assert as_shown(explorer, image)
     assert explorer.progress.value == explorer.progress.max == 3 and not explorer.button.disabled
     assert len(explorer.earlier.children) == 2 and "seed 7" in explorer.earlier.children[0].children[1].value

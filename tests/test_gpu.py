@@ -95,7 +95,8 @@ def test_every_exact_rung_paints_the_same_image():
 
 @shipped
 def test_the_image_is_the_cpus():
-    images = [StableDiffusion.load(device=device).text2img("a red apple on a yellow background", steps=10, seed=0)[0]
+    images = [StableDiffusion.load(device=device).text2img("a red apple on a yellow background",
+                                                           num_inference_steps=10, seed=0)[0]
                 for device in ("cpu", "cuda")]
     a, b = (torch.frombuffer(bytearray(one.tobytes()), dtype=torch.uint8).int() for one in images)
     assert (a - b).abs().max() <= 3

@@ -58,7 +58,8 @@ def test_the_explorer_draws_what_is_set(model):
     explorer.interval.value = (100, 800)
     explorer.draw()
     (said, images), (_, first) = explorer.rows
-    expected = model.text2img("a red apple", "a blue star", guidance=3.0, rescale=0.5, interval=(100, 800), steps=2,
+    expected = model.text2img("a red apple", "a blue star", guidance_scale=3.0, guidance_rescale=0.5,
+                              guidance_interval=(100, 800), num_inference_steps=2,
                               batch=SHOWN, seed=0)
     assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
     assert [one.tobytes() for one in images] != [one.tobytes() for one in first]
@@ -86,6 +87,6 @@ def test_the_explorer_tells_and_does_not_raise(model, monkeypatch):
 
 
 def test_images_stand_side_by_side(model):
-    images = model.text2img("", steps=1, batch=2, guidance=1)
+    images = model.text2img("", num_inference_steps=1, batch=2, guidance_scale=1)
     row = side_by_side(images)
     assert row.crop((row.width - images[1].width, 0, row.width, row.height)).tobytes() == images[1].tobytes()

@@ -78,7 +78,8 @@ class World:
         return ("linspace", "linspace_open") if sampler == "dpmpp_2m" else ("leading", "leading")
 
     def settings(self, sampler):
-        return {"steps": 5, "guidance": 4.0, "seed": 7, "sampler": sampler, "spacing": self.spacing(sampler)[1]}
+        return {"num_inference_steps": 5, "guidance_scale": 4.0, "seed": 7, "sampler": sampler,
+                "timestep_spacing": self.spacing(sampler)[1]}
 
     def image(self, seed=0, mode="RGB"):
         """Something smooth with an edge in it."""
@@ -204,15 +205,16 @@ def test_little_strength_changes_little(tiny):
     with torch.no_grad():
         known = model.vae.to_latent(to_tensor([np.asarray(image)]), torch.Generator().manual_seed(0))
     [through] = model.decode(known)
-    little, much = (np.abs(arrays(model.img2img(PROMPT, image, strength=strength, steps=50)) - arrays([through])).mean()
+    little, much = (np.abs(arrays(model.img2img(PROMPT, image, strength=strength,
+                                                num_inference_steps=50)) - arrays([through])).mean()
                     for strength in (0.02, 0.5))
     assert little < 0.5 * much
 
 
 def test_an_image_is_one_for_all_or_one_for_each(tiny):
     model, images = tiny.model(), [tiny.image(0), tiny.image(1)]
-    both = arrays(model.img2img(PROMPT, images, batch=2, steps=3))
-    alone = [arrays(model.img2img(PROMPT, image, seed=i, steps=3))[0] for i, image in enumerate(images)]
+    both = arrays(model.img2img(PROMPT, images, batch=2, num_inference_steps=3))
+    alone = [arrays(model.img2img(PROMPT, image, seed=i, num_inference_steps=3))[0] for i, image in enumerate(images)]
     assert np.abs(both - alone).max() <= 1
     with pytest.raises(SettingsError, match="2 images for a batch of 3"):
         model.img2img(PROMPT, images, batch=3)
@@ -224,7 +226,8 @@ def test_an_image_may_be_an_image_bytes_or_a_tensor(tiny, kind):
     array = np.asarray(image)
     given = {"image": image, "bytes": array,
              "tensor": to_tensor([array])}[kind]
-    assert np.array_equal(arrays(model.img2img(PROMPT, given, steps=3)), arrays(model.img2img(PROMPT, image, steps=3)))
+    assert np.array_equal(arrays(model.img2img(PROMPT, given, num_inference_steps=3)),
+                          arrays(model.img2img(PROMPT, image, num_inference_steps=3)))
 
 
 @pytest.mark.parametrize("kind", ["bool", "list of bool", "bool tensor", "uint8", "1-bit image", "float tensor"])
@@ -234,7 +237,7 @@ def test_masks_of_every_kind_mark_the_same_pixels(tiny, kind):
             "uint8": np.where(white, 255, 0).astype(np.uint8), "1-bit image": tiny.mask().convert("1"),
             "float tensor": torch.from_numpy(white)[None, None].float()}[kind]
     model, image = tiny.model(), tiny.image()
-    found, wanted = (arrays(model.inpaint(PROMPT, image, one, steps=2)) for one in (mask, tiny.mask()))
+    found, wanted = (arrays(model.inpaint(PROMPT, image, one, num_inference_steps=2)) for one in (mask, tiny.mask()))
     assert np.array_equal(found, wanted)
 
 
@@ -242,11 +245,13 @@ def test_booleans_are_black_and_white(tiny):
     """In a mask among others of bytes, in a condition image, and in an image to start from."""
     model, white, image = tiny.model(), np.asarray(tiny.mask()) > 127, tiny.image()
     masks = [white, np.asarray(tiny.mask())]
-    found, wanted = (arrays(model.inpaint(PROMPT, image, given, steps=2, batch=2)) for given in (masks, tiny.mask()))
+    found, wanted = (arrays(model.inpaint(PROMPT, image, given, num_inference_steps=2, batch=2))
+                     for given in (masks, tiny.mask()))
     assert np.array_equal(found, wanted)
-    found, wanted = (arrays(model.control(PROMPT, tiny.net, hint, steps=2)) for hint in (white, tiny.mask()))
+    found, wanted = (arrays(model.control(PROMPT, tiny.net, hint, num_inference_steps=2))
+                     for hint in (white, tiny.mask()))
     assert np.array_equal(found, wanted)
-    found, wanted = (arrays(model.img2img(PROMPT, start, steps=2)) for start in (white, tiny.mask()))
+    found, wanted = (arrays(model.img2img(PROMPT, start, num_inference_steps=2)) for start in (white, tiny.mask()))
     assert np.array_equal(found, wanted)
 
 
@@ -256,8 +261,9 @@ def test_a_strength_runs_the_steps_that_diffusers_runs(tiny, steps, strength):
     pipe = SimpleNamespace(scheduler=DDIMScheduler(timestep_spacing="leading", steps_offset=1))
     pipe.scheduler.set_timesteps(steps)
     wanted, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
-    found = list(tiny.model().steps(PROMPT, image=tiny.image(), steps=steps, strength=strength, sampler="ddim",
-                                    spacing="leading", guidance=1.0))
+    found = list(tiny.model().iter_steps(PROMPT, image=tiny.image(), num_inference_steps=steps, strength=strength,
+                                         sampler="ddim",
+                                    timestep_spacing="leading", guidance_scale=1.0))
     assert [step.t for step in found] == wanted.tolist()
     assert {step.of for step in found} == {len(wanted)}
 
@@ -266,9 +272,10 @@ def test_default_strengths_are_those_of_the_tasks(tiny):
     """0.8 of the noise for an image, all of it for the white part of a mask, and all of it for bare steps."""
     model, image, mask = tiny.model(), tiny.image(), tiny.mask()
     for call, default, other in (
-            (lambda **given: model.img2img(PROMPT, image, steps=5, **given), 0.8, 1.0),
-            (lambda **given: model.inpaint(PROMPT, image, mask, steps=5, **given), 1.0, 0.8),
-            (lambda **given: list(model.steps(PROMPT, image=image, steps=5, **given))[-1].noisy_images(), 1.0, 0.8)):
+            (lambda **given: model.img2img(PROMPT, image, num_inference_steps=5, **given), 0.8, 1.0),
+            (lambda **given: model.inpaint(PROMPT, image, mask, num_inference_steps=5, **given), 1.0, 0.8),
+            (lambda **given: list(model.iter_steps(PROMPT, image=image, num_inference_steps=5,
+                                                   **given))[-1].noisy_images(), 1.0, 0.8)):
         found = arrays(call())
         assert np.array_equal(found, arrays(call(strength=default)))
         assert not np.array_equal(found, arrays(call(strength=other)))
@@ -281,8 +288,8 @@ def test_tensors_within_the_range_of_pixels_are_taken_and_others_refused(tiny, l
 
     def start(pixels):
         if kind == "hint":
-            return model.steps(PROMPT, steps=1, controls=make_control(tiny.net, pixels))
-        return model.steps(PROMPT, steps=1, image=pixels)
+            return model.iter_steps(PROMPT, num_inference_steps=1, controls=make_control(tiny.net, pixels))
+        return model.iter_steps(PROMPT, num_inference_steps=1, image=pixels)
 
     start(values)
     for wrong in (low - 0.01, high + 0.01, float("nan"), float("inf"), float("-inf")):
@@ -295,7 +302,8 @@ def test_tensors_within_the_range_of_pixels_are_taken_and_others_refused(tiny, l
 @pytest.mark.parametrize("name, resample", [("nine", 1), ("plain", 1), ("plain", 3)], ids=["nine", "blend", "resample"])
 def test_inpainting_by_either_way_makes_the_masked_part_anew(tiny, name, resample):
     image, model = tiny.image(), tiny.model(name)
-    first, second = (arrays(model.inpaint(PROMPT, image, tiny.mask(), steps=4, seed=seed, resample=resample))
+    first, second = (arrays(model.inpaint(PROMPT, image, tiny.mask(), num_inference_steps=4, seed=seed,
+                                          resample=resample))
                      for seed in (1, 2))
     inside = np.asarray(tiny.mask()) > 127
     assert np.abs(first - second)[0][inside].mean() > 3
@@ -305,7 +313,8 @@ def test_inpainting_by_either_way_makes_the_masked_part_anew(tiny, name, resampl
 @pytest.mark.parametrize("resample", [1, 2])
 def test_blending_ends_at_the_image_s_own_latent_outside_of_the_mask(tiny, sampler, resample):
     model, image = tiny.model(), tiny.image()
-    *_, step = model.steps(PROMPT, image=image, mask=tiny.mask(), steps=4, sampler=sampler, resample=resample)
+    *_, step = model.iter_steps(PROMPT, image=image, mask=tiny.mask(), num_inference_steps=4, sampler=sampler,
+                                resample=resample)
     outside = np.asarray(tiny.mask())[::2, ::2] < 127
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -317,9 +326,9 @@ def test_blending_ends_at_the_image_s_own_latent_outside_of_the_mask(tiny, sampl
 def test_a_fresh_controlnet_changes_no_bit_of_the_image(tiny):
     model = tiny.model()
     fresh = ControlNet.from_unet(model.unet, hint_widths=(4, 8)).requires_grad_(False)
-    plain = list(model.steps(PROMPT, steps=3, size=(WIDTH, HEIGHT)))
+    plain = list(model.iter_steps(PROMPT, num_inference_steps=3, size=(WIDTH, HEIGHT)))
     controls = make_control(fresh, tiny.image(3))
-    for ours, theirs in zip(model.steps(PROMPT, steps=3, controls=controls), plain, strict=True):
+    for ours, theirs in zip(model.iter_steps(PROMPT, num_inference_steps=3, controls=controls), plain, strict=True):
         assert torch.equal(ours.latent, theirs.latent)
 
 
@@ -328,7 +337,8 @@ def test_control_goes_with_an_image_and_with_a_mask(tiny):
     cases = (("plain", {"strength": 0.5}), ("plain", {"mask": tiny.mask()}), ("nine", {"mask": tiny.mask()}))
     for name, given in cases:
         model = tiny.model(name)
-        plain, followed = (arrays(list(model.steps(PROMPT, image=tiny.image(), steps=4, controls=c, **given))[-1]
+        plain, followed = (arrays(list(model.iter_steps(PROMPT, image=tiny.image(), num_inference_steps=4, controls=c,
+                                                        **given))[-1]
                                   .noisy_images()) for c in ((), control))
         assert np.abs(plain - followed).max() > 8, given
 
@@ -349,7 +359,8 @@ def other_version(tiny) -> ControlNet:
     ("plain", {"image": "image", "strength": 0}, "strength is 0; give a number above 0"),
     ("plain", {"image": "image", "strength": 1.5}, "strength is 1.5"),
     ("plain", {"image": "image", "strength": float("nan")}, "strength is nan"),
-    ("plain", {"image": "image", "strength": 0.1, "steps": 5}, "strength 0.1 of 5 steps is less than one"),
+    ("plain", {"image": "image", "strength": 0.1, "num_inference_steps": 5},
+     "strength 0.1 of 5 steps is less than one"),
     ("plain", {"strength": 0.5}, "no image to start from"),
     ("plain", {"resample": 5}, "resampling belongs to inpainting"),
     ("plain", {"image": "image", "mask": "mask", "resample": 0}, "resample is 0"),
@@ -363,7 +374,7 @@ def other_version(tiny) -> ControlNet:
     ("plain", {"controls": "another version"}, "24 wide.*16 wide"),
     ("plain", {"controls": ["no control"]}, "controls holds a str"),
     ("plain", {"long_prompts": "fold"}, "long_prompts is 'fold'"),
-    ("plain", {"interval": (500, 100)}, r"interval is \(500, 100\)"),
+    ("plain", {"guidance_interval": (500, 100)}, r"interval is \(500, 100\)"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_is_told_before_anything_is_computed(tiny, monkeypatch, name, given, told):
     model = tiny.model(name)
@@ -375,7 +386,7 @@ def test_what_cannot_be_is_told_before_anything_is_computed(tiny, monkeypatch, n
     elif given.get("controls") == "another version":
         given = {"controls": make_control(other_version(tiny), tiny.image()), "size": (24, 32)}
     with pytest.raises(SettingsError, match=told) as caught:
-        model.steps(PROMPT, **given)
+        model.iter_steps(PROMPT, **given)
     assert "\n" not in str(caught.value)
 
 

@@ -39,15 +39,15 @@ def lora_for(model, seed=0, text=True) -> LoRA:
 def test_a_lora_changes_the_image_and_leaves_no_trace(model, tmp_path):
     before = {name: tensor.clone() for module in (model.unet, model.text_encoder)
               for name, tensor in module.state_dict().items()}
-    plain = arrays(model.text2img(PROMPT, steps=3))
+    plain = arrays(model.text2img(PROMPT, num_inference_steps=3))
     first = model.add_lora(save_lora(tmp_path / "a.safetensors", lora_for(model)), strength=0.7)
-    with_one = arrays(model.text2img(PROMPT, steps=3))
+    with_one = arrays(model.text2img(PROMPT, num_inference_steps=3))
     second = model.add_lora(lora_for(model, seed=1))
-    with_two = arrays(model.text2img(PROMPT, steps=3))
+    with_two = arrays(model.text2img(PROMPT, num_inference_steps=3))
     assert np.abs(with_one - plain).max() > 8 and np.abs(with_two - with_one).max() > 8
     model.remove_lora(first)
     model.remove_lora(second)
-    assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), plain)
+    assert np.array_equal(arrays(model.text2img(PROMPT, num_inference_steps=3)), plain)
     assert all(torch.equal(before[name], tensor) for module in (model.unet, model.text_encoder)
                for name, tensor in module.state_dict().items())
     with pytest.raises(SettingsError, match="not merged"):
@@ -70,15 +70,15 @@ def test_a_lora_gives_the_images_that_diffusers_gives(model, tmp_path, spelling)
     theirs = pipe(PROMPT, **given).images
     assert np.abs(theirs - plain).max() > 0.05
     model.add_lora(file, strength=0.7)
-    ours = model.text2img(PROMPT, latent=noise, steps=5, guidance=4.0, sampler="ddim")
+    ours = model.text2img(PROMPT, latent=noise, num_inference_steps=5, guidance_scale=4.0, sampler="ddim")
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
 
 def test_a_merged_lora_is_saved_with_the_model(model, tmp_path):
     model.add_lora(lora_for(model))
-    image = arrays(model.text2img(PROMPT, steps=3))
+    image = arrays(model.text2img(PROMPT, num_inference_steps=3))
     again = StableDiffusion(load_folder(save_folder(tmp_path / "merged", model.parts)))
-    assert np.array_equal(arrays(again.text2img(PROMPT, steps=3)), image)
+    assert np.array_equal(arrays(again.text2img(PROMPT, num_inference_steps=3)), image)
 
 
 def test_an_exchanged_unet_begins_without_loras(model):
@@ -111,13 +111,13 @@ def test_loras_stay_known_while_no_part_is_replaced(model):
 
 
 def test_a_lora_is_added_at_full_strength_by_default(model):
-    plain = arrays(model.text2img(PROMPT, steps=3))
+    plain = arrays(model.text2img(PROMPT, num_inference_steps=3))
     lora = model.add_lora(lora_for(model))
-    default = arrays(model.text2img(PROMPT, steps=3))
+    default = arrays(model.text2img(PROMPT, num_inference_steps=3))
     model.add_lora(lora, 1.0)
-    assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), default)
+    assert np.array_equal(arrays(model.text2img(PROMPT, num_inference_steps=3)), default)
     model.add_lora(lora, 0.0)
-    assert np.abs(arrays(model.text2img(PROMPT, steps=3)) - plain).max() <= 1
+    assert np.abs(arrays(model.text2img(PROMPT, num_inference_steps=3)) - plain).max() <= 1
 
 
 def test_a_lora_for_other_layers_is_told_and_nothing_changes(model, tmp_path):
@@ -142,28 +142,28 @@ def toy(count=2, width=16, token="<toy>"):
 
 
 def test_a_learned_word_can_be_written_in_prompts(model, tmp_path):
-    plain = arrays(model.text2img(PROMPT, steps=3))
+    plain = arrays(model.text2img(PROMPT, num_inference_steps=3))
     word = model.add_embedding(save_embedding(tmp_path / "toy.safetensors", toy()))
     assert word == "<toy>"
     with warnings.catch_warnings():
         warnings.simplefilter("error")              # the word is not an unknown one
-        there = arrays(model.text2img("a red <TOY> to the left of a cat", steps=3))
+        there = arrays(model.text2img("a red <TOY> to the left of a cat", num_inference_steps=3))
     assert np.abs(there - plain).max() > 8
-    assert np.array_equal(arrays(model.text2img(PROMPT, steps=3)), plain)
+    assert np.array_equal(arrays(model.text2img(PROMPT, num_inference_steps=3)), plain)
     with pytest.warns(UnknownWordWarning, match="'castle'"):
-        model.text2img("a <toy> castle", steps=1)
+        model.text2img("a <toy> castle", num_inference_steps=1)
 
 
 def test_a_learned_word_takes_the_name_that_is_given(model, tmp_path):
     """The user's, of an embedding in memory and of a file; its own name is then no word of the model."""
     named = StableDiffusion(tiny_parts(EPSILON))
     named.add_embedding(toy())
-    wanted = arrays(named.text2img("a <toy> cat", steps=3))
+    wanted = arrays(named.text2img("a <toy> cat", num_inference_steps=3))
     for i, source in enumerate((toy(), save_embedding(tmp_path / "toy.safetensors", toy()))):
         assert model.add_embedding(source, f"<mine-{i}>") == f"<mine-{i}>"
-        assert np.array_equal(arrays(model.text2img(f"a <mine-{i}> cat", steps=3)), wanted)
+        assert np.array_equal(arrays(model.text2img(f"a <mine-{i}> cat", num_inference_steps=3)), wanted)
     with pytest.warns(UnknownWordWarning, match="'toy'"):
-        assert not np.array_equal(arrays(model.text2img("a <toy> cat", steps=3)), wanted)
+        assert not np.array_equal(arrays(model.text2img("a <toy> cat", num_inference_steps=3)), wanted)
 
 
 def test_a_learned_word_gives_the_images_that_diffusers_gives(model, tmp_path):
@@ -177,15 +177,16 @@ def test_a_learned_word_gives_the_images_that_diffusers_gives(model, tmp_path):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     theirs = pipe("a red <toy> on a tree", latents=noise, num_inference_steps=5, guidance_scale=4.0,
                   output_type="np").images
-    ours = model.text2img("a red <toy> on a tree", latent=noise, steps=5, guidance=4.0, sampler="ddim")
+    ours = model.text2img("a red <toy> on a tree", latent=noise, num_inference_steps=5, guidance_scale=4.0,
+                          sampler="ddim")
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
 
 def test_a_model_with_a_learned_word_is_saved_whole(model, tmp_path):
     model.add_embedding(toy())
-    image = arrays(model.text2img("a <toy> cat", steps=3))
+    image = arrays(model.text2img("a <toy> cat", num_inference_steps=3))
     again = StableDiffusion(load_folder(save_folder(tmp_path / "toy", model.parts)))
-    assert np.array_equal(arrays(again.text2img("a <toy> cat", steps=3)), image)
+    assert np.array_equal(arrays(again.text2img("a <toy> cat", num_inference_steps=3)), image)
 
 
 @pytest.mark.parametrize("embedding, told", [
@@ -203,25 +204,27 @@ def test_words_that_cannot_be_are_told(model, embedding, told):
 # --- prompts ----------------------------------------------------------------------------------------
 
 def test_weights_in_a_prompt_are_heard_and_plain_parentheses_are_not(model):
-    plain = arrays(model.text2img(PROMPT, steps=3))
-    assert np.array_equal(arrays(model.text2img("a (red:1.0) apple to the left of a cat", steps=3)), plain)
-    more = arrays(model.text2img("a (red apple:1.6) to the left of a cat", steps=3))
+    plain = arrays(model.text2img(PROMPT, num_inference_steps=3))
+    assert np.array_equal(arrays(model.text2img("a (red:1.0) apple to the left of a cat", num_inference_steps=3)),
+                          plain)
+    more = arrays(model.text2img("a (red apple:1.6) to the left of a cat", num_inference_steps=3))
     assert np.abs(more - plain).max() > 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")              # neither the number nor the sign is an unknown word
-        model.text2img("a (red:1.35) apple", steps=1)
+        model.text2img("a (red:1.35) apple", num_inference_steps=1)
     with pytest.raises(SettingsError, match="weight 100"):
-        model.text2img("a (red:100) apple", steps=1)
+        model.text2img("a (red:100) apple", num_inference_steps=1)
 
 
 def test_a_long_prompt_is_heard_to_its_end_in_chunks(model):
     start = "a red apple " * 30
     with pytest.warns(LongPromptWarning, match='long_prompts="chunks"'):
-        cut = [arrays(model.text2img(start + end, steps=3)) for end in ("cat", "star")]
+        cut = [arrays(model.text2img(start + end, num_inference_steps=3)) for end in ("cat", "star")]
     assert np.array_equal(*cut)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whole = [arrays(model.text2img(start + end, steps=3, long_prompts="chunks")) for end in ("cat", "star")]
+        whole = [arrays(model.text2img(start + end, num_inference_steps=3, long_prompts="chunks"))
+                 for end in ("cat", "star")]
     assert np.abs(whole[0] - whole[1]).max() > 2
     assert model.encode([start, ""], long="chunks").shape[:2] == (2, 2 * 77)
 
@@ -236,7 +239,7 @@ def test_long_prompts_in_chunks_give_the_images_that_diffusers_gives(model, tmp_
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     theirs = pipe(prompt_embeds=embeds, negative_prompt_embeds=negative, latents=noise, num_inference_steps=5,
                   guidance_scale=4.0, output_type="np").images
-    ours = model.text2img(prompt, "two cars", latent=noise, steps=5, guidance=4.0, sampler="ddim",
+    ours = model.text2img(prompt, "two cars", latent=noise, num_inference_steps=5, guidance_scale=4.0, sampler="ddim",
                           long_prompts="chunks")
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
@@ -244,5 +247,6 @@ def test_long_prompts_in_chunks_give_the_images_that_diffusers_gives(model, tmp_
 def test_guidance_in_an_interval_runs_one_half_outside_of_it(model, monkeypatch):
     batches, forward = [], model.unet.forward
     monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
-    model.text2img(PROMPT, steps=4, sampler="ddim", interval=(200, 600))        # at 751, 501, 251, 1
+    model.text2img(PROMPT, num_inference_steps=4, sampler="ddim",
+                   guidance_interval=(200, 600))        # at 751, 501, 251, 1
     assert batches == [1, 2, 2, 1]

@@ -92,8 +92,9 @@ def test_images_equal_those_of_diffusers(both, sampler, steps):
     noise = torch.randn(2, 4, 16, 12, generator=torch.Generator().manual_seed(3))
     theirs = pipe([PROMPT] * 2, negative_prompt=["two cars"] * 2, latents=noise, num_inference_steps=steps,
                   guidance_scale=4.0, width=24, height=32, output_type="np").images
-    ours = model.text2img(PROMPT, "two cars", latent=noise, sampler=sampler, steps=steps, guidance=4.0, batch=2,
-                          size=(24, 32), spacing=ours)
+    ours = model.text2img(PROMPT, "two cars", latent=noise, sampler=sampler, num_inference_steps=steps,
+                          guidance_scale=4.0, batch=2,
+                          size=(24, 32), timestep_spacing=ours)
     assert theirs.std() > 0.1
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
@@ -112,8 +113,8 @@ def test_diffusers_opens_the_folder_with_the_scheduler_that_fits(both):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_holds_the_images_that_its_seeds_give_alone(model, sampler):
-    batch = arrays(model.text2img(PROMPT, sampler=sampler, steps=3, seed=7, batch=3))
-    alone = [model.text2img(PROMPT, sampler=sampler, steps=3, seed=7 + i)[0] for i in range(3)]
+    batch = arrays(model.text2img(PROMPT, sampler=sampler, num_inference_steps=3, seed=7, batch=3))
+    alone = [model.text2img(PROMPT, sampler=sampler, num_inference_steps=3, seed=7 + i)[0] for i in range(3)]
     off = np.abs(np.asarray(batch, int) - np.asarray(arrays(alone), int))
     assert off.max() <= 1                                   # of 255: a batch is added up in another order
     assert np.abs(np.asarray(batch[0], int) - np.asarray(batch[1], int)).max() > 10
@@ -122,26 +123,26 @@ def test_a_batch_holds_the_images_that_its_seeds_give_alone(model, sampler):
 def test_a_batch_is_one_call_of_the_network(model):
     sizes = []
     hook = model.unet.register_forward_hook(lambda module, inputs, output: sizes.append((len(inputs[0]), len(output))))
-    model.text2img(PROMPT, steps=2, batch=3, guidance=3.0)
+    model.text2img(PROMPT, num_inference_steps=2, batch=3, guidance_scale=3.0)
     hook.remove()
     assert sizes == [(3, 6), (3, 6)], "both halves of guidance at once, of the latents that they share"
 
 
 def test_a_seed_gives_the_same_image_whatever_was_drawn_before(model):
-    first = arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1))
+    first = arrays(model.text2img(PROMPT, sampler="ddpm", num_inference_steps=3, seed=1))
     before = torch.get_rng_state()
     torch.randn(10)
-    assert np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1)), first)
-    assert not np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", steps=3, seed=2)), first)
+    assert np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", num_inference_steps=3, seed=1)), first)
+    assert not np.array_equal(arrays(model.text2img(PROMPT, sampler="ddpm", num_inference_steps=3, seed=2)), first)
     torch.set_rng_state(before)
-    model.text2img(PROMPT, sampler="ddpm", steps=3, seed=1)
+    model.text2img(PROMPT, sampler="ddpm", num_inference_steps=3, seed=1)
     assert torch.equal(torch.get_rng_state(), before)       # and it does not touch others' random numbers
 
 
 def test_a_latent_takes_the_place_of_the_seed(model):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    given_noise = arrays(model.text2img(PROMPT, steps=2, latent=noise, seed=0))
-    assert np.array_equal(given_noise, arrays(model.text2img(PROMPT, steps=2, seed=5)))
+    given_noise = arrays(model.text2img(PROMPT, num_inference_steps=2, latent=noise, seed=0))
+    assert np.array_equal(given_noise, arrays(model.text2img(PROMPT, num_inference_steps=2, seed=5)))
     with pytest.raises(SettingsError, match=r"the latent is \(1, 4, 16, 16\).*\(2, 4, 16, 16\)"):
         model.text2img(PROMPT, latent=noise, batch=2)
 
@@ -152,7 +153,7 @@ def test_a_latent_takes_the_place_of_the_seed(model):
     (None, (32, 32)), (16, (16, 16)), ((40, 24), (24, 40)), ((2, 6), (6, 2)), ((26, 30), (30, 26)),
 ])
 def test_sizes_are_width_then_height_and_latents_may_be_odd(model, size, shape):
-    images = model.text2img(PROMPT, steps=1, size=size)
+    images = model.text2img(PROMPT, num_inference_steps=1, size=size)
     assert arrays(images).shape == (1, *shape, 3)
 
 
@@ -160,60 +161,66 @@ def test_an_empty_prompt_is_the_unconditional_model(model):
     """Guidance then goes from the empty prompt to itself, so its scale changes nothing."""
     with torch.no_grad():
         assert torch.equal(*model.encode(["", ""]))
-    low, high = (arrays(model.text2img("", steps=3, guidance=scale)).astype(int) for scale in (1.0, 9.0))
+    low, high = (arrays(model.text2img("", num_inference_steps=3, guidance_scale=scale)).astype(int)
+                 for scale in (1.0, 9.0))
     assert np.abs(low - high).max() <= 1
-    told = arrays(model.text2img(PROMPT, steps=3, guidance=9.0)).astype(int)
+    told = arrays(model.text2img(PROMPT, num_inference_steps=3, guidance_scale=9.0)).astype(int)
     assert np.abs(low - told).max() > 10
 
 
 def test_the_negative_prompt_and_every_setting_are_heard(model):
-    plain = arrays(model.text2img(PROMPT, steps=3))
-    for changed in ({"steps": 4}, {"sampler": "euler_ancestral"}, {"guidance": 2.0}, {"rescale": 0.7},
-                    {"spacing": "trailing"}, {"negative_prompt": "two cars"}):
-        assert not np.array_equal(arrays(model.text2img(PROMPT, **{"steps": 3, **changed})), plain), changed
+    plain = arrays(model.text2img(PROMPT, num_inference_steps=3))
+    for changed in ({"num_inference_steps": 4}, {"sampler": "euler_ancestral"}, {"guidance_scale": 2.0},
+                    {"guidance_rescale": 0.7},
+                    {"timestep_spacing": "trailing"}, {"negative_prompt": "two cars"}):
+        assert not np.array_equal(arrays(model.text2img(PROMPT, **{"num_inference_steps": 3, **changed})),
+                                  plain), changed
 
 
 def final_latent(model, **given):
-    *_, step = model.steps(PROMPT, steps=4, sampler="ddim", **given)          # at timesteps 751, 501, 251, 1
+    *_, step = model.iter_steps(PROMPT, num_inference_steps=4, sampler="ddim",
+                                **given)          # at timesteps 751, 501, 251, 1
     return step.latent
 
 
 def test_guidance_applies_within_its_interval_alone(model):
-    without, everywhere = final_latent(model, guidance=1.0), final_latent(model, guidance=5.0)
+    without, everywhere = final_latent(model, guidance_scale=1.0), final_latent(model, guidance_scale=5.0)
     assert not torch.allclose(without, everywhere, atol=0.01)
-    assert torch.equal(final_latent(model, guidance=5.0, interval=(900, 999)), without)
-    assert torch.equal(final_latent(model, guidance=5.0, interval=(0, 999)), everywhere)
-    part = final_latent(model, guidance=5.0, interval=(200, 600))
-    assert torch.equal(final_latent(model, guidance=5.0, interval=(251, 501)), part), "both ends belong to it"
+    assert torch.equal(final_latent(model, guidance_scale=5.0, guidance_interval=(900, 999)), without)
+    assert torch.equal(final_latent(model, guidance_scale=5.0, guidance_interval=(0, 999)), everywhere)
+    part = final_latent(model, guidance_scale=5.0, guidance_interval=(200, 600))
+    assert torch.equal(final_latent(model, guidance_scale=5.0, guidance_interval=(251, 501)),
+                       part), "both ends belong to it"
     assert not torch.allclose(part, without, atol=0.01) and not torch.allclose(part, everywhere, atol=0.01)
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0, 0.0])
-@pytest.mark.parametrize("more", [{}, {"rescale": 0.7}, {"interval": (200, 600)},
-                                  {"rescale": 0.7, "interval": (200, 600)}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"guidance_rescale": 0.7}, {"guidance_interval": (200, 600)},
+                                  {"guidance_rescale": 0.7, "guidance_interval": (200, 600)}], ids=str)
 def test_guidance_settings_reach_the_denoiser(model, guidance, more):
     """The same latent as a sampler gives with the classifier-free guidance of these arguments."""
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         context, uncond = model.encode([PROMPT, "two cars"])[:, None]
-        denoise = predict_x0(model.unet, model.schedule, context, uncond, scale=guidance, **more)
+        denoise = predict_x0(model.unet, model.schedule, context, uncond, scale=guidance,
+                             rescale=more.get("guidance_rescale", 0.0), interval=more.get("guidance_interval"))
         *_, wanted = SAMPLERS["ddim"](denoise, noise, grid_for("ddim", model.schedule, 4), model.schedule)
-    found = final_latent(model, negative_prompt="two cars", latent=noise, guidance=guidance, **more)
+    found = final_latent(model, negative_prompt="two cars", latent=noise, guidance_scale=guidance, **more)
     assert torch.allclose(found, wanted.x, atol=1e-3)
 
 
 def test_zero_terminal_snr_starts_at_the_last_timestep_by_itself():
-    assert next(make(ZERO_SNR).steps(PROMPT, steps=4)).t == 999
+    assert next(make(ZERO_SNR).iter_steps(PROMPT, num_inference_steps=4)).t == 999
 
 
 # --- steps ------------------------------------------------------------------------------------------
 
 def test_steps_are_told_one_by_one_and_end_with_the_image(model):
-    steps = list(model.steps(PROMPT, steps=5, seed=3, batch=2))
+    steps = list(model.iter_steps(PROMPT, num_inference_steps=5, seed=3, batch=2))
     assert [(step.index, step.of) for step in steps] == [(i, 5) for i in range(5)]
     assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
     assert all(step.latent.shape == step.x0.shape == (2, 4, 16, 16) for step in steps)
-    images = arrays(model.text2img(PROMPT, steps=5, seed=3, batch=2))
+    images = arrays(model.text2img(PROMPT, num_inference_steps=5, seed=3, batch=2))
     assert np.array_equal(arrays(steps[-1].noisy_images()), images)
     assert not np.array_equal(arrays(steps[0].images()), arrays(steps[0].noisy_images()))
 
@@ -222,26 +229,26 @@ def test_steps_decode_only_when_asked(monkeypatch):
     model, decoded = make(), []
     to_pixels = model.vae.to_pixels
     monkeypatch.setattr(model.vae, "to_pixels", lambda *args, **kw: decoded.append(1) or to_pixels(*args, **kw))
-    steps = list(model.steps(PROMPT, steps=3))
+    steps = list(model.iter_steps(PROMPT, num_inference_steps=3))
     assert not decoded
     steps[1].images()
     assert len(decoded) == 1
 
 
 def test_stepping_leaves_gradients_as_the_caller_has_them(model):
-    steps = model.steps(PROMPT, steps=3)
+    steps = model.iter_steps(PROMPT, num_inference_steps=3)
     next(steps)
     assert torch.is_grad_enabled()
     steps.close()
-    assert not next(model.steps(PROMPT, steps=1)).latent.requires_grad
+    assert not next(model.iter_steps(PROMPT, num_inference_steps=1)).latent.requires_grad
 
 
 def test_text_guidance_of_one_runs_the_network_on_one_half_only(monkeypatch):
     model, batches = make(), []
     forward = model.unet.forward
     monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
-    model.text2img(PROMPT, steps=2, guidance=1.0)
-    model.text2img(PROMPT, steps=2, guidance=2.0)
+    model.text2img(PROMPT, num_inference_steps=2, guidance_scale=1.0)
+    model.text2img(PROMPT, num_inference_steps=2, guidance_scale=2.0)
     assert batches == [1, 1, 2, 2]
 
 
@@ -249,11 +256,11 @@ def test_text_guidance_of_one_runs_the_network_on_one_half_only(monkeypatch):
 
 def test_unknown_words_are_named_and_the_prompt_runs(model):
     with pytest.warns(UnknownWordWarning, match=r"'dragon', 'aple' \(did you mean 'apple'\?\); it will") as caught:
-        images = model.text2img("a red Dragon above a aple's dragon", steps=1)
+        images = model.text2img("a red Dragon above a aple's dragon", num_inference_steps=1)
     assert len(images) == 1 and len(caught) == 1
     assert caught[0].filename == __file__           # told at the line that asked
     with pytest.warns(UnknownWordWarning, match="'castle'"):
-        model.text2img("a red apple", "a castle", steps=1)
+        model.text2img("a red apple", "a castle", num_inference_steps=1)
 
 
 def test_known_words_and_models_without_a_world_warn_of_nothing(model):
@@ -261,8 +268,9 @@ def test_known_words_and_models_without_a_world_warn_of_nothing(model):
     silent.world = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.text2img("A red CAT, to the left of 3 balloons! 'apple' (cat's tree) - a balloons.", steps=1)
-        silent.text2img("a purple dragon", steps=1)
+        model.text2img("A red CAT, to the left of 3 balloons! 'apple' (cat's tree) - a balloons.",
+                       num_inference_steps=1)
+        silent.text2img("a purple dragon", num_inference_steps=1)
 
 
 def test_the_words_of_the_world_are_known_and_others_are_not():
@@ -274,13 +282,13 @@ def test_the_words_of_the_world_are_known_and_others_are_not():
 
 def test_a_long_prompt_is_cut_and_its_lost_end_quoted(model):
     with pytest.warns(LongPromptWarning, match="longer than 77 tokens; .*cut.*\"a red apple a red.* \\.\\.\\.\""):
-        long = model.text2img(LONG, steps=1)
+        long = model.text2img(LONG, num_inference_steps=1)
     assert np.array_equal(arrays(long), arrays(model.text2img(model.tokenizer.decode(
-        model.tokenizer(LONG)[0]), steps=1)))
+        model.tokenizer(LONG)[0]), num_inference_steps=1)))
     with pytest.warns(LongPromptWarning, match="above a blue tree\"; long_prompts"):
-        model.text2img("apple " * 75 + "above a blue tree", steps=1)
+        model.text2img("apple " * 75 + "above a blue tree", num_inference_steps=1)
     with pytest.warns(LongPromptWarning):
-        model.text2img(PROMPT, LONG, steps=1)
+        model.text2img(PROMPT, LONG, num_inference_steps=1)
 
 
 def test_prompts_that_lose_nothing_give_no_warning(model):
@@ -288,13 +296,13 @@ def test_prompts_that_lose_nothing_give_no_warning(model):
     long = "apple " * 100
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.text2img("apple " * 75, "cat " * 75, steps=1)
-        model.text2img(long, long, steps=1, long_prompts="chunks")
-        assert list(model.doubts("apple " * 75, long_prompts="cut")) == list(model.doubts(
+        model.text2img("apple " * 75, "cat " * 75, num_inference_steps=1)
+        model.text2img(long, long, num_inference_steps=1, long_prompts="chunks")
+        assert list(model.prompt_warnings("apple " * 75, long_prompts="cut")) == list(model.prompt_warnings(
             long, long, long_prompts="chunks")) == []
     with pytest.warns(LongPromptWarning, match="\"cat\"; long_prompts"):
-        model.text2img("apple " * 75 + "cat", steps=1)
-    kinds = [kind for kind, _ in model.doubts("a dragon " * 50, long_prompts="chunks")]
+        model.text2img("apple " * 75 + "cat", num_inference_steps=1)
+    kinds = [kind for kind, _ in model.prompt_warnings("a dragon " * 50, long_prompts="chunks")]
     assert kinds == [UnknownWordWarning], "a word that was never taught is reported all the same"
 
 
@@ -305,7 +313,7 @@ def test_any_text_makes_an_image(model, prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnknownWordWarning)
         try:
-            [image] = model.text2img(prompt, steps=1, size=8)
+            [image] = model.text2img(prompt, num_inference_steps=1, size=8)
         except SettingsError as error:
             assert "surrogate" in str(error)
             assert any("\ud800" <= char <= "\udfff" for char in prompt)
@@ -317,36 +325,39 @@ def test_any_text_makes_an_image(model, prompt):
 
 def test_steps_and_guidance_default_to_those_of_the_model():
     other = StableDiffusion(tiny_parts(config=replace(PRESETS["tiny"], sampling=SamplingConfig(3, 2.0))))
-    assert [step.of for step in other.steps(PROMPT)] == [3, 3, 3]
-    [image], [same] = other.text2img(PROMPT), other.text2img(PROMPT, steps=3, guidance=2.0)
-    assert np.array_equal(image, same) and not np.array_equal(image, other.text2img(PROMPT, guidance=7.5)[0])
-    assert other.checked({"steps": 5}).guidance == 2.0 and other.checked({"guidance": 0.0}).steps == 3
+    assert [step.of for step in other.iter_steps(PROMPT)] == [3, 3, 3]
+    [image], [same] = other.text2img(PROMPT), other.text2img(PROMPT, num_inference_steps=3, guidance_scale=2.0)
+    assert np.array_equal(image, same) and not np.array_equal(image, other.text2img(PROMPT, guidance_scale=7.5)[0])
+    assert other.validate(num_inference_steps=5).guidance_scale == 2.0
+    assert other.validate(guidance_scale=0.0).num_inference_steps == 3
 
 
 def test_models_that_store_no_settings_have_stable_diffusions(model):
-    assert (model.checked({}).steps, model.checked({}).guidance) == (50, 7.5)
+    assert (model.validate().num_inference_steps, model.validate().guidance_scale) == (50, 7.5)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, told", [
-    ({"steps": 0}, "0 steps"), ({"steps": 2000}, "2000 steps"), ({"steps": 2.5}, "2.5 steps"),
+    ({"num_inference_steps": 0}, "0 steps"), ({"num_inference_steps": 2000}, "2000 steps"),
+                                         ({"num_inference_steps": 2.5}, "2.5 steps"),
     ({"sampler": "magic"}, "no sampler 'magic'; choose one of ddpm"),
-    ({"spacing": "odd"}, "no spacing 'odd'"),
-    ({"guidance": float("nan")}, "guidance is nan"), ({"guidance": float("inf")}, "guidance is inf"),
-    ({"guidance": "7"}, "guidance is 7"), ({"rescale": 1.5}, "rescale is 1.5"),
+    ({"timestep_spacing": "odd"}, "no timestep_spacing 'odd'"),
+    ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+                                         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+    ({"guidance_scale": "7"}, "guidance_scale is 7"), ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5"),
     ({"size": 33}, "33x33 is not a multiple of 2 pixels; the nearest is 32x32"),
     ({"size": (32, 35)}, "32x35 is not a multiple of 2"),
     ({"size": 0}, "0x0 cannot be made; give sides of 2 to 2048"), ({"size": -8}, "-8x-8 cannot"),
     ({"size": 10**9}, "cannot be made"), ({"size": (8, 8, 8)}, "8x8x8 cannot"), ({"size": 16.0}, "cannot be made"),
     ({"batch": 0}, "batch is 0"), ({"batch": 10**9}, "batch is 1000000000"),
     ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"), ({"seed": 2**64}, "seed is"),
-    ({"step": 20}, "no setting 'step'; the settings are steps,"),
+    ({"step": 20}, "no setting 'step'; the settings are num_inference_steps,"),
 ], ids=str)
 def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch, wrong, told):
     monkeypatch.setattr(model.text_encoder, "forward", lambda *_: pytest.fail("computed"))
     with pytest.raises(SettingsError) as caught:
-        model.steps(PROMPT, **wrong)        # at the call, not at the first step
+        model.iter_steps(PROMPT, **wrong)        # at the call, not at the first step
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -356,12 +367,12 @@ def test_nan_is_told_and_never_a_black_image():
     with torch.no_grad():
         model.unet.conv_out.bias[0] = float("nan")
     with pytest.raises(NotFinite, match="latent became NaN.*guidance 3.0"):
-        model.text2img(PROMPT, steps=2, guidance=3.0)
+        model.text2img(PROMPT, num_inference_steps=2, guidance_scale=3.0)
     model = make()
     with torch.no_grad():
         model.vae.decoder.conv_out.bias[0] = float("inf")
     with pytest.raises(NotFinite, match="VAE decoded to NaN or infinity"):
-        model.text2img(PROMPT, steps=2)
+        model.text2img(PROMPT, num_inference_steps=2)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -375,12 +386,12 @@ def test_a_single_value_that_is_not_finite_raises(where, message, value):
     model = make()
     (model.unet if where == "unet" else model.vae.decoder).conv_out.register_forward_hook(spoil)
     with pytest.raises(NotFinite, match=message):
-        model.text2img(PROMPT, steps=1, sampler="dpmpp_2m", guidance=1.0, batch=2)
+        model.text2img(PROMPT, num_inference_steps=1, sampler="dpmpp_2m", guidance_scale=1.0, batch=2)
 
 
 def test_guidance_beyond_what_numbers_hold_is_told(model):
     with pytest.raises(NotFinite):
-        model.text2img(PROMPT, steps=5, guidance=1e38)
+        model.text2img(PROMPT, num_inference_steps=5, guidance_scale=1e38)
 
 
 @pytest.mark.parametrize("where", ["unet", "vae"])
@@ -389,7 +400,7 @@ def test_too_little_memory_is_told(monkeypatch, where):
     module = model.unet if where == "unet" else model.vae.decoder
     monkeypatch.setattr(module, "forward", lambda *_: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MemoryError, match="not enough memory for the images.*fewer or smaller"):
-        model.text2img(PROMPT, steps=2)
+        model.text2img(PROMPT, num_inference_steps=2)
 
 
 def test_other_errors_of_the_network_pass_as_they_are(monkeypatch):
@@ -400,7 +411,7 @@ def test_other_errors_of_the_network_pass_as_they_are(monkeypatch):
 
     monkeypatch.setattr(model.unet, "forward", broken)
     with pytest.raises(RuntimeError, match="a mistake in a layer"):
-        model.text2img(PROMPT, steps=2)
+        model.text2img(PROMPT, num_inference_steps=2)
 
 
 def test_unknown_models_and_devices_are_told(tmp_path):
@@ -424,7 +435,8 @@ def test_a_model_can_run_in_bfloat16(tmp_path):
     folder = save_folder(tmp_path / "tiny", tiny_parts())
     low = StableDiffusion.load(folder, device="cpu", dtype=torch.bfloat16)
     high = StableDiffusion.load(folder, device="cpu")
-    a, b = (arrays(model.text2img(PROMPT, steps=2, guidance=1.0)).astype(int) for model in (low, high))
+    a, b = (arrays(model.text2img(PROMPT, num_inference_steps=2, guidance_scale=1.0)).astype(int)
+            for model in (low, high))
     assert 0 < np.abs(a - b).mean() < 10
 
 
@@ -449,7 +461,8 @@ def test_images_of_the_shipped_model_equal_those_of_diffusers(mini, sampler):
     side = model.config.latent_size
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
     theirs = pipe(PROMPT, latents=noise, num_inference_steps=5, guidance_scale=5.0, output_type="np").images
-    ours = model.text2img(PROMPT, latent=noise, sampler=sampler, steps=5, guidance=5.0, spacing=ours)
+    ours = model.text2img(PROMPT, latent=noise, sampler=sampler, num_inference_steps=5, guidance_scale=5.0,
+                          timestep_spacing=ours)
     assert np.abs(arrays(ours) / 255 - theirs).max() < 1 / 255
 
 
@@ -461,7 +474,8 @@ def test_the_shipped_model_knows_its_world_and_listens():
     assert model.clip is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        red, blue = (arrays(model.text2img(f"a {colour} apple", steps=4))[0] for colour in ("red", "green"))
+        red, blue = (arrays(model.text2img(f"a {colour} apple", num_inference_steps=4))[0]
+                     for colour in ("red", "green"))
     assert red.shape == (model.config.image_size, model.config.image_size, 3)
     assert np.abs(red.astype(int) - blue).mean() > 2
 
@@ -495,7 +509,8 @@ def test_compiled_it_makes_the_same_images():
     hint = np.full((16, 16, 3), 200, np.uint8)
 
     def images():
-        return [arrays(model.text2img(PROMPT, steps=3, size=16)), arrays(model.control(PROMPT, net, hint, steps=3,
+        return [arrays(model.text2img(PROMPT, num_inference_steps=3, size=16)),
+                arrays(model.control(PROMPT, net, hint, num_inference_steps=3,
                                                                                        size=16))]
 
     plain = images()
@@ -504,9 +519,10 @@ def test_compiled_it_makes_the_same_images():
         assert np.abs(found.astype(int) - wanted).max() <= 1
     with torch.no_grad():
         model.unet.conv_out.weight.mul_(-1)
-    turned, = StableDiffusion(model.parts).text2img(PROMPT, steps=3, size=16)
+    turned, = StableDiffusion(model.parts).text2img(PROMPT, num_inference_steps=3, size=16)
     assert np.abs(arrays([turned]).astype(int) - plain[0]).max() > 1
-    assert np.abs(arrays(model.text2img(PROMPT, steps=3, size=16)).astype(int) - arrays([turned])).max() <= 1
+    assert np.abs(arrays(model.text2img(PROMPT, num_inference_steps=3,
+                                        size=16)).astype(int) - arrays([turned])).max() <= 1
     model.unet = StableDiffusion(tiny_parts(EPSILON)).unet
     assert model.network.unet is model.unet
 
@@ -520,7 +536,7 @@ def test_loading_lays_the_unet_out_for_convolutions(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), again.unet.parameters(), strict=True))
     plain = StableDiffusion(again)
     assert plain.unet.conv_in.weight.is_contiguous()
-    images = [arrays(model.text2img(PROMPT, steps=2)).astype(int) for model in (one, plain)]
+    images = [arrays(model.text2img(PROMPT, num_inference_steps=2)).astype(int) for model in (one, plain)]
     assert abs(images[0] - images[1]).max() <= 1
     lora = new_lora(one.unet, rank=2, targets=("conv1", "to_k"))
     for tensor in lora.tensors():

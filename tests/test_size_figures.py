@@ -85,7 +85,8 @@ def test_the_explorer_draws_what_is_set(model):
     explorer.passes.value, explorer.strength.value = True, 0.5
     explorer.draw()
     said, images = explorer.rows[0]
-    expected = two_pass(model, "a red apple", (own, 2 * own), strength=0.5, steps=2, guidance=4.0, batch=2, seed=5)
+    expected = two_pass(model, "a red apple", (own, 2 * own), strength=0.5, num_inference_steps=2, guidance_scale=4.0,
+                        batch=2, seed=5)
     assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
     assert said == f"a red apple, {own} x {2 * own}, two passes of strength 0.5"
     assert len(explorer.shown.children) == 4 and not explorer.button.disabled

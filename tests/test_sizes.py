@@ -200,7 +200,7 @@ def test_the_distance_to_the_border_takes_width_for_columns_and_height_for_rows(
 
 def test_two_passes_are_text2img_and_img2img(model):
     step, own = even_step(model.config), model.config.image_size
-    settings = {"steps": 4, "guidance": 2.0, "seed": 3, "batch": 2}
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "seed": 3, "batch": 2}
     found = two_pass(model, "a red apple", (2 * own, own), "a cat", strength=0.5, **settings)
     first = model.text2img("a red apple", "a cat", size=fitted((2 * own, own), own, step), **settings)
     large = [image.resize((2 * own, own), 3) for image in first]            # 3 is bicubic
@@ -210,8 +210,8 @@ def test_two_passes_are_text2img_and_img2img(model):
 
 
 def test_a_small_image_is_one_pass(model):
-    found = two_pass(model, "a cat", 16, steps=2)
-    assert found[0].tobytes() == model.text2img("a cat", size=16, steps=2)[0].tobytes()
+    found = two_pass(model, "a cat", 16, num_inference_steps=2)
+    assert found[0].tobytes() == model.text2img("a cat", size=16, num_inference_steps=2)[0].tobytes()
 
 
 @pytest.mark.parametrize("wide, high, passes", [(1, 1, 1), (2, 0.5, 1), (0.25, 4, 1), (1.25, 1, 2), (4, 0.5, 2)])
@@ -219,17 +219,17 @@ def test_the_area_decides_between_one_pass_and_two(model, monkeypatch, wide, hig
     """That of the model's own images still takes one, in any shape."""
     own, called = model.config.image_size, []
     size = int(wide * own), int(high * own)
-    one = model.text2img("a cat", size=size, steps=2)
+    one = model.text2img("a cat", size=size, num_inference_steps=2)
     img2img = model.img2img
     monkeypatch.setattr(model, "img2img", lambda *args, **given: called.append(args) or img2img(*args, **given))
-    found = two_pass(model, "a cat", size, steps=2)
+    found = two_pass(model, "a cat", size, num_inference_steps=2)
     assert len(called) == passes - 1 and found[0].size == size
     assert (found[0].tobytes() == one[0].tobytes()) == (passes == 1)
 
 
 def test_the_second_pass_runs_half_of_the_steps_by_default(model):
     size = 2 * model.config.image_size
-    found, half, more = (two_pass(model, "a cat", size, steps=4, **given)[0].tobytes()
+    found, half, more = (two_pass(model, "a cat", size, num_inference_steps=4, **given)[0].tobytes()
                          for given in ({}, {"strength": 0.5}, {"strength": 0.75}))
     assert found == half != more
 
@@ -238,4 +238,4 @@ def test_the_second_pass_runs_half_of_the_steps_by_default(model):
                                                    (64, {"stepz": 2}, "stepz")])
 def test_what_cannot_be_is_told(model, size, settings, words):
     with pytest.raises(SettingsError, match=words):
-        two_pass(model, "a cat", size, **{"steps": 2, **settings})
+        two_pass(model, "a cat", size, **{"num_inference_steps": 2, **settings})

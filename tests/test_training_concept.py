@@ -173,7 +173,8 @@ def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, mo
             assert fresh.add_embedding(found.word) == concept.WORD
         if name == "lora":
             fresh.add_lora(found.lora)
-        drawn[name] = fresh.text2img(f"a {concept.WORD} on a blue background", steps=2, seed=0)[0].tobytes()
+        drawn[name] = fresh.text2img(f"a {concept.WORD} on a blue background", num_inference_steps=2,
+                                     seed=0)[0].tobytes()
     assert len(set(drawn.values())) == 3
 
 

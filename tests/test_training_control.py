@@ -500,7 +500,7 @@ def test_an_inpainting_unet_comes_back_and_the_pipeline_takes_it(folder, config)
     model = StableDiffusion(parts)
     assert model.inpaints
     one = scene(0, "test", CORE)
-    image, = model.inpaint(one.caption, one.image, hole(one), steps=2, seed=0)
+    image, = model.inpaint(one.caption, one.image, hole(one), num_inference_steps=2, seed=0)
     assert image.size == (128, 128)
     assert not StableDiffusion(load_folder(folder)).inpaints, "the base is still the base"
 
@@ -622,8 +622,9 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
 
     sampled = StableDiffusion(load_folder(out))
     one = scene(0, "test", CORE)
-    free, = sampled.text2img(one.caption, steps=3)
-    led, = sampled.control(one.caption, load_shipped_control(out, "edges"), np.stack([one.edge_map] * 3, 2), steps=3)
+    free, = sampled.text2img(one.caption, num_inference_steps=3)
+    led, = sampled.control(one.caption, load_shipped_control(out, "edges"), np.stack([one.edge_map] * 3, 2),
+                           num_inference_steps=3)
     assert free.size == led.size == (128, 128) and np.asarray(free).tobytes() != np.asarray(led).tobytes()
 
     assert stages.start_from(out, tmp_path / "new") == ["vae", "clip", "unet", "depth", "edges", "inpaint"]
@@ -731,7 +732,7 @@ def test_a_lesson_learns_from_nothing_and_can_be_sampled(config, base):
     assert lesson.step == 12 and lesson.samples == 96 and told[-1] < told[0]
     assert set(classroom.heard(lesson, unseen)) == {"right@999", "wrong@999", "right@700", "wrong@700"}
     assert lesson.parts.config.name == "classroom" and parts.unet.state_dict().keys() == before.keys()
-    image, = StableDiffusion(lesson.parts).text2img("a star", steps=2)
+    image, = StableDiffusion(lesson.parts).text2img("a star", num_inference_steps=2)
     assert image.size == (128, 128)
     again = [one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)]
     assert again == pytest.approx([one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)])

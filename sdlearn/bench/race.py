@@ -108,8 +108,9 @@ def ours(race: Race, folder: Path, compiled: bool):
     _, grid = spacing(race)
 
     def make_images(noise):
-        images = model.text2img(PROMPT, latent=noise, steps=race.steps, sampler=race.sampler, guidance=race.guidance,
-                                batch=race.batch, size=race.side, spacing=grid)
+        images = model.text2img(PROMPT, latent=noise, num_inference_steps=race.steps, sampler=race.sampler,
+                                guidance_scale=race.guidance, batch=race.batch, size=race.side,
+                                timestep_spacing=grid)
         return np.stack([np.asarray(image) for image in images])
     return make_images
 

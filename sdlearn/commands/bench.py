@@ -41,11 +41,11 @@ def add_race_arguments(parser: argparse.ArgumentParser, default):
 def checked_race(args: argparse.Namespace):
     """The race that is asked for. Raises SettingsError for a device, CheckpointError for a file that cannot be."""
     from ..bench import Race
-    from ..pipeline.settings import device_named
+    from ..pipeline.settings import find_device
 
     if args.out:
         check_json(args.out)
-    device_named(args.device)
+    find_device(args.device)
     return Race(**{name: getattr(args, name) for name in Race.__dataclass_fields__ if hasattr(args, name)})
 
 

@@ -8,7 +8,7 @@ import torch
 from ..checkpoint import load, save_folder, save_single
 from ..checkpoint.shipped import load_shipped, shipped_models
 from .files import check_target
-from .source import add_source_options, models, source_options
+from .source import add_source_options, models
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -26,7 +26,8 @@ def run(args: argparse.Namespace):
     single = args.to == "single"
     check_target(args.out, single)
     shipped = args.source in shipped_models()
-    parts = load_shipped(args.source) if shipped else load(args.source, **source_options(args))
+    parts = load_shipped(args.source) if shipped else load(args.source, prediction=args.prediction_type,
+                                                           tokenizer=args.tokenizer, revision=args.revision)
     save = save_single if single else save_folder
     save(args.out, parts, dtype=getattr(torch, args.dtype))
     print(args.out)

@@ -30,9 +30,10 @@ from .export import DTYPES
 from .files import check_images, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
 
-SETTINGS = ("steps", "sampler", "spacing", "guidance", "rescale", "size", "batch", "seed", "long_prompts")
+SETTINGS = ("num_inference_steps", "sampler", "timestep_spacing", "guidance_scale", "guidance_rescale", "size", "batch",
+            "seed", "long_prompts")
 ALWAYS = ("model", "dtype", "resample")                                     # written into the PNG, too; these if given:
-OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "prediction", "tokenizer", "revision")
+OTHERS = ("image", "strength", "mask", "control", "lora", "embedding", "prediction_type", "tokenizer", "revision")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -43,11 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser):
                         help="a prompt in each line instead; goes on where it was cut off. Processes that torchrun or "
                              "accelerate has started share them out, a GPU each")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to keep away from")
-    parser.add_argument("--steps", type=int, help="of the sampler (the model's default: 20 for mini)")
+    parser.add_argument("--num-inference-steps", "--steps", type=int,
+                        help="of the sampler (the model's default: 20 for mini)")
     parser.add_argument("--sampler", default=default.sampler, help=f"{', '.join(SAMPLERS)} (%(default)s)")
-    parser.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)} (the sampler's own)")
-    parser.add_argument("--guidance", type=float, help="1 is none (the model's default: 3 for mini)")
-    parser.add_argument("--rescale", type=float, default=default.rescale, help="of guidance, 0 to 1 (%(default)s)")
+    parser.add_argument("--timestep-spacing", "--spacing",
+                        help=f"of the timesteps: {', '.join(SPACINGS)} (the sampler's own)")
+    parser.add_argument("--guidance-scale", "--guidance", type=float,
+                        help="1 is none (the model's default: 3 for mini)")
+    parser.add_argument("--guidance-rescale", "--rescale", type=float, default=default.guidance_rescale,
+                        help="of guidance, 0 to 1 (%(default)s)")
     parser.add_argument("--size", type=size, help="pixels: a side, or WIDTHxHEIGHT (the image's or the model's own)")
     parser.add_argument("--batch", type=int, default=default.batch, help="images (%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the first image (%(default)s)")
@@ -91,8 +96,9 @@ def run(args: argparse.Namespace):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model = StableDiffusion.load(args.model, device=args.device or own_gpu(), dtype=getattr(torch, args.dtype),
                                  **source_options(args))
-    chosen = model.checked(settings)
-    settings |= {"steps": chosen.steps, "guidance": chosen.guidance}    # the PNG tells the model's defaults, too
+    chosen = model.validate(**settings)
+    settings |= {"num_inference_steps": chosen.num_inference_steps,     # the PNG holds the model's defaults, too
+                 "guidance_scale": chosen.guidance_scale}
     weights = fingerprint_of(model.unet.state_dict().items())           # of the model itself, before LoRAs change it
     add_learned(model, args)
     given = settings | task(model, args)
@@ -114,11 +120,11 @@ def make(model: StableDiffusion, args: argparse.Namespace, prompt: str, given: d
     """Images of one prompt, with a bar, and with a note of what will not be heard."""
     if not prompt.strip():
         print("note: the prompt is empty, so the image is unconditional", file=sys.stderr)
-    for _, message in model.doubts(prompt, args.negative, long_prompts=args.long_prompts):
+    for _, message in model.prompt_warnings(prompt, args.negative, long_prompts=args.long_prompts):
         print(f"note: {message}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)      # they have just been told
-        steps = model.steps(prompt, args.negative, **given)
+        steps = model.iter_steps(prompt, args.negative, **given)
     with tqdm(unit="step", desc=prompt[:40] if args.prompts else None) as bar:
         for step in steps:
             bar.total = step.of

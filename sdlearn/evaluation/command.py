@@ -60,7 +60,7 @@ class Plan:
 def check(model, plan: Plan, out: Path):
     """Raises ValueError for a plan, a model or a folder with which nothing could be measured or kept."""
     for scale in plan.for_model(model).guidance:
-        model.checked({"steps": plan.steps, "sampler": plan.sampler, "guidance": scale})
+        model.validate(num_inference_steps=plan.steps, sampler=plan.sampler, guidance_scale=scale)
     if model.world is None:
         raise ValueError(f"'{model.config.name}' does not say which objects it was taught, so it cannot be asked for "
                          "them; evaluate a model that was trained on the scenes")

@@ -42,14 +42,14 @@ def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int | No
            guidance: float | None = None) -> list[Image.Image]:
     """One image for each text and seed, in one batch: the one that `generate TEXT --seed SEED` gives, up to the
     rounding of arithmetic on a batch. steps, guidance: the model's defaults unless given. Raises what
-    `StableDiffusion.steps` raises."""
-    chosen = model.checked({"steps": steps, "sampler": sampler, "guidance": guidance, "batch": len(texts)})
+    `StableDiffusion.iter_steps` raises."""
+    chosen = model.validate(num_inference_steps=steps, sampler=sampler, guidance_scale=guidance, batch=len(texts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = model.latent_shape(chosen)[1:]
     noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(model.device)   # (B, C, h, w)
     context = model.encode([*texts, ""])                                              # (B + 1, M, T)
-    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=chosen.guidance)
-    grid = grid_for(sampler, model.schedule, chosen.steps)
+    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=chosen.guidance_scale)
+    grid = grid_for(sampler, model.schedule, chosen.num_inference_steps)
     for step in get_sampler(sampler)(denoise, noise, grid, model.schedule, generator=generators):
         latent = step.x
     return model.decode(latent)

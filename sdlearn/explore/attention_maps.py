@@ -207,7 +207,7 @@ class AttentionExplorer(WithStill):
 
     def _make(self, prompt: str, seed: int):
         self.run, self.maps = self._made(prompt, seed)
-        self.message.value = "<br>".join(html.escape(said) for _, said in self.model.doubts(prompt))
+        self.message.value = "<br>".join(html.escape(said) for _, said in self.model.prompt_warnings(prompt))
         self.shown, self.names = prompt, places(prompt, self.model.tokenizer, self.model.config.text.length)
         chosen = min(3 if self.word.index is None else self.word.index, len(self.names) - 1)
         self.word.options = [(name, i) for i, name in enumerate(self.names)]        # names may be there twice
@@ -223,7 +223,7 @@ class AttentionExplorer(WithStill):
         run, maps = [], []
         with record_attention(self.model.unet, only="attn2") as record, warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptWarning)                  # they are told beneath
-            for step in self.model.steps(prompt, seed=seed, steps=self.count):
+            for step in self.model.iter_steps(prompt, seed=seed, num_inference_steps=self.count):
                 run.append(step)
                 maps.append({name: one[-1:] for name, one in record.maps.items()})
         return run, maps

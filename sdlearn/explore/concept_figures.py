@@ -98,7 +98,7 @@ class ConceptExplorer(WithStill):
 
     def __init__(self, ways: Mapping[str, tuple[StableDiffusion, str]], prompt: str, *,
                  lora: tuple[str, LoRA] | None = None, steps: int = 10, guidance: float = 3.0):
-        self.ways, self.lora, self.given = dict(ways), lora, {"steps": steps, "guidance": guidance}
+        self.ways, self.lora, self.given = dict(ways), lora, {"num_inference_steps": steps, "guidance_scale": guidance}
         wide = {"style": {"description_width": "80px"}, "layout": Layout(width="440px")}
         self.prompt = Text(prompt, description="prompt", **wide)
         self.seed = BoundedIntText(0, min=0, max=2**31 - 1, description="seed", **wide)

@@ -198,11 +198,12 @@ class SketchExplorer(WithStill):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PromptWarning)
-                [image] = self.model.control(net=self.net, hint=drawn, steps=self.count, **chosen)
+                [image] = self.model.control(net=self.net, hint=drawn, num_inference_steps=self.count, **chosen)
         except REFUSED as error:
             self.message.value = html.escape(str(error))
         else:
-            self.message.value = "<br>".join(html.escape(said) for _, said in self.model.doubts(chosen["prompt"]))
+            self.message.value = "<br>".join(html.escape(said)
+                                             for _, said in self.model.prompt_warnings(chosen["prompt"]))
             said = f"{chosen['prompt']}, " + ", ".join(f"{name} {chosen[name]:g}" for name in
                                                        ("strength", "end", "seed"))
             self.rows = [(said, drawn, image), *self.rows][:KEPT]

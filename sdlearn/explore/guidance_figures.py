@@ -96,8 +96,9 @@ class GuidanceExplorer(WithStill):
 
     def settings(self) -> dict:
         """What is set, as keywords of `model.text2img`."""
-        return {"prompt": self.prompt.value, "negative_prompt": self.negative.value, "guidance": self.guidance.value,
-                "rescale": self.rescale.value, "interval": self.interval.value}
+        return {"prompt": self.prompt.value, "negative_prompt": self.negative.value,
+                "guidance_scale": self.guidance.value, "guidance_rescale": self.rescale.value,
+                "guidance_interval": self.interval.value}
 
     def draw(self):
         """Make the row of what is set, and put it above the earlier ones."""
@@ -106,11 +107,11 @@ class GuidanceExplorer(WithStill):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PromptWarning)
-                images = self.model.text2img(**chosen, steps=self.count, batch=SHOWN, seed=0)
+                images = self.model.text2img(**chosen, num_inference_steps=self.count, batch=SHOWN, seed=0)
         except REFUSED as error:
             self.message.value = html.escape(str(error))
         else:
-            told = [message for _, message in self.model.doubts(chosen["prompt"], chosen["negative_prompt"])]
+            told = [message for _, message in self.model.prompt_warnings(chosen["prompt"], chosen["negative_prompt"])]
             self.message.value = "<br>".join(map(html.escape, told))
             self.rows = [(self.said(chosen), images), *self.rows][:KEPT]
             self.shown.children = [part for said, row in self.rows for part in
@@ -121,10 +122,10 @@ class GuidanceExplorer(WithStill):
 
     def said(self, chosen: dict) -> str:
         """The settings of a row in words; what is off is left out."""
-        low, high = chosen["interval"]
-        words = [chosen["prompt"], f"w = {chosen['guidance']:g}"]
+        low, high = chosen["guidance_interval"]
+        words = [chosen["prompt"], f"w = {chosen['guidance_scale']:g}"]
         words += [f"negative: {chosen['negative_prompt']}"] if chosen["negative_prompt"] else []
-        words += [f"rescale {chosen['rescale']:g}"] if chosen["rescale"] else []
+        words += [f"rescale {chosen['guidance_rescale']:g}"] if chosen["guidance_rescale"] else []
         words += [f"interval {low} to {high}"] if (low, high) != (0, self.interval.max) else []
         return ", ".join(words)
 

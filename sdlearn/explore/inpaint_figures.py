@@ -70,7 +70,7 @@ class InpaintExplorer(WithStill):
                  strokes: Sequence[Stroke] = (), *, steps: int = 12, guidance: float = 3.0):
         wide = {"style": {"description_width": "70px"}}
         self.ways = {NINE: (nine, 1), BLENDED: (base, 1), f"{BLENDED}, {RESAMPLED} times": (base, RESAMPLED)}
-        self.given = {"steps": steps, "guidance": guidance}
+        self.given = {"num_inference_steps": steps, "guidance_scale": guidance}
         self.way = Dropdown(options=list(self.ways), description="how", **wide)
         self.strength = FloatSlider(1, min=0.2, max=1, step=0.1, description="strength", **wide)
         self.seam = IntSlider(3, min=0, max=12, description="seam", **wide)
@@ -97,7 +97,7 @@ class InpaintExplorer(WithStill):
             warnings.simplefilter("ignore", PromptWarning)
             [made] = model.inpaint(prompt, self.ground, drawn, strength=self.strength.value, seed=self.seed.value,
                                    **self.given, **more)
-        self.message.value = "<br>".join(html.escape(said) for _, said in model.doubts(prompt))
+        self.message.value = "<br>".join(html.escape(said) for _, said in model.prompt_warnings(prompt))
         mask = torch.from_numpy(drawn > 0).float()[None, None]                       # (1, 1, H, W)
         pasted = paste(to_tensor([self.ground]), to_tensor([np.asarray(made)]), mask, seam=self.seam.value)
         image = Images.fromarray(to_images(pasted)[0])

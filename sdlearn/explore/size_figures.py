@@ -93,7 +93,7 @@ class SizeExplorer(WithStill):
     """
 
     def __init__(self, model: StableDiffusion, prompt: str, *, steps: int = 8, guidance: float = 4.0):
-        self.model, self.given = model, {"steps": steps, "guidance": guidance, "batch": SHOWN}
+        self.model, self.given = model, {"num_inference_steps": steps, "guidance_scale": guidance, "batch": SHOWN}
         own, step = model.config.image_size, even_step(model.config)
         sides = list(range(own // 2, 2 * own + 1, step // 2))
         wide = {"style": {"description_width": "80px"}, "layout": Layout(width="440px")}
@@ -124,7 +124,7 @@ class SizeExplorer(WithStill):
         except REFUSED as error:
             self.message.value = html.escape(str(error))
         else:
-            self.message.value = "<br>".join(html.escape(told) for _, told in self.model.doubts(prompt))
+            self.message.value = "<br>".join(html.escape(told) for _, told in self.model.prompt_warnings(prompt))
             self.rows = [(self.said(), images), *self.rows][:KEPT]
             self.shown.children = [part for said, row in self.rows for part in (
                 HTML(html.escape(said)), Image(value=_png(side_by_side(row)), format="png",

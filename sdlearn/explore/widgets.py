@@ -64,12 +64,12 @@ class StepSlider(WithStill):
     network saw in it. All of it is decoded here, beforehand, and the slider works in the browser: it
     answers at once, even while Python is busy. Of a batch, the first image is shown.
 
-    steps: what `model.steps` yields, as a list. Raises ValueError when it is empty.
+    steps: what `model.iter_steps` yields, as a list. Raises ValueError when it is empty.
     """
 
     def __init__(self, steps: Sequence[SamplingStep], *, title: str = "Step by step"):
         if not steps:
-            raise ValueError("there are no steps to show: give the list of what `model.steps` yields")
+            raise ValueError("there are no steps to show: give the list of what `model.iter_steps` yields")
         self.steps, self.title = list(steps), title
         self.frames = Stack([_image(_pair(step)) for step in steps], selected_index=0)
         names = [f"{step.index + 1} of {step.of}, from t = {step.t:.0f}" for step in steps]
@@ -95,28 +95,30 @@ class PromptExplorer(WithStill):
     """
 
     def __init__(self, model: StableDiffusion, prompt: str):
-        default = model.checked({})
+        default = model.validate()
         name = {"style": {"description_width": "70px"}, "layout": Layout(width="360px")}
         self.model = model
         self.prompt = Text(prompt, description="prompt", **name)
         self.seed = BoundedIntText(default.seed, min=0, max=2**31 - 1, description="seed", **name)
-        self.guidance = FloatSlider(default.guidance, min=0, max=15, step=0.5, description="guidance", **name)
-        self.steps = IntSlider(default.steps, min=1, max=50, description="steps", **name)
+        self.guidance_scale = FloatSlider(default.guidance_scale, min=0, max=15, step=0.5, description="guidance",
+                                          **name)
+        self.num_inference_steps = IntSlider(default.num_inference_steps, min=1, max=50, description="steps", **name)
         self.sampler = Dropdown(options=list(SAMPLERS), value=default.sampler, description="sampler", **name)
         self.button = Button(description="Draw", button_style="primary", icon="paint-brush")
-        self.progress = IntProgress(0, min=0, max=default.steps, layout=Layout(width="200px"))
+        self.progress = IntProgress(0, min=0, max=default.num_inference_steps, layout=Layout(width="200px"))
         self.message = HTML(layout=Layout(width="360px"))
         self.image = Image(format="png")
         self.earlier = HBox(layout=Layout(flex_flow="row wrap"))
         self.button.on_click(lambda _: self.draw())
-        controls = VBox([self.prompt, self.seed, self.guidance, self.steps, self.sampler,
+        controls = VBox([self.prompt, self.seed, self.guidance_scale, self.num_inference_steps, self.sampler,
                          HBox([self.button, self.progress]), self.message])
         super().__init__([HBox([controls, self.image]), self.earlier])
         self.draw()
 
     def settings(self) -> dict:
-        """What is set, as keywords of `model.steps`."""
-        return {name: getattr(self, name).value for name in ("seed", "guidance", "steps", "sampler")}
+        """What is set, as keywords of `model.iter_steps`."""
+        return {name: getattr(self, name).value for name in ("seed", "guidance_scale", "num_inference_steps",
+                                                             "sampler")}
 
     def draw(self):
         """Make the image of what is set, and keep it with its settings."""
@@ -129,11 +131,11 @@ class PromptExplorer(WithStill):
             self.button.disabled = False
 
     def _draw(self, prompt: str, settings: dict) -> Images.Image:
-        self._tell([message for _, message in self.model.doubts(prompt)])
-        self.progress.value, self.progress.max = 0, settings["steps"]
+        self._tell([message for _, message in self.model.prompt_warnings(prompt)])
+        self.progress.value, self.progress.max = 0, settings["num_inference_steps"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptWarning)          # they have just been told
-            steps = self.model.steps(prompt, **settings)
+            steps = self.model.iter_steps(prompt, **settings)
         for step in steps:
             self.progress.value = step.index + 1
         return step.noisy_images()[0]

@@ -3,10 +3,10 @@
 from ..checkpoint.shipped import SHIPPED
 from ..checkpoint.shipped import shipped_models as shipped
 from .model import SamplingStep, StableDiffusion
+from .prompt_warnings import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 from .settings import NotFinite, Settings, SettingsError
 from .task import make_control
 from .two_pass import two_pass
-from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
 __all__ = ["SHIPPED", "LongPromptWarning", "NotFinite", "PromptWarning", "SamplingStep", "Settings",
            "SettingsError", "StableDiffusion", "UnknownWordWarning", "make_control", "shipped",

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..inpaint import binary_mask
-from .settings import SettingsError, told
+from .settings import SettingsError, as_settings_error
 
 
 def to_pixels(image, what: str = "image") -> Tensor:
@@ -39,7 +39,7 @@ def to_mask(mask, size: tuple[int, int]) -> Tensor:
     if (found := tuple(values.shape[:-3:-1])) != size:
         raise SettingsError(f"the mask is {found[0]}x{found[1]} pixels, but the image {size[0]}x{size[1]}; "
                             "make both of one size")
-    return told(binary_mask, values)
+    return as_settings_error(binary_mask, values)
 
 
 def _checked(image: Tensor, what: str, low: float) -> Tensor:

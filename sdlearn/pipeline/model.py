@@ -7,7 +7,7 @@ M, T  text tokens and their width            H, W  pixels
                                               │
     seed ── noise (B, C, h, w) ── sampler: U-Net, guidance, step ── latent ── VAE decoder ── images
 
-`steps` is the generator that does the work; `text2img` runs it to its end. Image i of a batch has a
+`iter_steps` is the generator that does the work; `text2img` runs it to its end. Image i of a batch has a
 random generator of its own, seeded with seed + i, so it is the image that this seed gives alone, up to
 the rounding of arithmetic on a batch.
 """
@@ -33,11 +33,20 @@ from ..images import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
 from ..unet import UNet, reusing
-from .settings import MAX_SIDE, NotFinite, Settings, SettingsError, device_named, memory_told, told, whole
-from .start import Start, part_of
-from .task import Task, make_control, task_of
+from .prompt_warnings import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
+from .sampling import SamplingState, get_timesteps
+from .settings import (
+    MAX_SIDE,
+    NotFinite,
+    Settings,
+    SettingsError,
+    as_settings_error,
+    find_device,
+    out_of_memory_as_error,
+    whole,
+)
+from .task import PipelineInputs, make_control, task_of
 from .threads import fit_threads
-from .words import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 
 if TYPE_CHECKING:
     from .compiled import CompiledUNet
@@ -81,23 +90,24 @@ class StableDiffusion:
 
     @classmethod
     def load(cls, source: str | Path = "mini", *, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32, prediction: str | None = None, tokenizer: str | Path | None = None,
+             dtype: torch.dtype = torch.float32, prediction_type: str | None = None,
+             tokenizer: str | Path | None = None,
              revision: str | None = None) -> "StableDiffusion":
         """A model: shipped, by name; a folder, or a single .safetensors or .ckpt file, by path; or from the hub.
 
             StableDiffusion.load()
             StableDiffusion.load("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=torch.bfloat16)
-            StableDiffusion.load("v2-1_768-ema-pruned.safetensors", prediction="v_prediction")
+            StableDiffusion.load("v2-1_768-ema-pruned.safetensors", prediction_type="v_prediction")
 
         `device` is a GPU where there is one and the CPU elsewhere, unless given. In the default float32
-        a seed gives the same image on every machine, up to rounding. prediction: of a single file of SD 2.x,
+        a seed gives the same image on every machine, up to rounding. prediction_type: of a single file of SD 2.x,
         which does not tell: "epsilon" or "v_prediction". tokenizer: a folder or CLIP's vocabulary file, for a
         single file. revision: of a repository on the hub. The U-Net's weights are laid out channels last, as
         convolutions read them; PyTorch gets no more threads than the CPUs that it may use, see `threads`.
         Raises CheckpointError, in one sentence, for a model that is unknown, missing or damaged, SettingsError
         for a missing device.
         """
-        place = {"device": device_named(device), "dtype": dtype}
+        place = {"device": find_device(device), "dtype": dtype}
         if place["device"].type == "cpu":
             fit_threads()
         if source in shipped_models():
@@ -107,7 +117,7 @@ class StableDiffusion:
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
                                   f"the hub as owner/name, or the name of a shipped model ({known})")
         else:
-            parts = load(source, prediction=prediction, tokenizer=tokenizer, revision=revision, **place)
+            parts = load(source, prediction=prediction_type, tokenizer=tokenizer, revision=revision, **place)
         parts.unet.to(memory_format=torch.channels_last)
         return cls(parts)
 
@@ -161,12 +171,12 @@ class StableDiffusion:
         Raises CheckpointError for a file that cannot be used, SettingsError for a LoRA that does not fit.
         """
         lora = source if isinstance(source, LoRA) else load_lora(source, self.unet, self.text_encoder)
-        told(self.loras.add, lora, strength)
+        as_settings_error(self.loras.add, lora, strength)
         return lora
 
     def remove_lora(self, lora: LoRA):
         """Take a LoRA out of the weights again. Raises SettingsError for one that is not there."""
-        told(self.loras.remove, lora)
+        as_settings_error(self.loras.remove, lora)
 
     def add_embedding(self, source: str | Path | Embedding, token: str | None = None) -> str:
         """Teach the model a word from a textual-inversion file or from `finetune`; gives the word to write in prompts.
@@ -176,7 +186,7 @@ class StableDiffusion:
         """
         embedding = source if isinstance(source, Embedding) else load_embedding(source)
         embedding = replace(embedding, token=token or embedding.token)
-        told(add_embedding, self.tokenizer, self.text_encoder, embedding)
+        as_settings_error(add_embedding, self.tokenizer, self.text_encoder, embedding)
         return embedding.token
 
     @property
@@ -185,9 +195,9 @@ class StableDiffusion:
         return self.config.unet.in_channels == 9
 
     def text2img(self, prompt: str, negative_prompt: str = "", **given) -> list[Image.Image]:
-        """Images of a prompt; arguments and errors as in `steps`.
+        """Images of a prompt; arguments and errors as in `iter_steps`.
 
-            model.text2img("a red apple on a yellow background", steps=20, guidance=5, seed=0)
+            model.text2img("a red apple on a yellow background", num_inference_steps=20, guidance_scale=5, seed=0)
         """
         return last(self._start(prompt, negative_prompt, given))
 
@@ -220,7 +230,7 @@ class StableDiffusion:
         one = make_control(net, hint, strength=strength, start=start, end=end, guess=guess)
         return last(self._start(prompt, negative_prompt, {"controls": one, **given}))
 
-    def steps(self, prompt: str, negative_prompt: str = "", **given) -> Iterator[SamplingStep]:
+    def iter_steps(self, prompt: str, negative_prompt: str = "", **given) -> Iterator[SamplingStep]:
         """The steps of a run, one by one, for whoever wants to watch.
 
         prompt: any text; "" is the unconditional model; "(red:1.4)" is heard more, "(red:0.6)" less.
@@ -240,43 +250,46 @@ class StableDiffusion:
 
     def _start(self, prompt: str, negative_prompt: str, given: dict) -> Iterator[SamplingStep]:
         task = {name: given[name] for name in given if name in TASK}
-        chosen = self.checked({name: given[name] for name in given if name not in TASK})
+        chosen = self.validate(**{name: given[name] for name in given if name not in TASK})
         task, chosen = task_of(self, chosen, **task)
-        grid = part_of(grid_for(chosen.sampler, self.schedule, chosen.steps, chosen.spacing), task.strength)
-        for kind, message in self.doubts(prompt, negative_prompt, long_prompts=chosen.long_prompts):
+        grid = get_timesteps(grid_for(chosen.sampler, self.schedule, chosen.num_inference_steps,
+                                      chosen.timestep_spacing), task.strength)
+        for kind, message in self.prompt_warnings(prompt, negative_prompt, long_prompts=chosen.long_prompts):
             warnings.warn(message, kind, stacklevel=3)
         return self._run([prompt, negative_prompt], task, grid, chosen)
 
     @torch.no_grad()        # not inference_mode: steps hand out tensors, with which a learner may want gradients
-    def _run(self, prompts: list[str], task: Task, grid: Grid, chosen: Settings) -> Iterator[SamplingStep]:
+    def _run(self, prompts: list[str], task: PipelineInputs, grid: Grid, chosen: Settings) -> Iterator[SamplingStep]:
         generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
-        with memory_told("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
-            start = Start(self, task, grid, generators, self.latent_shape(chosen))
+        with out_of_memory_as_error("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
+            start = SamplingState(self, task, grid, generators, self.latent_shape(chosen))
             context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
             unet = reusing(start.unet, [t for t, _ in grid])
             denoise = predict_x0(unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
-                                 scale=chosen.guidance, rescale=chosen.rescale, interval=chosen.interval,
-                                 halves=shared_halves)
+                                 scale=chosen.guidance_scale, rescale=chosen.guidance_rescale,
+                                 interval=chosen.guidance_interval, halves=shared_halves)
             for step in start.sample(denoise, chosen.sampler):
                 if step.index == len(grid) - 1:
-                    step = step._replace(x=start.finished(step.x))
+                    step = step._replace(x=start.composite(step.x))
                     if not bool(step.x.isfinite().all()):
                         raise NotFinite(f"the latent became NaN or infinite (sampler {chosen.sampler}, guidance "
-                                        f"{chosen.guidance}); lower the guidance, or load the model in float32")
+                                        f"{chosen.guidance_scale}); lower the guidance, or load the model in float32")
                 yield SamplingStep(step.index, len(grid), step.t, step.x, step.x0, self.decode)
 
-    def checked(self, settings: dict) -> Settings:
+    def validate(self, **settings) -> Settings:
         """Settings that this model can make images with, the model's defaults filled in, or SettingsError; nothing is
         computed."""
         known = [field.name for field in fields(Settings)]
         if strange := sorted(settings.keys() - set(known)):
             raise SettingsError(f"there is no setting '{strange[0]}'; the settings are {', '.join([*known, *TASK])}")
         chosen, default = Settings(**settings), self.config.sampling
-        chosen = replace(chosen, steps=default.num_inference_steps if chosen.steps is None else chosen.steps,
-                         guidance=default.guidance_scale if chosen.guidance is None else chosen.guidance)
+        for name in ("num_inference_steps", "guidance_scale"):
+            if getattr(chosen, name) is None:
+                chosen = replace(chosen, **{name: getattr(default, name)})
         self.size(chosen.size)
-        told(grid_for, chosen.sampler, self.schedule, chosen.steps, chosen.spacing)
-        told(check_guidance, self.schedule, chosen.guidance, chosen.rescale, chosen.interval)
+        as_settings_error(grid_for, chosen.sampler, self.schedule, chosen.num_inference_steps, chosen.timestep_spacing)
+        as_settings_error(check_guidance, self.schedule, chosen.guidance_scale, chosen.guidance_rescale,
+                          chosen.guidance_interval)
         return chosen
 
     def size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -301,22 +314,22 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str], *, long: str = "cut") -> Tensor:
         """What the U-Net attends to: (B, M, T). long: what becomes of prompts past M tokens, see `Settings`."""
-        return told(prompt_room.encode, prompts, self.tokenizer, self.text_encoder, long=long)
+        return as_settings_error(prompt_room.encode, prompts, self.tokenizer, self.text_encoder, long=long)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
         """Scaled latents (B, C, h, w) as PIL images. Raises NotFinite, MemoryError."""
-        with memory_told(f"{len(latent)} at once"):
+        with out_of_memory_as_error(f"{len(latent)} at once"):
             pixels = self.vae.to_pixels(latent.to(self.dtype), at_once=1)           # (B, 3, H, W)
         if not bool(pixels.isfinite().all()):
             raise NotFinite("the VAE decoded to NaN or infinity, which would be a black image; "
                             "load the model in float32")
         return [Image.fromarray(image) for image in to_images(pixels.float())]
 
-    def doubts(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
+    def prompt_warnings(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
         for prompt in prompts:
-            lost = told(prompt_room.lost, prompt, self.tokenizer, self.config.text.length)
+            lost = as_settings_error(prompt_room.lost, prompt, self.tokenizer, self.config.text.length)
             if lost and long_prompts == "cut":
                 yield LongPromptWarning, (
                     f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "

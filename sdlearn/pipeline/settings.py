@@ -29,12 +29,12 @@ class NotFinite(FloatingPointError):
 class Settings:
     """How an image is made, beside its prompt. Raises SettingsError for values that cannot be."""
 
-    steps: int | None = None            # None: the model's default, see config.SamplingConfig
+    num_inference_steps: int | None = None      # None: the model's default, see config.SamplingConfig
     sampler: str = "dpmpp_2m"           # a key of samplers.SAMPLERS
-    guidance: float | None = None       # w in u + w (c - u), 1 is no guidance; None: the model's default
-    rescale: float = 0.0                # of the guided output's contrast, 0...1 (Lin et al. 2023)
-    interval: tuple[float, float] | None = None     # timesteps (low, high) between which to guide; None: all
-    spacing: str | None = None          # of the timesteps, one of schedule.SPACINGS; None: the sampler's own
+    guidance_scale: float | None = None     # w in u + w (c - u), 1 is no guidance; None: the model's default
+    guidance_rescale: float = 0.0       # of the guided output's contrast, 0...1 (Lin et al. 2023)
+    guidance_interval: tuple[float, float] | None = None    # timesteps (low, high) between which to guide; None: all
+    timestep_spacing: str | None = None     # one of schedule.SPACINGS; None: the sampler's own
     size: int | tuple[int, int] | None = None   # pixels, a side or (width, height); None: the image's or model's
     batch: int = 1                      # images
     seed: int = 0                       # of the first image; the next ones have seed + 1, seed + 2 ...
@@ -43,18 +43,20 @@ class Settings:
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise SettingsError(f"there is no sampler '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
-        if self.spacing not in (None, *SPACINGS):
-            raise SettingsError(f"there is no spacing '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise SettingsError(f"there is no timestep_spacing '{self.timestep_spacing}'; choose one of "
+                                f"{', '.join(SPACINGS)}")
         if self.long_prompts not in LONG:
             raise SettingsError(f"long_prompts is '{self.long_prompts}'; choose one of {', '.join(LONG)}")
         for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):
             if not whole(value := getattr(self, name), low, high):
                 raise SettingsError(f"{name} is {value}; give a whole number from {low} to {high}")
-        if self.guidance is not None and not (isinstance(self.guidance, Real) and math.isfinite(self.guidance)):
-            raise SettingsError(f"guidance is {self.guidance}; give a finite number, 1 for none, or leave it out "
+        scale = self.guidance_scale
+        if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+            raise SettingsError(f"guidance_scale is {scale}; give a finite number, 1 for none, or leave it out "
                                 "for the model's default")
-        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
-            raise SettingsError(f"rescale is {self.rescale}; give a number from 0, off, to 1")
+        if not isinstance(self.guidance_rescale, Real) or not 0 <= self.guidance_rescale <= 1:
+            raise SettingsError(f"guidance_rescale is {self.guidance_rescale}; give a number from 0, off, to 1")
 
 
 def check_strength(strength: float):
@@ -68,7 +70,7 @@ def whole(value, low: int, high: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
 
 
-def told(function: Callable, *arguments, **named):
+def as_settings_error(function: Callable, *arguments, **named):
     """A call whose ValueError says what is wrong with a setting."""
     try:
         return function(*arguments, **named)
@@ -76,7 +78,7 @@ def told(function: Callable, *arguments, **named):
         raise SettingsError(str(error)) from error
 
 
-def device_named(name: str | torch.device | None) -> torch.device:
+def find_device(name: str | torch.device | None) -> torch.device:
     """The device of that name; without one a GPU where there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +91,7 @@ def device_named(name: str | torch.device | None) -> torch.device:
 
 
 @contextmanager
-def memory_told(what: str):
+def out_of_memory_as_error(what: str):
     """Turns the ways in which PyTorch runs out of memory into one MemoryError."""
     try:
         yield

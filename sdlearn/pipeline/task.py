@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..controlnet import Control, ControlNet, check_version
 from .inputs import to_hint, to_mask, to_pixels
-from .settings import MAX_RESAMPLE, Settings, SettingsError, check_strength, told, whole
+from .settings import MAX_RESAMPLE, Settings, SettingsError, as_settings_error, check_strength, whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class PipelineInputs:
     """B is the batch, or 1 where one image serves all of it."""
 
     image: Tensor | None = None         # (B, 3, H, W) pixels in [-1, 1]
@@ -24,7 +24,8 @@ class Task:
 
 
 def task_of(model, chosen: Settings, *, image=None, mask=None, strength: float | None = None, resample: int = 1,
-            controls: Control | Sequence[Control] = (), latent: Tensor | None = None) -> tuple[Task, Settings]:
+            controls: Control | Sequence[Control] = (), latent: Tensor | None = None) -> tuple[PipelineInputs,
+                                                                                               Settings]:
     """What the caller gave, checked against the model and as tensors; the settings with the size that results.
 
     Raises SettingsError, in a sentence, for whatever cannot be; nothing is computed with the networks.
@@ -48,7 +49,7 @@ def task_of(model, chosen: Settings, *, image=None, mask=None, strength: float |
     if latent is not None and latent.shape != (shape := model.latent_shape(chosen)):
         raise SettingsError(f"the latent is {tuple(latent.shape)}; {chosen.batch} of {width}x{height} "
                             f"pixels need {shape}")
-    return Task(image=pixels, mask=mask, strength=1.0 if strength is None else strength, resample=resample,
+    return PipelineInputs(image=pixels, mask=mask, strength=1.0 if strength is None else strength, resample=resample,
                 controls=controls, latent=latent), chosen
 
 
@@ -81,14 +82,14 @@ def size_of(model, pixels: Tensor, chosen: Settings) -> tuple[int, int]:
 def make_control(net: ControlNet, hint, *, strength: float = 1.0, start: float = 0.0, end: float = 1.0,
                  guess: bool = False) -> Control:
     """A `controlnet.Control` whose hint may be any image: see `inputs`. Raises SettingsError."""
-    return told(Control, net, to_hint(hint), strength, start, end, guess)
+    return as_settings_error(Control, net, to_hint(hint), strength, start, end, guess)
 
 
 def checked_control(model, control: Control, size: tuple[int, int], batch: int) -> Control:
     """The control on the model's device. Raises SettingsError where it does not fit model, size or batch."""
     if not isinstance(control, Control):
         raise SettingsError(f"controls holds a {type(control).__name__}; give what make_control(net, hint) makes")
-    told(check_version, control.net.config, model.config.unet)
+    as_settings_error(check_version, control.net.config, model.config.unet)
     if (found := tuple(control.hint.shape[:1:-1])) != size:
         raise SettingsError(f"the hint is {found[0]}x{found[1]} pixels, but the image {size[0]}x{size[1]}; resize "
                             "the hint")

@@ -3,7 +3,7 @@
     material = prepare(model.parts)
     for lesson in learn(model.parts, material, minutes=5):
         ...                                             # lesson.loss, lesson.samples; an image whenever one is wanted:
-    StableDiffusion(lesson.parts).text2img("a red star on a blue background", guidance=3)
+    StableDiffusion(lesson.parts).text2img("a red star on a blue background", guidance_scale=3)
 
 All is in memory, and nothing is left behind. The recipe is that of `training.unet` with a smaller network, a
 smaller world, and a learning rate that falls to zero within the lesson.

@@ -78,13 +78,14 @@ def images_of_the_size(two_pass):
 
 @two_pass.test("value")
 def two_calls(two_pass):
-    two_pass.agrees(lambda answer: told(answer, 256, "a cat", strength=0.6, steps=8, seed=3),
+    two_pass.agrees(lambda answer: told(answer, 256, "a cat", strength=0.6, num_inference_steps=8, seed=3),
                     what="For 256x256, what the model is asked for")
 
 
 @two_pass.test("value")
 def in_the_shape(two_pass):
-    two_pass.agrees(lambda answer: told(answer, (256, 128), steps=8), what="For 256x128, what the model is asked for")
+    two_pass.agrees(lambda answer: told(answer, (256, 128), num_inference_steps=8),
+                    what="For 256x128, what the model is asked for")
 
 
 @two_pass.test("value")
@@ -99,8 +100,10 @@ def several_images(two_pass):
 
 @two_pass.test("edge case")
 def small_and_other_models(two_pass):
-    two_pass.agrees(lambda answer: told(answer, (64, 128), steps=8), what="For 64x128, what the model is asked for")
-    two_pass.agrees(lambda answer: told(answer, (256, 64), steps=8), what="For 256x64, what the model is asked for")
+    two_pass.agrees(lambda answer: told(answer, (64, 128), num_inference_steps=8),
+                    what="For 64x128, what the model is asked for")
+    two_pass.agrees(lambda answer: told(answer, (256, 64), num_inference_steps=8),
+                    what="For 256x64, what the model is asked for")
     two_pass.agrees(lambda answer: told(answer, (1024, 768), preset="sd15"),
                     what="For a model of 512 and 1024x768, what it is asked for")
 

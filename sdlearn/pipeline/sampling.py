@@ -11,10 +11,10 @@ from ..samplers import SAMPLERS, Denoise, Step
 from ..schedule import Grid
 from ..vae import Gaussian
 from .settings import SettingsError
-from .task import Task, noise_like
+from .task import PipelineInputs, noise_like
 
 
-def part_of(grid: Grid, strength: float) -> Grid:
+def get_timesteps(grid: Grid, strength: float) -> Grid:
     """The last steps of a grid: the share `strength` of them, rounded down, as in diffusers."""
     count = int(len(grid) * strength)
     if count < 1:
@@ -23,20 +23,21 @@ def part_of(grid: Grid, strength: float) -> Grid:
     return grid[len(grid) - count:]
 
 
-class Start:
+class SamplingState:
     """The first latent of a run, `x` (B, C, h, w), and the network as the sampler sees it, `unet`.
 
     The random numbers of each image are drawn in diffusers' order: a sample of the image's latent, the noise, a
     sample of the masked image's latent; each only where it is needed.
     """
 
-    def __init__(self, model, task: Task, grid: Grid, generators: list[torch.Generator], shape: tuple[int, ...]):
+    def __init__(self, model, task: PipelineInputs, grid: Grid, generators: list[torch.Generator],
+                 shape: tuple[int, ...]):
         self.schedule, self.grid, self.task, self.generators = model.schedule, grid, task, generators
         self.blends = task.mask is not None and not model.inpaints
         noised = task.mask is None or task.strength < 1     # an inpainting at full strength starts from noise alone
         self.known = self.mask = None
         if task.image is not None and (noised or self.blends):
-            self.known = encoded(model, task.image, generators)                      # (B, C, h, w)
+            self.known = encode_to_latents(model, task.image, generators)                      # (B, C, h, w)
         noise = noise_like(shape, generators) if task.latent is None else task.latent
         self.noise = noise.to(model.device)
         start = self.known is not None and noised
@@ -45,7 +46,7 @@ class Start:
         if task.mask is not None:
             self.mask = latent_mask(task.mask, model.config.vae.factor).to(self.x)   # (B, 1, h, w)
         if task.mask is not None and model.inpaints:
-            masked = encoded(model, masked_pixels(task.image, task.mask), generators)
+            masked = encode_to_latents(model, masked_pixels(task.image, task.mask), generators)
             unet = nine_channels(unet, self.mask.to(model.dtype), masked.to(model.dtype))
         self.unet = controlled(unet, task.controls, grid=grid, batch=shape[0]) if task.controls else unet
 
@@ -58,12 +59,12 @@ class Start:
             denoise = blended(denoise, self.known, self.mask, self.noise, self.schedule)
         return sample(denoise, self.x, self.grid, self.schedule, generator=self.generators)
 
-    def finished(self, x: Tensor) -> Tensor:
+    def composite(self, x: Tensor) -> Tensor:
         """The last latent: of a blended inpainting with the image's own latent where nothing was to change."""
         return paste(self.known, x, self.mask) if self.blends else x
 
 
-def encoded(model, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
+def encode_to_latents(model, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Scaled latents (B, C, h, w) in float32, each image's sampled with its own generator."""
     posterior = model.vae.encode(pixels.to(model.device, model.dtype))
     rows = [i % len(pixels) for i in range(len(generators))]
