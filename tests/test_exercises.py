@@ -1,6 +1,8 @@
 """Exercises: every answer people write is told apart, and nothing that an answer does reaches the notebook."""
 
 import ctypes
+import dataclasses
+import enum
 import functools
 import importlib
 import io
@@ -23,9 +25,9 @@ import torch
 from exercise_answers import RIGHT, WRONG, assert_accepted, assert_rejected, sample  # noqa: F401
 from models import one_thread  # noqa: F401
 from nbclient import NotebookClient
-from torch import nn
+from torch import Tensor, nn
 
-from sdlearn.exercises import NotRight, check, hint, progress, sandbox, solution, store
+from sdlearn.exercises import NotRight, check, hint, progress, sandbox, serialization, solution, store
 from sdlearn.exercises.cards import Card, shortened
 from sdlearn.exercises.checking import Result
 from sdlearn.exercises.difference import difference, resemblance
@@ -527,6 +529,58 @@ def test_functions_classes_and_what_they_use_are_carried():
     assert child()(torch.zeros(1, 2)).shape == (1, 2)
     assert (fibonacci(20), counting(), counting(), count) == (6765, 11, 12, 10)
     assert switched() is False and default(1) == 4 + np.pi
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: int
+    colour: Colour = Colour.RED
+    tags: list = dataclasses.field(default_factory=list)
+
+
+def test_enums_and_dataclasses_are_carried():
+    def answer():
+        return dataclasses.replace(Point(1), x=2), Colour["BLUE"], Point(1) == Point(1, Colour.RED, [])
+    point, blue, equal = deserialize(serialize((answer,)))[0]()
+    assert (point.x, point.colour.name, point.tags, blue.value, equal) == (2, "RED", [], 2, True)
+    assert type(point) is not Point
+
+
+def test_globals_named_only_in_the_body_of_an_inner_class_are_carried():
+    def answer(x):
+        class Scaled:
+            factor = SCALE
+
+            def __call__(self, x: Tensor) -> Tensor:
+                return self.factor * x
+        return Scaled()(x)
+    assert deserialize(serialize((answer,)))[0](2) == 6
+
+
+def test_a_variable_that_two_closures_share_is_shared_after_loading():
+    def make():
+        def add():
+            nonlocal count
+            count += 1
+        count = 0
+        return add, lambda: count
+    add, count = deserialize(serialize(make()))
+    add()
+    assert count() == 1
+
+
+def test_what_is_too_large_to_carry_raises_an_error(monkeypatch):
+    big = torch.zeros(1000)
+    monkeypatch.setattr(serialization, "LARGEST", 3000)
+    with pytest.raises(ValueError, match="pass large objects as arguments"):
+        serialize((lambda: big,))
+    result = check.run("add_noise", lambda schedule, x0, noise, t: big)
+    assert result.status == "unchecked" and "pass large objects" in result.message
 
 
 def test_a_global_that_cannot_be_carried_is_told_when_it_is_used():
