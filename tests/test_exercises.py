@@ -1,4 +1,4 @@
-"""Exercises: every answer people write is told apart, and nothing that an answer does reaches the notebook."""
+"""Exercises: right and wrong answers are recognised, and nothing that an answer does reaches the notebook."""
 
 import ctypes
 import dataclasses
@@ -28,10 +28,10 @@ from nbclient import NotebookClient
 from torch import Tensor, nn
 
 from sdlearn.exercises import NotRight, check, hint, progress, sandbox, serialization, solution, store
-from sdlearn.exercises.cards import Card, shortened
+from sdlearn.exercises.cards import Card, shorten_output
 from sdlearn.exercises.checking import Result
-from sdlearn.exercises.difference import difference, resemblance
-from sdlearn.exercises.exercise import GRADES, REGISTERED, STEPS, Lesson, exercises, find, not_written
+from sdlearn.exercises.difference import describe_difference, describe_resemblance
+from sdlearn.exercises.exercise import GRADES, REGISTERED, STEPS, Lesson, exercises, find, is_stub
 from sdlearn.exercises.serialization import Missing, deserialize, serialize
 from sdlearn.exercises.testing import (
     Answer,
@@ -91,7 +91,7 @@ def test_an_exercise_is_complete(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_package_passes_its_own_tests_in_a_process_of_its_own(name):
+def test_the_solution_passes_its_tests_in_the_sandbox(name):
     result = check.run(name, *find(name).solutions)
     assert result.right, result
 
@@ -103,14 +103,14 @@ def test_right_answers_are_accepted(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wrong_answers_are_told_their_mistake(name):
+def test_wrong_answers_are_rejected_with_their_mistake(name):
     for answers, words in WRONG[name]:
         assert_rejected(name, *answers, words=words)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_known_mistake_is_told_as_that_one(name):
-    """No diagnosis that can never be said, and none that another one hides."""
+def test_every_known_mistake_gets_its_own_diagnosis(name):
+    """No diagnosis is unreachable or hidden by another one."""
     exercise = find(name)
     for mistake in exercise.mistakes:
         answers = tuple(mistake.answer if one == mistake.of else package
@@ -119,7 +119,7 @@ def test_every_known_mistake_is_told_as_that_one(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stub_is_not_written_yet(name, monkeypatch):
+def test_a_stub_is_reported_as_unwritten_without_a_process(name, monkeypatch):
     monkeypatch.setattr("sdlearn.exercises.checking.run_request", None)        # no process is asked
     result = check.run(name, *[stub] * len(find(name).names))
     assert result.status == "unwritten" and result.of == len(find(name).tests)
@@ -142,21 +142,21 @@ def made(bias: bool):
     return zero_conv
 
 
-def test_a_stub_gives_the_packages_own(capsys):
+def test_check_of_a_stub_returns_the_solution(capsys):
     assert check("zero_sample", stub) is zero_conv
-    assert capsys.readouterr().out == ("98.1 zero_sample: not written yet, the course goes on with its own. "
+    assert capsys.readouterr().out == ("98.1 zero_sample: not written yet: the course continues with its own. "
                                        "3 tests are waiting.\n")
     assert not store.path().exists()                                    # nothing was tried
 
 
-def test_a_mistake_is_named_and_the_packages_own_goes_on(capsys):
+def test_check_of_a_mistake_names_it_and_returns_the_solution(capsys):
     assert check("zero_sample", made(bias=True)) is zero_conv
     assert re.fullmatch(r"98\.1 zero_sample: 1 of 3\. The output is -?[\d.]+ where it must be 0 \(at \[.*\]\): "
                         r"the weight is zero, what else does a convolution add\?\n", capsys.readouterr().out)
     assert store.record(find("zero_sample")) == store.Record("98.1", done=False, attempts=1)
 
 
-def test_a_right_answer_is_handed_back_itself(capsys):
+def test_check_of_a_right_answer_returns_it(capsys):
     mine = made(bias=False)
     assert check("zero_sample", mine) is mine
     assert capsys.readouterr().out == "98.1 zero_sample: right, 3 of 3.\nThe package's has nothing more.\n"
@@ -165,7 +165,7 @@ def test_a_right_answer_is_handed_back_itself(capsys):
     assert store.record(find("zero_sample")) == store.Record("98.1", done=True, attempts=2)     # done stays done
 
 
-def test_several_names_go_in_and_come_back_together():
+def test_several_names_are_passed_and_returned_together():
     split, merge = find("heads").solutions
     own = RIGHT["heads"][0]
     assert check("heads", *own) == own
@@ -177,7 +177,7 @@ def test_several_names_go_in_and_come_back_together():
     assert (half.status, half.passed, half.message) == ("wrong", 2, "merge_heads is not written yet.")
 
 
-def test_of_several_names_it_is_told_which_is_not_written(capsys):
+def test_of_several_names_the_message_says_which_is_unwritten(capsys):
     class Upsample:
         def __init__(self, channels):
             raise NotImplementedError
@@ -190,12 +190,12 @@ def test_of_several_names_it_is_told_which_is_not_written(capsys):
     assert "own. split_heads is not written yet. 4 tests are waiting." in capsys.readouterr().out
 
 
-def test_the_packages_own_is_not_taken_for_a_learners(capsys):
+def test_the_solution_itself_does_not_count_as_an_answer(capsys):
     assert check("zero_sample", zero_conv) is zero_conv
     assert "This is the course's own" in capsys.readouterr().out and not store.path().exists()
 
 
-def test_in_grading_the_packages_own_is_never_handed_out(monkeypatch):
+def test_in_grading_the_solution_is_never_returned(monkeypatch):
     with check.grading():
         for answer in (stub, made(bias=True), zero_conv):
             with pytest.raises(NotRight, match="98.1 zero_sample"):
@@ -207,27 +207,27 @@ def test_in_grading_the_packages_own_is_never_handed_out(monkeypatch):
         check("zero_sample", stub)
 
 
-def test_run_says_how_it_was():
+def test_run_returns_a_result_and_records_nothing():
     result = check.run("zero_sample", made(bias=True))
     assert isinstance(result, Result) and (result.status, result.passed, result.of) == ("wrong", 1, 3)
     assert result.seconds > 0 and not result.right and not store.path().exists()
 
 
-@pytest.mark.parametrize("call, said", [
+@pytest.mark.parametrize("call, message", [
     (lambda: check("add_nois", good), "did you mean add_noise"), (lambda: hint("zzz"), "there is no exercise 'zzz'"),
-    (lambda: check("heads", good), "asks for split_heads, merge_heads: hand over 2, not 1"),
-    (lambda: hint("add_noise", 9), "has hints 1 to 4, and no 9"),
+    (lambda: check("heads", good), "asks for split_heads, merge_heads: pass 2 answers, not 1"),
+    (lambda: hint("add_noise", 9), "has hints 1 to 4, not 9"),
 ])
-def test_a_wrong_call_is_told(call, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_a_wrong_call_raises_an_error_that_says_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
 
 
-def test_a_result_in_place_of_the_function_is_told():
-    assert "hand over the function itself" in check.run("add_noise", 3.0).message
+def test_a_result_in_place_of_the_function_is_reported():
+    assert "pass the function itself" in check.run("add_noise", 3.0).message
 
 
-def test_an_error_is_told_with_its_line():
+def test_an_error_is_reported_with_its_line():
     def add_noise(schedule, x0, noise, t):
         x0 = [x0][3]
         return x0
@@ -258,10 +258,10 @@ def test_printed_output_ends_with_an_ellipsis_where_lines_were_left_out(count):
 
 @pytest.mark.parametrize("length", [99, 100, 101, 400])
 def test_a_long_line_of_printed_output_is_cut_with_an_ellipsis(length):
-    assert shortened("a\n" + "x" * length) == "a\n" + "x" * min(length, 100) + (" ..." if length > 100 else "")
+    assert shorten_output("a\n" + "x" * length) == "a\n" + "x" * min(length, 100) + (" ..." if length > 100 else "")
 
 
-# --- whatever an answer does ----------------------------------------------------------------------------
+# --- harmful answers ------------------------------------------------------------------------------------
 
 counter = 0
 
@@ -350,14 +350,14 @@ HARMLESS = {
 
 
 def state():
-    """What of this process an answer might have changed."""
+    """The state of this process that an answer might change."""
     return (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state().tolist(),
             random.getstate(), os.getcwd(), sys.stdout, sys.path[:], dict(os.environ), torch.softmax, counter,
             torch.Tensor.reshape, NoiseSchedule.add_noise, signal.getsignal(signal.SIGINT))
 
 
 @pytest.mark.parametrize("what", HARM)
-def test_harm_is_told_and_none_is_done(what):
+def test_a_harmful_answer_is_reported_and_changes_nothing(what):
     action, words = HARM[what]
     before = state()
     result = check.run("add_noise", doing(action), seconds=1 if "not done" in words else None)
@@ -399,14 +399,14 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("what", HARMLESS)
-def test_what_is_changed_for_all_reaches_neither_the_next_test_nor_the_notebook(what):
+def test_a_change_of_global_state_reaches_neither_the_next_test_nor_the_notebook(what):
     before = state()
     result = check.run("add_noise", doing(HARMLESS[what]))
     assert result.right, result
     assert state() == before
 
 
-def test_nothing_goes_from_one_test_to_the_next():
+def test_tests_share_no_state():
     """A global counts from 1 in every test; what is patched, the reference even, is whole in the next."""
     result = check.run("add_noise", counting)
     assert result.passed == 2 and counter == 0          # the third test calls twice
@@ -421,7 +421,7 @@ def test_nothing_goes_from_one_test_to_the_next():
     assert check.run("add_noise", good).right
 
 
-def test_the_process_that_is_killed_from_within_is_replaced():
+def test_a_worker_that_an_answer_kills_is_replaced():
     result = check.run("add_noise", doing(lambda: os.kill(os.getppid(), signal.SIGKILL)), seconds=1)
     assert result.status == "unchecked" and "has ended" in result.message
     assert check.run("add_noise", good).right
@@ -436,7 +436,7 @@ def without_fork(monkeypatch):
     sandbox.close()
 
 
-def test_without_fork_too(without_fork):
+def test_checks_work_without_fork(without_fork):
     before = state()
     assert check.run("add_noise", good).right
     for what in ("a loop that catches everything", "a crash"):
@@ -445,21 +445,21 @@ def test_without_fork_too(without_fork):
         ended = "has ended" in result.message if what == "a crash" else words in result.message
         assert ended and result.passed == 0, result
     result = check.run("add_noise", counting)
-    assert result.passed == 2                           # made anew for every test here as well
+    assert result.passed == 2                           # deserialized again for every test
     assert state() == before
 
 
 def test_an_answer_that_loops_ends_with_the_notebook():
-    """Where the notebook's process is killed, nothing of a check stays behind."""
+    """Where the notebook's process is killed, no process of a check survives."""
     code = ("from sdlearn.exercises import check, sandbox\n"
             "import os, threading, time\n"
             "def add_noise(schedule, x0, noise, t):\n"
             "    print('in', os.getpid(), flush=True)\n"
             "    while True: pass\n"
-            "def tell():\n"
+            "def report():\n"
             "    while not (sandbox._worker and sandbox._worker.ready): time.sleep(0.01)\n"
             "    print(sandbox._worker.process.pid, flush=True)\n"
-            "threading.Thread(target=tell, daemon=True).start()\n"
+            "threading.Thread(target=report, daemon=True).start()\n"
             "check.run('add_noise', add_noise, seconds=60)\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
@@ -473,7 +473,7 @@ def test_an_answer_that_loops_ends_with_the_notebook():
     wait_for_the_end_of([worker, *running])
 
 
-# --- what is carried ------------------------------------------------------------------------------------
+# --- serialization --------------------------------------------------------------------------------------
 
 SCALE, LOCK = 3, threading.Lock()
 
@@ -511,7 +511,7 @@ class Child(Base):
         return super().three() * self.layer(x)
 
 
-def test_functions_classes_and_what_they_use_are_carried():
+def test_functions_and_classes_are_serialized_with_what_they_use():
     @functools.lru_cache(maxsize=8)
     def fib(n):
         return n if n < 2 else fib(n - 1) + fib(n - 2)
@@ -543,7 +543,7 @@ class Point:
     tags: list = dataclasses.field(default_factory=list)
 
 
-def test_enums_and_dataclasses_are_carried():
+def test_enums_and_dataclasses_are_serialized():
     def answer():
         return dataclasses.replace(Point(1), x=2), Colour["BLUE"], Point(1) == Point(1, Colour.RED, [])
     point, blue, equal = deserialize(serialize((answer,)))[0]()
@@ -551,7 +551,7 @@ def test_enums_and_dataclasses_are_carried():
     assert type(point) is not Point
 
 
-def test_globals_named_only_in_the_body_of_an_inner_class_are_carried():
+def test_globals_named_only_in_the_body_of_an_inner_class_are_serialized():
     def answer(x):
         class Scaled:
             factor = SCALE
@@ -574,7 +574,7 @@ def test_a_variable_that_two_closures_share_is_shared_after_loading():
     assert count() == 1
 
 
-def test_what_is_too_large_to_carry_raises_an_error(monkeypatch):
+def test_an_answer_above_the_size_limit_raises_an_error(monkeypatch):
     big = torch.zeros(1000)
     monkeypatch.setattr(serialization, "LARGEST", 3000)
     with pytest.raises(ValueError, match="pass large objects as arguments"):
@@ -583,7 +583,7 @@ def test_what_is_too_large_to_carry_raises_an_error(monkeypatch):
     assert result.status == "unchecked" and "pass large objects" in result.message
 
 
-def test_a_global_that_cannot_be_carried_is_told_when_it_is_used():
+def test_a_global_that_cannot_be_pickled_raises_only_when_it_is_used():
     def add_noise(schedule, x0, noise, t):
         with LOCK:
             return schedule.add_noise(x0, noise, t)
@@ -596,9 +596,9 @@ def test_a_global_that_cannot_be_carried_is_told_when_it_is_used():
         len(Missing("x", "file"))
 
 
-# --- what is told of a difference -------------------------------------------------------------------------
+# --- description of a difference ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("got, expected, said", [
+@pytest.mark.parametrize("got, expected, message", [
     (torch.zeros(2, 3), torch.zeros(3, 2), "has shape (2, 3) where it must be (3, 2)"),
     ([1.0], torch.zeros(1), "is a list where it must be a tensor"),
     (torch.zeros(2).double(), torch.zeros(2), "is float64 where it must be float32"),
@@ -612,9 +612,9 @@ def test_a_global_that_cannot_be_carried_is_told_when_it_is_used():
     ("x", None, "is 'x' where it must be None"),
     (torch.tensor([True]), torch.tensor([False]), "is 1 where it must be 0"),
 ])
-def test_differences(got, expected, said):
-    found = difference(got, expected)
-    assert found is None if said is None else said in found
+def test_differences(got, expected, message):
+    found = describe_difference(got, expected)
+    assert found is None if message is None else message in found
 
 
 @pytest.mark.parametrize("make", [
@@ -623,32 +623,32 @@ def test_differences(got, expected, said):
 def test_the_tolerance_is_relative_to_the_largest_expected_value(make):
     for expected in (5.0, 1.0, 1e-2, 1e-5, -1e-5):
         for relative, tol in ((1e-4, 1e-4), (1e-2, 1e-2)):
-            assert difference(make(expected * (1 + 0.9 * relative)), make(expected), tol) is None
-            assert difference(make(expected * (1 + 1.2 * relative)), make(expected), tol) is not None
-    assert difference(make(1e-5), make(0.0)) is not None and difference(make(1e-9), make(0.0)) is not None
-    assert difference(make(1e-11), make(0.0)) is None               # rounding where zero is expected
-    assert difference(make(torch.inf), make(1.0)) is not None and difference(make(torch.nan), make(0.0)) is not None
+            assert describe_difference(make(expected * (1 + 0.9 * relative)), make(expected), tol) is None
+            assert describe_difference(make(expected * (1 + 1.2 * relative)), make(expected), tol) is not None
+    for got, expected in ((1e-5, 0.0), (1e-9, 0.0), (torch.inf, 1.0), (torch.nan, 0.0)):
+        assert describe_difference(make(got), make(expected)) is not None
+    assert describe_difference(make(1e-11), make(0.0)) is None               # rounding where zero is expected
 
 
 def test_a_tensors_tolerance_is_that_of_its_largest_finite_value():
     expected = torch.tensor([1e-3, 10.0, torch.inf])
-    assert difference(expected + torch.tensor([9e-4, 0, 0]), expected) is None
-    assert difference(expected + torch.tensor([1.2e-3, 0, 0]), expected) is not None
-    assert difference(torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3])) is not None
+    assert describe_difference(expected + torch.tensor([9e-4, 0, 0]), expected) is None
+    assert describe_difference(expected + torch.tensor([1.2e-3, 0, 0]), expected) is not None
+    assert describe_difference(torch.tensor([1, 2, 4]), torch.tensor([1, 2, 3])) is not None
 
 
-@pytest.mark.parametrize("change, said", [
+@pytest.mark.parametrize("change, message", [
     (lambda x: -x, "the negative"), (lambda x: 2.5 * x, "2.5 times"), (lambda x: x.mT, "axes 0 and 1 are swapped"),
     (lambda x: x.reshape(2, 6), "in another shape"), (lambda x: x + 1, None), (lambda x: x.flip(0), None),
     (lambda x: x.double(), None),
 ])
-def test_resemblances(change, said):
+def test_resemblances(change, message):
     x = randn(3, 4)
-    found = resemblance(change(x), x)
-    assert found is None if said is None else said in found
+    found = describe_resemblance(change(x), x)
+    assert found is None if message is None else message in found
 
 
-def test_a_subject_complains_of_what_a_call_leaves_behind():
+def test_arguments_changed_in_place_and_a_missing_return_are_rejected():
     def spoils(schedule, x0, noise, t):
         return x0.mul_(2)
 
@@ -663,22 +663,22 @@ def test_a_subject_complains_of_what_a_call_leaves_behind():
         with_weights(nn.Identity(), {"weight": x})
 
 
-def test_properties_are_told_where_they_do_not_hold():
+def test_violated_properties_raise_an_error_with_their_message():
     require_sums(torch.full((3, 4), 0.25), 1, -1, "which axis?")
     require_permutation([3, 1, 2], [1, 2, 3], "x")
-    for call, said in [
+    for call, message in [
         (lambda: require_sums(torch.full((3, 4), 0.25), 1, 0, "which axis did softmax run over?"),
          "Along axis 0 the sum is 0.75 where it must be 1: which axis did softmax run over?"),
         (lambda: require_permutation([1, 1], [1, 2], "An item is missing"), "An item is missing."),
         (lambda: require_shape([1], (1,)), "The result is a list where it must be a tensor."),
     ]:
-        with pytest.raises(Wrong, match=re.escape(said)):
+        with pytest.raises(Wrong, match=re.escape(message)):
             call()
 
 
 @pytest.mark.parametrize("got", [
     [1, 1, 2], [1, 2, 2, 2], [1, 2, 2, 3], [1, 2], [2, 2, 2], [], [1, 2, 3], [1, 2, 2, 2, 1]])
-def test_a_permutation_holds_each_item_as_often(got):
+def test_a_permutation_has_each_item_equally_often(got):
     for order in ([1, 2, 2], [2, 1, 2], [2, 2, 1]):
         require_permutation(order, [1, 2, 2], "An item is missing")
         with pytest.raises(Wrong, match="An item is missing"):
@@ -686,7 +686,7 @@ def test_a_permutation_holds_each_item_as_often(got):
 
 
 @pytest.mark.parametrize("off", [2e-4, -2e-4, 0.5, torch.nan])
-def test_a_sum_that_is_off_in_one_place_is_told(off):
+def test_a_wrong_sum_in_one_place_raises_an_error(off):
     x = torch.full((3, 4), 0.25)
     x[1, 2] += off
     for dim, total in ((1, 1.0), (0, 0.75)):
@@ -695,19 +695,19 @@ def test_a_sum_that_is_off_in_one_place_is_told(off):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (3, 2), (2, 3, 1), (6,), (), (2, 4)])
-def test_a_shape_of_as_many_items_is_another_shape(shape):
+def test_another_shape_with_the_same_number_of_items_is_rejected(shape):
     require_shape(torch.zeros(2, 3), (2, 3))
     with pytest.raises(Wrong, match=re.escape(f"shape {shape} where it must be (2, 3)")):
         require_shape(torch.zeros(shape), (2, 3))
 
 
-@pytest.mark.parametrize("weights, said", [
+@pytest.mark.parametrize("weights, message", [
     ({"weight": torch.ones(2, 2)}, "a parameter `bias`, which must not be there"),
     ({"weight": torch.ones(2, 2), "bias": torch.ones(3)}, "`bias` has shape (2,) where it must be (3,)"),
     ({"weight": torch.ones(2, 2), "bias": torch.ones(2), "scale": torch.ones(2)}, "no parameter `scale`"),
 ])
-def test_parameters_of_other_names_and_shapes_are_told(weights, said):
-    with pytest.raises(Wrong, match=re.escape(said)):
+def test_parameters_of_other_names_and_shapes_are_reported(weights, message):
+    with pytest.raises(Wrong, match=re.escape(message)):
         with_weights(nn.Linear(2, 2), weights)
     with pytest.raises(Wrong, match="must make an nn.Module"):
         with_weights(lambda x: x, weights)
@@ -717,10 +717,10 @@ def test_parameters_of_other_names_and_shapes_are_told(weights, said):
 
 # --- authors ----------------------------------------------------------------------------------------------
 
-def test_authors_are_told_what_does_not_fit():
+def test_an_invalid_definition_of_an_exercise_raises_an_error():
     lesson = Lesson(97, "Wrong")
     given = {"grade": "guided", "minutes": 1, "asks": "x", "hints": ["a", "b"]}
-    for place, changes, words in [(1, {"grade": "easy"}, "no grade 'easy'"), (1, {"name": "add_noise"}, "is there")]:
+    for place, changes, words in [(1, {"grade": "easy"}, "no grade 'easy'"), (1, {"name": "add_noise"}, "exists")]:
         with pytest.raises(ValueError, match=words):
             lesson.exercise(place, euler, **given | changes)
     one = lesson.exercise(1, euler, **given | {"name": "one"})
@@ -728,17 +728,17 @@ def test_authors_are_told_what_does_not_fit():
         with pytest.raises(ValueError, match="no step 'first'"):
             one.test("first")
         one.test("edge case")(print)
-        with pytest.raises(ValueError, match="stands after"):
+        with pytest.raises(ValueError, match="comes after"):
             one.test("shape")
         with pytest.raises(ValueError, match="does not ask for 'two'"):
             one.mistake("x", of="two")
-        with pytest.raises(ValueError, match="97.1 one is there already"):
+        with pytest.raises(ValueError, match="97.1 one exists already"):
             lesson.exercise(1, euler, **given | {"name": "other"})
     finally:
         del REGISTERED["one"]
 
 
-def test_stubs_are_told_from_what_is_written():
+def test_stubs_are_recognised():
     class Written(nn.Module):
         def forward(self, x):
             return x
@@ -755,13 +755,13 @@ def test_stubs_are_told_from_what_is_written():
         if x:
             raise NotImplementedError
         return x
-    assert not_written(stub) and not_written(Stub) and not not_written(Written)
-    assert not any(map(not_written, (half, good, print, zero_conv)))
+    assert is_stub(stub) and is_stub(Stub) and not is_stub(Written)
+    assert not any(map(is_stub, (half, good, print, zero_conv)))
 
 
 # --- hints, solutions, progress -----------------------------------------------------------------------------
 
-def test_hints_go_on_where_they_were_and_end_at_the_solution(capsys):
+def test_hints_continue_at_the_next_level_and_end_at_the_solution(capsys):
     for _ in range(4):
         hint("zero_sample")
     hint("zero_sample", 1)
@@ -781,7 +781,7 @@ def test_a_solution_is_the_packages_source(capsys):
     assert "\n    \"\"\"x_t = alpha x0" in printed      # its lines keep their places to each other
 
 
-def test_progress_counts_what_is_done(capsys):
+def test_progress_counts_solved_exercises(capsys):
     store.update(find("ddim"), done=True, attempts=1)
     store.update(find("euler"), attempts=1)
     progress()
@@ -795,10 +795,10 @@ def test_progress_counts_what_is_done(capsys):
 
 @pytest.mark.parametrize("text", [
     "{", "[]", '{"exercises": {"ddim": {"id": "3.6", "done": 1}}}', '{"exercises": 3}', "\0"])
-def test_a_damaged_file_is_kept_aside_and_told(text, capsys):
+def test_a_damaged_progress_file_is_renamed_and_reported(text, capsys):
     store.path().write_text(text)
     hint("ddim")
-    assert "is damaged: it is kept aside" in capsys.readouterr().out
+    assert "is damaged: it is renamed" in capsys.readouterr().out
     assert store.path().with_suffix(".damaged.json").read_text() == text
     hint("ddim")
     out = capsys.readouterr().out
@@ -828,7 +828,7 @@ def test_renamed_exercises_lead_to_exercises_of_the_course():
     assert set(store.RENAMED.values()) <= set(NAMES) and not set(store.RENAMED) & set(NAMES)
 
 
-def test_a_place_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch, capsys):
+def test_a_progress_file_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SDLEARN_PROGRESS", str(tmp_path / "file" / "progress.json"))
     hint("ddim")
@@ -847,7 +847,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch):
     assert store.path().read_text() == before and os.listdir(store.path().parent) == ["progress.json"]
 
 
-def test_cards_are_html_that_holds_no_html_of_the_learners():
+def test_cards_escape_html_of_the_learner():
     card = Card("orange", "3.1 x", "1 of 4", ("It raises <b>: `a < b` and", "an ` alone"), "plain", "<script>")
     page = card._repr_html_()
     assert "<script>" not in page and "<b>:" not in page and "a &lt; b</code>" in page and "an ` alone" in page
@@ -916,7 +916,7 @@ def test_in_a_kernel():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=180, kernel_name="python3").execute()
     plain = [[output.get("text") or output["data"]["text/plain"] for output in cell.outputs] for cell in notebook.cells]
-    assert plain[0] == ["3.1 add_noise: not written yet, the course goes on with its own. 4 tests are waiting."]
+    assert plain[0] == ["3.1 add_noise: not written yet: the course continues with its own. 4 tests are waiting."]
     assert plain[1] == ["3.1 add_noise: right, 4 of 4.\nIt printed:\n    at 400"]
     assert plain[2] == ["3.1 add_noise: 0 of 4. It raises IndexError: index 9 is out of bounds for dimension 0 with "
                         "size 2, in the line `return x0[9]`."]

@@ -1,4 +1,4 @@
-"""What a notebook calls: `check`, `hint`, `solution`, `progress`."""
+"""The functions that notebooks call: `check`, `hint`, `solution`, `progress`."""
 
 import linecache
 import os
@@ -11,21 +11,22 @@ from itertools import groupby
 from typing import Any
 
 from . import store
-from .cards import Bars, Card, Source, shortened, show
-from .exercise import Exercise, exercises, find, not_written
+from .cards import Bars, Card, Source, shorten_output, show
+from .exercise import Exercise, exercises, find, is_stub
 from .sandbox import MEMORY, SandboxError, run_request
 from .serialization import serialize
 
-WAITING = "not written yet, the course goes on with its own."
+UNWRITTEN = "not written yet: the course continues with its own."
 COLOURS = {"right": "green", "wrong": "orange", "unwritten": "grey", "unchecked": "grey", "given": "grey"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """How an answer did: `passed` of `of` tests, in their order, up to the first that failed.
+    """Outcome of a check: `passed` of `of` tests, in their order, up to the first that failed.
 
-    status: "right"; "wrong"; "unwritten", a stub; "unchecked", for reasons that are not the learner's.
-    message: what is wrong, in a sentence, or "". printed: what the answer wrote in the last test that ran.
+    status: "right"; "wrong"; "unwritten" for a stub; "unchecked" where the check itself failed; "given" for the
+    package's own.
+    message: what is wrong, in a sentence, or "". printed: the output of the answer in the last test that ran.
     """
 
     id: str
@@ -43,53 +44,53 @@ class Result:
 
 
 class NotRight(AssertionError):
-    """In grading: an answer that is not right."""
+    """Raised in grading for an answer that is not right."""
 
 
 class Check:
-    """`add_noise = check("add_noise", add_noise)`: judges an answer, and hands back what to go on with.
+    """`add_noise = check("add_noise", add_noise)`: tests an answer and returns the function to continue with.
 
     An answer runs in another process, with limits of time and memory: see `sandbox.py`.
     """
 
     def __call__(self, name: str, *answers: Callable) -> Any:
-        """Show how the answer does; return it when it is right, and the package's own when it is not (yet).
+        """Show the result; return the answer when it is right, otherwise the package's own.
 
-        Several names that are asked for together come as several arguments, and go back as a tuple.
+        Several names of one exercise are passed as several arguments and returned as a tuple.
         Raises ValueError for an unknown exercise, and for another number of answers; in `grading`
         NotRight for an answer that is not right.
         """
         exercise = find(name)
-        result = self._given(exercise, answers) or self.run(name, *answers)
-        told = ""
+        result = self._result_of_own(exercise, answers) or self.run(name, *answers)
+        note = ""
         if result.status in ("right", "wrong"):
-            told = store.update(exercise, attempts=1, done=result.right)
-        show(card(exercise, result, told))
+            note = store.update(exercise, attempts=1, done=result.right)
+        show(make_card(exercise, result, note))
         if self.is_grading and not result.right:
-            raise NotRight(str(card(exercise, result)))
-        kept = answers if result.right else exercise.solutions
-        return kept if len(kept) > 1 else kept[0]
+            raise NotRight(str(make_card(exercise, result)))
+        returned = answers if result.right else exercise.solutions
+        return returned if len(returned) > 1 else returned[0]
 
     def run(self, name: str, *answers: Callable, seconds: float | None = None, memory: int = MEMORY) -> Result:
-        """How the answer does; nothing is shown and nothing noted.
+        """The result for the answer; nothing is shown or recorded.
 
-        seconds: for each test, in place of what its author gave it. memory: bytes. Raises ValueError as above.
+        seconds: the limit for each test, in place of its author's. memory: bytes. Raises ValueError as above.
         """
         exercise = find(name)
         if len(answers) != len(exercise.names):
-            raise ValueError(f"{exercise.id} {name} asks for {', '.join(exercise.names)}: hand over "
-                             f"{len(exercise.names)}, not {len(answers)}")
+            raise ValueError(f"{exercise.id} {name} asks for {', '.join(exercise.names)}: pass "
+                             f"{len(exercise.names)} answers, not {len(answers)}")
         start, of = time.perf_counter(), len(exercise.tests)
 
         def result(status: str, passed: int = 0, message: str = "", printed: str = "") -> Result:
             spent = time.perf_counter() - start
-            return Result(exercise.id, exercise.name, status, passed, of, message, spent, shortened(printed))
+            return Result(exercise.id, exercise.name, status, passed, of, message, spent, shorten_output(printed))
 
         for wanted, answer in zip(exercise.names, answers, strict=True):
             if not callable(answer):
-                return result("wrong", message=f"{wanted} is {answer!r:.40}: hand over the function itself, not what "
-                                               "it returns.")
-        if all(map(not_written, answers)):
+                return result("wrong", message=f"{wanted} is {answer!r:.40}: pass the function itself, not its "
+                                               "result.")
+        if all(map(is_stub, answers)):
             return result("unwritten")
         try:
             return result(*_run_tests(exercise, serialize(answers), seconds, memory))
@@ -100,16 +101,16 @@ class Check:
 
     @property
     def is_grading(self) -> bool:
-        """Whether an answer that is not right ends the cell, and the package's own is never handed out."""
+        """Whether an answer that is not right raises NotRight, and the package's own is never returned."""
         return self._grading or os.environ.get("SDLEARN_GRADING", "") not in ("", "0")
 
     _grading = False
 
     @contextmanager
     def grading(self) -> Iterator[None]:
-        """Inside of it `check` raises NotRight in place of handing out the package's own.
+        """Context manager in which `check` raises NotRight in place of returning the package's own.
 
-        So does SDLEARN_GRADING=1 in the environment, for notebooks that are run to be graded.
+        SDLEARN_GRADING=1 in the environment has the same effect, for notebooks that are run to be graded.
         """
         before, self._grading = self._grading, True
         try:
@@ -117,8 +118,8 @@ class Check:
         finally:
             self._grading = before
 
-    def _given(self, exercise: Exercise, answers: tuple) -> Result | None:
-        """What to tell where the package's own is handed over, as when only the cell with the check is run again."""
+    def _result_of_own(self, exercise: Exercise, answers: tuple) -> Result | None:
+        """The result where the package's own is passed, as when only the cell with the check is run again."""
         if answers != exercise.solutions:
             return None
         return Result(exercise.id, exercise.name, "given", 0, len(exercise.tests),
@@ -129,64 +130,63 @@ check = Check()
 
 
 def hint(name: str, level: int | None = None):
-    """Show the next hint for that exercise, or the one of that level, counted from 1; the last stays the last."""
+    """Show the next hint for that exercise, or that of `level`, counted from 1; after the last, the last again."""
     exercise = find(name)
     levels = [*exercise.hints, f'`solution("{name}")` shows how the package does it. Close it again before you write.']
     number = level or min(store.record(exercise).hints + 1, len(levels))
     if not 1 <= number <= len(levels):
-        raise ValueError(f"{exercise.id} {name} has hints 1 to {len(levels)}, and no {number}")
-    told = store.update(exercise, hints=max(number, store.record(exercise).hints))
-    title, badge = f"{exercise.id} {name}", f"hint {number} of {len(levels)}"
-    said = levels[number - 1]
-    show(Card("blue", title, badge, (said, told), " ".join(filter(None, [f"{title}, {badge}: {said}", told]))))
+        raise ValueError(f"{exercise.id} {name} has hints 1 to {len(levels)}, not {number}")
+    note = store.update(exercise, hints=max(number, store.record(exercise).hints))
+    title, badge, text = f"{exercise.id} {name}", f"hint {number} of {len(levels)}", levels[number - 1]
+    show(Card("blue", title, badge, (text, note), " ".join(filter(None, [f"{title}, {badge}: {text}", note]))))
 
 
 def solution(name: str):
-    """Show the package's own code of what that exercise asks for."""
+    """Show the package's source code of that exercise's solution."""
     exercise = find(name)
     show(Source(f"{exercise.id} {name}, as the package has it", exercise.source(), exercise.beyond))
 
 
 def progress():
     """Show how many exercises of each notebook are solved, on this machine."""
-    found, told = store.records()
+    found, note = store.records()
     rows = []
     for number, lesson in groupby(exercises(), key=lambda one: one.lesson.number):
         lesson = list(lesson)
         done = sum(found[one.name].done for one in lesson if one.name in found)
         rows.append((f"{number:02} {lesson[0].lesson.title}", done, len(lesson)))
-    show(Bars(tuple(rows), told))
+    show(Bars(tuple(rows), note))
 
 
-def card(exercise: Exercise, result: Result, told: str = "") -> Card:
-    """What `check` shows of that result; `told` is a sentence to add."""
+def make_card(exercise: Exercise, result: Result, note: str = "") -> Card:
+    """The card that `check` shows for a result; `note` is a sentence to add."""
     title = f"{exercise.id} {exercise.name}"
     waiting = f"{result.of} test{'s are' if result.of != 1 else ' is'} waiting."
     beyond = exercise.beyond if result.right else ""
     match result.status:
         case "unwritten":
             which = f"{result.message} " if result.message else ""          # of several, some are written
-            badge, said = "not written yet", f"{which}The course goes on with its own. {waiting}"
-            plain = f"{title}: {WAITING} {which}{waiting}"
+            badge, message = "not written yet", f"{which}The course continues with its own. {waiting}"
+            plain = f"{title}: {UNWRITTEN} {which}{waiting}"
         case "right":
-            badge, said = f"right, {result.passed} of {result.of}", "The course goes on with yours."
+            badge, message = f"right, {result.passed} of {result.of}", "The course continues with yours."
             plain = f"{title}: right, {result.passed} of {result.of}."
         case "wrong":
-            badge, said = f"{result.passed} of {result.of}", result.message
+            badge, message = f"{result.passed} of {result.of}", result.message
             plain = f"{title}: {result.passed} of {result.of}. {result.message}"
         case _:
-            badge, said = "not checked", result.message
+            badge, message = "not checked", result.message
             plain = f"{title}: {result.message}"
-    help_ = f'The course goes on with its own. `hint("{exercise.name}")` helps.' if result.status == "wrong" else ""
+    help_ = f'The course continues with its own. `hint("{exercise.name}")` helps.' if result.status == "wrong" else ""
     printed = "\n".join(["It printed:", *(f"    {line}" for line in result.printed.splitlines())]) \
         if result.printed else ""
-    plain = "\n".join(filter(None, [plain, beyond, told, printed]))
-    return Card(COLOURS[result.status], title, badge, (said, beyond, help_, told), plain, result.printed)
+    plain = "\n".join(filter(None, [plain, beyond, note, printed]))
+    return Card(COLOURS[result.status], title, badge, (message, beyond, help_, note), plain, result.printed)
 
 
 def _run_tests(exercise: Exercise, answers: bytes, seconds: float | None,
             memory: int) -> tuple[str, int, str, str]:
-    """(status, tests passed, message, what was printed in the last test)."""
+    """(status, tests passed, message, output of the last test)."""
     request = {"module": exercise.module, "name": exercise.name, "path": [os.path.abspath(one) for one in sys.path],
                "folder": os.getcwd(), "answers": answers, "seconds": seconds, "memory": memory}
     passed, failed, printed = 0, {}, {}
@@ -201,12 +201,12 @@ def _run_tests(exercise: Exercise, answers: bytes, seconds: float | None,
     if not failed:
         return "right", passed, "", next(iter(printed.values()), "")
     status = "wrong" if failed["written"] or passed else "unwritten"
-    return status, passed, located(failed["message"], failed["place"]), printed.get(failed["test"], "")
+    return status, passed, add_line(failed["message"], failed["place"]), printed.get(failed["test"], "")
 
 
-def located(said: str, place: list | None) -> str:
-    """The sentence, with the line of the notebook that it is about."""
+def add_line(message: str, place: list | None) -> str:
+    """The message, with the line of the notebook that caused the error."""
     line = linecache.getline(*place).strip() if place else ""
     if not line:
-        return said
-    return f"{said.rstrip('.')}, in the line `{line}`."
+        return message
+    return f"{message.rstrip('.')}, in the line `{line}`."

@@ -1,4 +1,4 @@
-"""An exercise: what is asked, its hints, the package's own answer, tests in steps and mistakes people make.
+"""An exercise: its task, hints, solution, tests in steps and known mistakes.
 
 The package docstring is the guide for authors.
 """
@@ -18,14 +18,14 @@ from .store import RENAMED
 
 GRADES = ("guided", "supported", "on your own")
 STEPS = ("shape", "value", "edge case")
-SECONDS = 10.0          # for one test, by the clock: what these tests do takes milliseconds
+SECONDS = 10.0          # wall time for one test: these tests take milliseconds
 
 REGISTERED: dict[str, "Exercise"] = {}      # by name
 
 
 @dataclass(frozen=True)
 class Test:
-    """One step of a check: `run` is called with a `Answer` for each name that the exercise asks for."""
+    """One test of a check: `run` is called with an `Answer` for each name that the exercise asks for."""
 
     step: str
     run: Callable[..., None]
@@ -34,16 +34,16 @@ class Test:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer that people give: how it comes out, and what to say to who gives it."""
+    """A known wrong answer and its diagnosis, the end of the message for a learner who gives it."""
 
     diagnosis: str
     answer: Callable
-    of: str             # the name that it stands in for
+    of: str             # the name that it is an answer to
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """What `Lesson.exercise` makes; its decorators `test` and `mistake` fill it."""
+    """An exercise, as `Lesson.exercise` makes it; its decorators `test` and `mistake` add to it."""
 
     id: str
     name: str
@@ -61,11 +61,11 @@ class Exercise:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def test(self, step: str, *, seconds: float = SECONDS) -> Callable[[Callable], Callable]:
-        """Register a test of that step: "shape", "value" or "edge case". They run in the order they stand in."""
+        """Register a test of that step: "shape", "value" or "edge case". Tests run in the order of registration."""
         if step not in STEPS:
             raise ValueError(f"{self.id} {self.name}: there is no step '{step}': choose one of {', '.join(STEPS)}")
         if self.tests and STEPS.index(self.tests[-1].step) > STEPS.index(step):
-            raise ValueError(f"{self.id} {self.name}: a test of '{step}' stands after one of "
+            raise ValueError(f"{self.id} {self.name}: a test of '{step}' comes after one of "
                              f"'{self.tests[-1].step}': order them {', '.join(STEPS)}")
 
         def register(run: Callable) -> Callable:
@@ -76,7 +76,7 @@ class Exercise:
     def mistake(self, diagnosis: str, *, of: str | None = None) -> Callable[[Callable], Callable]:
         """Register a wrong answer with its diagnosis: a clause, or a question, that names the mistake.
 
-        It is told when a learner's result is what this wrong answer gives. `of`: which of several names.
+        It is shown when a learner's result equals that of this wrong answer. `of`: which of several names.
         """
         of = of or self.names[0]
         if of not in self.names:
@@ -88,14 +88,14 @@ class Exercise:
         return register
 
     def source(self) -> str:
-        """The package's own code of what is asked for, with what it calls on where the author named it."""
+        """The source code of the solution, with the functions that the author named in `also`."""
         parts = (inspect.getsource(part) for part in (*self.solutions, *self.also))
         return "\n\n\n".join(textwrap.dedent(part).rstrip() for part in parts)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The exercises of one notebook: its number, and what its progress bar is called."""
+    """The exercises of one notebook: its number and the title of its progress bar."""
 
     number: int
     title: str
@@ -104,11 +104,11 @@ class Lesson:
                  name: str | None = None, beyond: str = "", also: Sequence[Callable] = ()) -> Exercise:
         """Register exercise `number.place`, whose answer is the package's `solutions`.
 
-        name: that of the solution, unless given; several solutions keep their own names, and take one to go by.
-        grade: one of GRADES. asks: the task in a sentence. hints: from a nudge to all but the answer; that
-        a solution exists is added as the last. beyond: what the package's code does more than is asked.
-        also: code to print with the solution.
-        Raises ValueError for what does not fit, and for an id or a name that is taken.
+        name: of the exercise; the solution's where it is not given. Several solutions keep their own names.
+        grade: one of GRADES. asks: the task in a sentence. hints: from general to nearly
+        the answer; one that points to the solution is added. beyond: what the package's code does in addition.
+        also: functions whose code is printed with the solution.
+        Raises ValueError for an unknown grade, and for an id or a name that is taken.
         """
         identity, name = f"{self.number}.{place}", name or solutions[0].__name__
         if grade not in GRADES:
@@ -120,13 +120,13 @@ class Lesson:
         for other in REGISTERED.values():
             same = (other.id == identity) != (other.name == name) or other.module != exercise.module
             if same and (other.id == identity or other.name == name):
-                raise ValueError(f"{identity} {name}: {other.id} {other.name} is there already: choose another")
-        REGISTERED[name] = exercise         # a module that is loaded again replaces its own
+                raise ValueError(f"{identity} {name}: {other.id} {other.name} exists already: choose another")
+        REGISTERED[name] = exercise         # a module that is reloaded replaces its own
         return exercise
 
 
 def find(name: str) -> Exercise:
-    """The exercise of that name. Raises ValueError, naming its new name or the nearest ones."""
+    """The exercise of that name. Raises ValueError with its new name or the nearest names."""
     if name not in REGISTERED:
         exercises()
     if name not in REGISTERED:
@@ -146,14 +146,14 @@ def exercises() -> list[Exercise]:
     return sorted(REGISTERED.values(), key=lambda one: (one.lesson.number, int(one.id.split(".")[1])))
 
 
-def not_written(answer: Any) -> bool:
-    """Whether it is a stub as shipped: nothing but a docstring and `raise NotImplementedError`.
+def is_stub(answer: Any) -> bool:
+    """Whether the answer is a stub: nothing but a docstring and `raise NotImplementedError`.
 
-    It is read off the code, so that a notebook as shipped starts no process. A class is a stub if one of
+    It is decided by the bytecode, so that a notebook as shipped starts no process. A class is a stub if one of
     its methods is.
     """
     if isinstance(answer, type):
-        return any(not_written(method) for method in vars(answer).values() if inspect.isfunction(method))
+        return any(is_stub(method) for method in vars(answer).values() if inspect.isfunction(method))
     code = getattr(answer, "__code__", None)
     return code is not None and code.co_names == ("NotImplementedError",) and not any(
         step.opname.startswith(("LOAD_FAST", "STORE_", "LOAD_DEREF")) for step in dis.get_instructions(code))

@@ -1,14 +1,14 @@
-"""The notebook's end of the process in which learners' code runs (`worker.py`).
+"""Client of the sandbox, the worker process in which learners' code runs (`worker.py`).
 
-**Why a process.** A loop in C, a crash or a hundred gigabytes cannot be stopped from inside of Python,
-so an answer never runs in the notebook's own process, and nothing that it changes is the notebook's.
+**Why a process.** A loop in C, a crash or a hundred gigabytes cannot be stopped from inside Python, so an
+answer never runs in the notebook's own process, and nothing that it changes is the notebook's.
 **Why not a fork of the notebook.** A kernel has threads, its own and PyTorch's, and a fork of it may hang
 on a lock that one of them held; macOS and CUDA forbid it outright, Windows has none. So a fresh Python is
-started once, and the answer is carried there by value (`serialize.py`); where forks exist, each test is one
-of that process, which has no threads (30 ms). Starting it takes as long as importing PyTorch.
+started once, and the answer is sent there by value (`serialization.py`); where the system can fork, each test
+runs in a fork of that process, which has no threads (30 ms). Starting it takes as long as importing PyTorch.
 
-What is not stopped: an answer that is out to deceive. It runs as the same user, and can reach files and
-the test that judges it. And a limit of memory is not kept on Windows, where only that of time is.
+**What it does not stop**: an answer that is meant to deceive. It runs as the same user, and can reach files and
+the test that checks it. On Windows only the time is limited, not the memory.
 """
 
 import atexit
@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator
 
 START = 180.0           # seconds for a Python to start and to import PyTorch, on a slow disk
-GRACE = 15.0            # seconds beyond a test's own that the process may take to say that they are over
-ASKED = 2.0             # seconds that it has to end by itself
+GRACE = 15.0            # seconds after a test's limit in which the worker must report that it is over
+EXIT = 2.0              # seconds that the worker has to end by itself
 MEMORY = 2**30          # bytes that an answer may take
 
 FORK = hasattr(os, "fork")
@@ -33,11 +33,11 @@ _worker: "Worker | None" = None
 
 
 class SandboxError(RuntimeError):
-    """The process could not be started, or is gone."""
+    """The worker process could not be started, or has ended."""
 
 
 class Worker:
-    """A running process. Its messages come through a thread, since Windows cannot wait for a pipe with a limit."""
+    """A running worker process. A thread reads its messages, since a pipe has no timeout on Windows."""
 
     def __init__(self, fork: bool = FORK):
         self.fork = fork
@@ -60,12 +60,12 @@ class Worker:
         for line in self.process.stdout:
             try:
                 self.messages.put(json.loads(line))
-            except ValueError:              # empty, or broken off
+            except ValueError:              # empty, or cut off
                 continue
         self.messages.put(None)
 
     def next(self, seconds: float) -> dict | None:
-        """Its next message; None where there is none within that time. Raises SandboxError when it has ended."""
+        """The next message, or None after that many seconds. Raises SandboxError when the process has ended."""
         try:
             message = self.messages.get(timeout=seconds)
         except queue.Empty:
@@ -90,14 +90,14 @@ class Worker:
             raise SandboxError("the process that runs it has ended") from error
 
     def close(self):
-        """End it. Where tests are forks, it is asked first: it ends the one that runs, which no one else knows."""
+        """End the process. A forking worker sees its input close first, and then ends the fork that runs."""
         try:
             self.process.stdin.close()
         except OSError:
             pass
         if self.fork and self.ready:
             try:
-                self.process.wait(ASKED)
+                self.process.wait(EXIT)
             except subprocess.TimeoutExpired:
                 pass
         self.process.kill()
@@ -105,19 +105,19 @@ class Worker:
 
 
 def run_request(request: dict) -> Iterator[dict]:
-    """The messages that answer the request, {"printed"} and a run_test for each test, up to the first that fails.
+    """Yields the answers to a request: {"printed"} messages and a result for each test, up to the first that fails.
 
-    A process that a test has ended, or that does not answer in time, is replaced. Raises SandboxError where
-    there is none to be had.
+    A worker that a test has ended, or that does not answer in time, is replaced. Raises SandboxError where no
+    worker can be started.
     """
     with _lock:
         worker = _start_worker()
         try:
             yield from _read_answers(worker, request)
-        except BaseException:           # also when nobody listens any more, or the user interrupts
+        except BaseException:           # also when the generator is closed, or the user interrupts
             close()
             raise
-        if not worker.fork:             # it answers one request; the next is started while the learner reads
+        if not worker.fork:             # it answers one request only: start the next one now
             close()
             _start_worker(wait=False)
 
@@ -127,12 +127,12 @@ def _read_answers(worker: Worker, request: dict) -> Iterator[dict]:
     limit, current = START, 0           # until the first test begins: the exercises are imported
     end = time.monotonic() + limit
     while True:
-        message = worker.next(max(0.0, end - time.monotonic()))
-        match message:
+        answer = worker.next(max(0.0, end - time.monotonic()))
+        match answer:
             case None:
-                said = f"It was not done after {limit:g} seconds: does a loop have no end?"
+                message = f"It was not done after {limit:g} seconds: does a loop have no end?"
                 close()
-                yield {"test": current, "passed": False, "message": said, "written": True, "place": None}
+                yield {"test": current, "passed": False, "message": message, "written": True, "place": None}
                 return
             case {"seconds": limit, "test": current}:
                 end = time.monotonic() + limit + (GRACE if worker.fork else 0)
@@ -141,12 +141,12 @@ def _read_answers(worker: Worker, request: dict) -> Iterator[dict]:
             case {"failed": why}:
                 raise SandboxError(f"the exercise could not be loaded there: {why}")
             case _:
-                yield message
+                yield answer
 
 
 def _start_worker(wait: bool = True) -> Worker:
     global _worker
-    for attempt in (1, 2):              # one that has ended since is replaced once
+    for attempt in (1, 2):              # a worker that has ended since is replaced once
         if _worker is None or _worker.process.poll() is not None:
             _worker = Worker(FORK)
         if not wait:
@@ -162,7 +162,7 @@ def _start_worker(wait: bool = True) -> Worker:
 
 
 def close():
-    """End the process; the next check starts another."""
+    """End the worker; the next check starts another."""
     global _worker
     if _worker is not None:
         _worker.close()

@@ -1,4 +1,5 @@
-"""Answers to the exercises as people write them, a module a notebook: right, and wrong with what must be said."""
+"""Answers to the exercises as people write them, a module for each notebook: right ones, and wrong ones with the words
+that their message must hold."""
 
 from collections.abc import Callable
 
@@ -37,25 +38,25 @@ def among(name: str, answer: Callable, of: str | None) -> tuple[Callable, ...]:
                  for one, package in zip(exercise.names, exercise.solutions, strict=True))
 
 
-def told(name: str, answers: tuple[Callable, ...]) -> tuple[int, str]:
-    """(tests passed, what the first that failed said or "") of the answers, carried as into a check, but run here."""
+def run_tests(name: str, answers: tuple[Callable, ...]) -> tuple[int, str]:
+    """(tests passed, message of the first that failed or ""); serialized as for a check, but run here."""
     exercise = find(name)
     answers = deserialize(serialize(answers))
     for index in range(len(exercise.tests)):
-        one = run_test(exercise, answers, index)
-        if not one["passed"]:
-            return index, one["message"]
+        result = run_test(exercise, answers, index)
+        if not result["passed"]:
+            return index, result["message"]
     return len(exercise.tests), ""
 
 
 def assert_accepted(name: str, *answers: Callable):
     """That the answers pass every test of the exercise."""
-    passed, said = told(name, answers)
-    assert passed == len(find(name).tests), f"{name}: {passed} of {len(find(name).tests)}. {said}"
+    passed, message = run_tests(name, answers)
+    assert passed == len(find(name).tests), f"{name}: {passed} of {len(find(name).tests)}. {message}"
 
 
 def assert_rejected(name: str, *answers: Callable, words: str):
-    """That the answers fail, and that what they are told holds those words."""
-    passed, said = told(name, answers)
+    """That the answers fail with a message that holds those words."""
+    passed, message = run_tests(name, answers)
     assert passed < len(find(name).tests), f"{name}: accepted"
-    assert words in said, f"{name}: told '{said}', not '{words}'"
+    assert words in message, f"{name}: the message is '{message}', without '{words}'"
