@@ -1,4 +1,4 @@
-"""ControlNet: a second encoder that reads an image and tells the U-Net where things are.
+"""ControlNet: a trainable copy of the U-Net's encoder that adds a spatial condition, an image, to its features.
 
 B  batch    C, h, w  channels, rows and columns of a feature map    H, W  pixels of the hint
 M, T  text tokens and their channels
@@ -10,8 +10,8 @@ M, T  text tokens and their channels
               +                 +       +
     x ── conv_in ────────── down ───── mid ── up        the U-Net, frozen
 
-The copy is the U-Net's own `Encoder`. What it sees reaches the U-Net through 1x1 convolutions that
-start at zero, so a fresh ControlNet changes no bit of the output, yet learns from the first step on.
+The copy is the U-Net's own `Encoder`. Its features reach the U-Net through zero convolutions: 1x1 and
+initialised to zero, so an untrained ControlNet changes no bit of the output, yet learns from the first step on.
 The hint is an image (edges, depth, a pose) in [0, 1] at the size of the image to be made.
 Parameter names are those of diffusers' `ControlNetModel`. Zhang et al. 2023, "Adding conditional
 control to text-to-image diffusion models".
@@ -20,6 +20,7 @@ control to text-to-image diffusion models".
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from .unet import Encoder, UNet
 
 
 class HintEncoder(nn.Module):
-    """The hint's pixels to features of the size of the latent, by convolutions; the last starts at zero."""
+    """Convolutional encoder of the hint: pixels to features of the latent's size; the last layer starts at zero."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__()
@@ -52,7 +53,7 @@ class HintEncoder(nn.Module):
 
 
 class ControlNet(Encoder):
-    """The encoder of a U-Net that also reads a hint, and gives what to add to the U-Net's features.
+    """ControlNet: the encoder of a U-Net that also reads a hint, and returns residuals for the U-Net's features.
 
     `config` is the encoder's, `control_config` the whole.
     """
@@ -68,7 +69,7 @@ class ControlNet(Encoder):
     @classmethod
     def from_unet(cls, unet: UNet, *, hint_channels: int = 3,
                   hint_widths: tuple[int, ...] = (16, 32, 96, 256)) -> "ControlNet":
-        """A fresh ControlNet whose encoder is a copy of the U-Net's, on its device and in its type.
+        """An untrained ControlNet whose encoder is a copy of the U-Net's, on its device and in its type.
 
         A ControlNet reads the latent and nothing else. Of an inpainting U-Net's nine channels the
         first four are the latent, so of conv_in's weights those four are copied, and the ControlNet
@@ -83,25 +84,26 @@ class ControlNet(Encoder):
         return net.to(unet.conv_in.weight)
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor, hint: Tensor, *,
-                strength: float = 1.0, guess: bool = False) -> list[Tensor]:
-        """What to add to the U-Net's features: its skips, then its middle, as `UNet.forward` takes them.
+                conditioning_scale: float = 1.0, guess_mode: bool = False) -> list[Tensor]:
+        """The residuals of the U-Net's features, skips first, then the middle, as `UNet.forward` takes them.
 
         x (B, 4, h, w), the noisy latent that the U-Net sees; t a number or (B,); context (B, M, T).
-        hint (B, 3, H, W) or (1, 3, H, W), in [0, 1]. strength multiplies all of it. guess: see
+        hint (B, 3, H, W) or (1, 3, H, W), in [0, 1]. conditioning_scale multiplies all of it. guess_mode: see
         `guess_scales`. Raises ValueError, in a sentence, for shapes that do not fit.
         """
         self.check_hint(hint, tuple(x.shape[2:]))
-        return self.residuals(x, t, context, self.encode_hint(hint), strength=strength, guess=guess)
+        return self.residuals(x, t, context, self.encode_hint(hint),
+                              conditioning_scale=conditioning_scale, guess_mode=guess_mode)
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """Hints (B, 3, H, W) in [0, 1] -> (B, C, h, w). The same at every timestep: once for an image."""
+        """Encode hints, (B, 3, H, W) in [0, 1] -> (B, C, h, w). Independent of the timestep: once for an image."""
         self.check_hint(hint)
         return self.controlnet_cond_embedding(hint)
 
     def residuals(self, x: Tensor, t: Tensor | float, context: Tensor, encoded: Tensor, *,
-                  strength: float = 1.0, guess: bool = False) -> list[Tensor]:
-        """`forward` for a hint that `encode_hint` has made. Of several hints the whole batch is repeated
-        where x holds it more than once, as guidance's [u; c] does."""
+                  conditioning_scale: float = 1.0, guess_mode: bool = False, cache=None) -> list[Tensor]:
+        """`forward` for a hint encoded by `encode_hint`. A batch of hints is repeated where x holds the batch
+        several times, as guidance's [u; c] does. cache: as in `UNet.forward`."""
         self.check_inputs(x, t, context)
         if encoded.shape[2:] != x.shape[2:]:
             raise ValueError(_another_size([side * self.control_config.factor for side in encoded.shape[2:]],
@@ -110,10 +112,11 @@ class ControlNet(Encoder):
             raise ValueError(f"{len(encoded)} hints do not go with {len(x)} latents: "
                              "give one hint for all, or one for each")
         encoded = encoded.repeat(len(x) // len(encoded), 1, 1, 1)                    # (B, C, h, w)
-        features = self.encode(x, self.embed_time(t, x), context, encoded)
+        temb = cache.embed_time(self, t, x) if cache else self.embed_time(t, x)      # (B, E) or (1, E)
+        features = self.encode(x, temb, context, encoded, cache)
         convs = [*self.controlnet_down_blocks, self.controlnet_mid_block]
-        scales = guess_scales(len(convs)) if guess else [1.0] * len(convs)
-        return [strength * scale * conv(feature)
+        scales = guess_scales(len(convs)) if guess_mode else [1.0] * len(convs)
+        return [conditioning_scale * scale * conv(feature)
                 for scale, conv, feature in zip(scales, convs, features, strict=True)]
 
     def check_hint(self, hint: Tensor, cells: tuple[int, int] | None = None) -> None:
@@ -130,20 +133,21 @@ class ControlNet(Encoder):
                              f"are multiples of {factor}")
 
 
-def zero_conv_gradients(weight: Tensor, x: Tensor, behind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def zero_conv_gradients(weight: Tensor, x: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of a 1x1 convolution y = W x + b: the gradients of W (C, C), b (C,) and x (B, C, h, w).
 
-    weight: (C, C), outputs by inputs; x: (B, C, h, w); behind: dL/dy, of y's shape. At W = 0 the last is zero,
-    the first two are not: the convolution learns at the first step, and what feeds it from the second on.
+    weight: (C, C), outputs by inputs; x: (B, C, h, w); grad_output: the upstream gradient dL/dy, of y's shape. At
+    W = 0 the last is zero, the first two are not: the convolution learns at the first step, the layers before it
+    from the second on.
     """
-    return (torch.einsum("bohw,bihw->oi", behind, x), behind.sum(dim=(0, 2, 3)),
-            torch.einsum("oi,bohw->bihw", weight, behind))
+    return (torch.einsum("bohw,bihw->oi", grad_output, x), grad_output.sum(dim=(0, 2, 3)),
+            torch.einsum("oi,bohw->bihw", weight, grad_output))
 
 
 def guess_scales(n: int) -> list[float]:
-    """Guess mode's factors of the n residuals, from 0.1 at the first skip to 1 in the middle, equal in ratio.
+    """Guess mode's factors of the n residuals: geometric, from 0.1 at the first skip to 1 in the middle.
 
-    The middle says what is in the image, the first skips only where its lines are; so the hint alone,
+    The middle holds the content of the image, the first skips little more than its lines; so the hint alone,
     with an empty prompt, leads to a sensible image. As in diffusers; the paper's own code has
     0.825^(n - 1 - i), which with 13 residuals is the same to 0.6 %.
     """
@@ -152,24 +156,25 @@ def guess_scales(n: int) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """One ControlNet, its hint, and how much and when it is heard in a sampling run.
+    """One ControlNet, its hint, its conditioning scale, and the interval of a sampling run in which it applies.
 
-    hint: (B, 3, H, W), or (1, 3, H, W) for all images, in [0, 1]. start, end: shares of the run; step i
-    of n is controlled if i/n >= start and (i+1)/n <= end, as in diffusers. guess: scale the residuals by
-    `guess_scales`, and control only the half of the batch that has the prompt. Raises ValueError for
-    numbers out of range and for a hint that the ControlNet cannot read.
+    hint: (B, 3, H, W), or (1, 3, H, W) for all images, in [0, 1]. conditioning_scale multiplies the residuals
+    (controlnet_conditioning_scale in diffusers). start, end: shares of the run (control_guidance_start and _end);
+    step i of n is controlled if i/n >= start and (i+1)/n <= end. guess_mode: scale the residuals by `guess_scales`,
+    and control only the half of the batch that has the prompt. Raises ValueError for numbers out of range and for a
+    hint that the ControlNet cannot read.
     """
 
     net: ControlNet
     hint: Tensor
-    strength: float = 1.0
+    conditioning_scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    guess: bool = False
+    guess_mode: bool = False
 
     def __post_init__(self):
-        if not math.isfinite(self.strength):
-            raise ValueError(f"the control's strength is {self.strength}: give a finite number, 1 for the "
+        if not math.isfinite(self.conditioning_scale):
+            raise ValueError(f"the conditioning scale is {self.conditioning_scale}: give a finite number, 1 for the "
                              "ControlNet as it was trained, 0 for none")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"the control starts at {self.start} and ends at {self.end}: give shares of the "
@@ -182,15 +187,15 @@ class Control:
     def bounds(self, grid: Grid) -> tuple[float, float] | None:
         """(low, high), the timesteps of the first and last controlled steps of a run; None if there are none."""
         n = len(grid)
-        kept = [t for i, (t, _) in enumerate(grid) if i / n >= self.start and (i + 1) / n <= self.end]
-        return (kept[-1], kept[0]) if kept else None
+        active = [t for i, (t, _) in enumerate(grid) if i / n >= self.start and (i + 1) / n <= self.end]
+        return (active[-1], active[0]) if active else None
 
 
-def controlled(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid: Grid | None = None,
-               batch: int | None = None) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """The U-Net with its controls, as `guidance.predict_x0` takes it: (x, t, context) -> output.
+def add_control(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid: Grid | None = None,
+               batch: int | None = None) -> Callable[..., Tensor]:
+    """The U-Net with ControlNets, as `guidance.predict_x0` takes it: (x, t, context, cache=None) -> output.
 
-        predict_x0(controlled(unet, [Control(edges, hint)]), schedule, context, uncond, scale=7.5)
+        predict_x0(add_control(unet, [Control(edges, hint)]), schedule, context, uncond, scale=7.5)
 
     unet: a UNet, or a function of the same arguments such as `inpaint.nine_channels` makes. The residuals
     of several controls are added up. grid: the run's, needed when a control starts late or ends early.
@@ -203,24 +208,30 @@ def controlled(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid
             check_version(control.net.config, unet.config)
         if grid is None and (control.start, control.end) != (0, 1):
             raise ValueError("a control that starts late or ends early needs the grid of the sampling run: give grid")
-        if control.guess and batch is None:
+        if control.guess_mode and batch is None:
             raise ValueError("guess mode needs to know how many images are made, to tell the half of the batch "
                              "that has the prompt: give batch")
     bounds = [(-math.inf, math.inf) if grid is None else control.bounds(grid) for control in controls]
     hints = [control.net.encode_hint(control.hint.to(control.net.conv_in.weight)) for control in controls]
 
-    def run(x: Tensor, t: float, context: Tensor) -> Tensor:
+    @lru_cache      # one tensor for each context, since a cache of keys and values goes by identity
+    def conditional_half(context: Tensor) -> Tensor:
+        return context[batch:]
+
+    def run(x: Tensor, t: float, context: Tensor, cache=None) -> Tensor:
         total = None
-        for control, hint, kept in zip(controls, hints, bounds, strict=True):
-            if kept is None or not kept[0] <= t <= kept[1]:
+        for control, hint, interval in zip(controls, hints, bounds, strict=True):
+            if interval is None or not interval[0] <= t <= interval[1]:
                 continue
-            skip = batch if control.guess and context.shape[0] == 2 * batch else 0
-            found = control.net.residuals(x[-batch:] if skip else x, t, context[skip:], hint,
-                                          strength=control.strength, guess=control.guess)
-            if skip:
-                found = [torch.cat([torch.zeros_like(each), each]) for each in found]
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        return unet(x, t, context) if total is None else unet(x, t, context, total)
+            half = control.guess_mode and context.shape[0] == 2 * batch
+            residuals = control.net.residuals(
+                x[-batch:] if half else x, t, conditional_half(context) if half else context, hint, cache=cache,
+                conditioning_scale=control.conditioning_scale, guess_mode=control.guess_mode)
+            if half:
+                residuals = [torch.cat([torch.zeros_like(one), one]) for one in residuals]
+            total = residuals if total is None else [a + b for a, b in zip(total, residuals, strict=True)]
+        options = {"residuals": total, "cache": cache}
+        return unet(x, t, context, **{name: value for name, value in options.items() if value is not None})
 
     return run
 

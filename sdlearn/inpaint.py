@@ -107,12 +107,12 @@ def paste(original: Tensor, generated: Tensor, mask: Tensor, *, seam: int = 0) -
 # --- ways to keep what is known ---------------------------------------------------------------------
 
 def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tensor) -> Callable[..., Tensor]:
-    """An inpainting U-Net as a function of the latent alone: (x, t, context, residuals=None) -> output.
+    """An inpainting U-Net as a function of the latent alone: (x, t, context, residuals=None, cache=None) -> output.
 
     At each call it reads the latent (4 channels), the mask (1) and the masked image's latent (4), in
     this order. mask (B, 1, h, w), masked_latent (B, 4, h, w), the VAE's latent of `masked_pixels`; or a
     batch of 1 for all. Where x holds the batch twice, as guidance's [u; c] does, both halves read the
-    same. `controlnet.controlled` takes the result as its U-Net. Raises ValueError for sizes that differ,
+    same. `controlnet.add_control` takes the result as its U-Net. Raises ValueError for sizes that differ,
     and for a U-Net that does not read so many channels.
     """
     _same_size("mask", mask, "masked latent", masked_latent)
@@ -127,12 +127,12 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
         raise ValueError(f"this U-Net reads {reads} channels and is no inpainting model, which reads "
                          f"{2 * masked_latent.shape[1] + 1}: use blended with it, or load an inpainting model")
 
-    def run(x: Tensor, t: float, context: Tensor, residuals=None) -> Tensor:
+    def run(x: Tensor, t: float, context: Tensor, residuals=None, **options) -> Tensor:
         _same_size("mask", beside, "latent", x)
         if len(x) % count:
             raise ValueError(f"{count} masks do not go with {len(x)} latents: give one for all, or one for each")
         tiled = beside.to(x).repeat(len(x) // count, 1, 1, 1)                        # (B, 5, h, w)
-        return unet(torch.cat([x, tiled], dim=1), t, context, residuals)
+        return unet(torch.cat([x, tiled], dim=1), t, context, residuals, **options)
 
     return run
 

@@ -1,4 +1,4 @@
-"""The U-Net: from a noisy latent, a timestep and a text to the prediction of the noise.
+"""The U-Net: predicts noise, v or x0 from a noisy latent, a timestep and the encoded text.
 
 B  batch        h, w  rows and columns of the latent     E  channels of the time embedding
 C  channels     M, T  text tokens and their channels
@@ -12,13 +12,13 @@ another `Encoder`. Parameter names are those of diffusers' `UNet2DConditionModel
 weights load by name. Rombach et al. 2022; Ronneberger et al. 2015.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlearn.attention import KeptText, SpatialTransformer, once_each
+from sdlearn.attention import SpatialTransformer, repeat_for_contexts
 from sdlearn.config import UNetConfig
 from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
 
@@ -46,9 +46,9 @@ def up_inputs(config: UNetConfig) -> list[list[int]]:
 
 
 class NoAttention(nn.Module):
-    """Stands where a level does not attend to the text."""
+    """Identity, in place of a SpatialTransformer at levels without attention."""
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, cache=None) -> Tensor:
         return x
 
 
@@ -64,7 +64,7 @@ def transformer(config: UNetConfig, channels: int, attention: bool = True) -> nn
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: ResBlocks, each with attention or none, then half the size."""
+    """One level of the encoder: ResBlocks, each with attention or none, then downsampling."""
 
     def __init__(self, config: UNetConfig, inputs: int, level: int):
         super().__init__()
@@ -75,11 +75,11 @@ class DownBlock(nn.Module):
         last = level == len(config.channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(outputs)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
-        """The features after each step; the last one is what the next block goes on from."""
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, cache=None) -> list[Tensor]:
+        """The features after each step; the last is the next block's input."""
         features = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, temb), context)
+            x = attention(resnet(x, temb), context, cache)
             features.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -88,7 +88,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The smallest level: ResBlock, attention, ResBlock."""
+    """The bottleneck: ResBlock, attention, ResBlock at the lowest resolution."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -96,16 +96,16 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(res_block(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([transformer(config, width)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, cache=None) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         first, second = self.resnets
-        return second(self.attentions[0](first(x, temb), context), temb)
+        return second(self.attentions[0](first(x, temb), context, cache), temb)
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: each ResBlock reads a skip beside its input; then twice the size.
+    """One level of the decoder: each ResBlock reads its input concatenated with a skip; then upsampling.
 
-    inputs: the channels that each ResBlock reads, both together.
+    inputs: the channels that each ResBlock reads, input and skip together.
     """
 
     def __init__(self, config: UNetConfig, inputs: Sequence[int], level: int):
@@ -116,18 +116,18 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(outputs)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor, context: Tensor,
-                size: tuple[int, int]) -> Tensor:
-        """skips: in the order in which they are read. size: rows and columns of the level above; half of an odd number
-        is rounded, so it is told."""
+                size: tuple[int, int], cache=None) -> Tensor:
+        """(B, C, h, w) -> (B, outputs, *size). skips: in the order in which they are read. size: rows and columns of
+        the level above, which cannot be inferred: odd numbers are rounded when halved."""
         for resnet, attention, skip in zip(self.resnets, self.attentions, skips, strict=True):
-            x = attention(resnet(torch.cat([x, once_each(skip, x)], dim=1), temb), context)
+            x = attention(resnet(torch.cat([x, repeat_for_contexts(skip, x)], dim=1), temb), context, cache)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return x
 
 
 class Encoder(nn.Module):
-    """The U-Net's first half: the time embedding, the way down and the middle.
+    """The U-Net's encoder: the time embedding, the down blocks and the middle block.
 
     `feature_channels` holds the channels of what `encode` returns.
     """
@@ -145,26 +145,25 @@ class Encoder(nn.Module):
         self.feature_channels = [*skip_channels(config), config.channels[-1]]
 
     def embed_time(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """A number or (B,) timesteps -> (1, E) or (B, E), in x's type and on its device."""
-        if isinstance(t, KeptTime):
-            return t.embedding(self, x)
+        """Time embedding: a number or (B,) timesteps -> (1, E) or (B, E), in x's dtype and on its device."""
         if not isinstance(t, Tensor):
             t = on_device([t], x)
         sinusoids = timestep_embedding(t.reshape(-1), self.config.channels[0])
         return self.time_embedding(sinusoids.to(x.dtype))
 
-    def encode(self, x: Tensor, temb: Tensor, context: Tensor, hint: Tensor | None = None) -> list[Tensor]:
+    def encode(self, x: Tensor, temb: Tensor, context: Tensor, hint: Tensor | None = None,
+               cache=None) -> list[Tensor]:
         """The skips, from conv_in's output on, and the middle's output as the last.
 
         x (B, in_channels, h, w), temb (B, E), context (B, M, T). `hint` is added to conv_in's
-        output: a ControlNet's condition enters there. With k texts for each latent, context (kB, M, T),
-        the features have B rows up to the first text that is read, and kB from there on.
+        output: a ControlNet's condition enters there. With k contexts for each latent, (kB, M, T), the
+        features have B rows up to the first cross-attention, and kB from there on.
         """
         x = self.conv_in(x)
         features = [x if hint is None else x + hint]
         for block in self.down_blocks:
-            features += block(features[-1], temb, context)
-        return [*features, self.mid_block(features[-1], temb, context)]
+            features += block(features[-1], temb, context, cache)
+        return [*features, self.mid_block(features[-1], temb, context, cache)]
 
     def check_inputs(self, x: Tensor, t: Tensor | float, context: Tensor) -> None:
         """Raise ValueError, in one sentence, for inputs that this model cannot take."""
@@ -189,44 +188,8 @@ class Encoder(nn.Module):
 
 
 def on_device(times: Sequence[float], x: Tensor) -> Tensor:
-    """Numbers of the host, (len(times),) on x's device; filled in there, so that nothing waits for a copy."""
+    """Numbers of the host as a tensor (len(times),) on x's device, filled in there: no copy blocks the host."""
     return torch.cat([torch.full((1,), t, dtype=torch.float32, device=x.device) for t in times])
-
-
-class KeptTime(float):
-    """A timestep of a run. A network makes its embeddings once, at its first step, for all timesteps of the run."""
-
-    @classmethod
-    def of_run(cls, times: Sequence[float]) -> dict[float, "KeptTime"]:
-        """By timestep; they share what they keep."""
-        kept, all_of_them = {}, {}
-        for t in dict.fromkeys(map(float, times)):
-            all_of_them[t] = one = cls(t)
-            one.row, one.run, one.kept = len(all_of_them) - 1, all_of_them, kept
-        return all_of_them
-
-    def embedding(self, network: Encoder, x: Tensor) -> Tensor:
-        """(1, E), in x's type and on its device."""
-        if network not in self.kept:
-            self.kept[network] = network.embed_time(on_device([float(t) for t in self.run], x), x)      # (S, E)
-        return self.kept[network][self.row:self.row + 1]
-
-
-def reusing(network: Callable[..., Tensor], times: Sequence[float]) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """A network for one sampling run, (x, t, context) -> output: what no step changes is computed once.
-
-    The keys and values of each text, and the embeddings of `times`, the timesteps of the run (others work as well).
-    network: a UNet, or a function of the same arguments that calls some, as `controlnet.controlled` makes. For
-    inference, and as long as no weight changes.
-    """
-    known, texts = KeptTime.of_run(times), {}
-
-    def run(x: Tensor, t: float, context: Tensor) -> Tensor:
-        if id(context) not in texts:
-            texts[id(context)] = KeptText(context)          # which keeps the text, so that no other has its id
-        return network(x, known.get(t, t), texts[id(context)])
-
-    return run
 
 
 class UNet(Encoder):
@@ -245,36 +208,37 @@ class UNet(Encoder):
         self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor,
-                residuals: Sequence[Tensor] | None = None) -> Tensor:
+                residuals: Sequence[Tensor] | None = None, cache=None) -> Tensor:
         """The network's output for latents x at timesteps t, given the text.
 
         x: (B, in_channels, h, w), any h and w. t: a number or (B,), in 0...999, fractions
-        allowed. context: (B, M, T), or (kB, M, T), k texts for each latent in the order of a batch that
-        is repeated k times; what does not depend on the text is then computed once. residuals: what to
-        add to each feature of `encode`, in that order, the middle last, each of that feature's shape or
-        broadcast over the batch; a ControlNet makes them. Returns (B, out_channels, h, w), or kB of
-        them. Raises ValueError for shapes that do not fit.
+        allowed. context: (B, M, T), or (kB, M, T), k contexts for each latent in the order of a batch that
+        is repeated k times; what does not depend on the context is then computed once. residuals: a
+        ControlNet's, added to the features of `encode` in that order, the middle last, each of its
+        feature's shape or broadcast over the batch. cache: an object with `keys_values(layer, context)` and
+        `embed_time(network, t, x)`, as `pipeline.cache.ConditioningCache`, that stores both during a run.
+        Returns (B, out_channels, h, w), or kB of them. Raises ValueError for shapes that do not fit.
         """
         self.check_inputs(x, t, context)
-        temb = self.embed_time(t, x)                                         # (B, E) or (1, E)
-        features = self.encode(x, temb, context)
+        temb = cache.embed_time(self, t, x) if cache else self.embed_time(t, x)      # (B, E) or (1, E)
+        features = self.encode(x, temb, context, cache=cache)
         if residuals is not None:
             features = add_residuals(features, residuals)
-        return self.decode(features, temb, context)
+        return self.decode(features, temb, context, cache)
 
-    def decode(self, features: Sequence[Tensor], temb: Tensor, context: Tensor) -> Tensor:
-        """The output (B, out_channels, h, w) of what `encode` returns: the way up, then norm, SiLU and conv_out."""
+    def decode(self, features: Sequence[Tensor], temb: Tensor, context: Tensor, cache=None) -> Tensor:
+        """The output (B, out_channels, h, w) of `encode`'s features: the up blocks, then norm, SiLU and conv_out."""
         *skips, h = features
         rows_and_columns = skips[0].shape[2:]
         for block in self.up_blocks:
             skips, mine = skips[:-len(block.resnets)], skips[-len(block.resnets):]
             size = skips[-1].shape[2:] if skips else rows_and_columns
-            h = block(h, mine[::-1], temb, context, size)                    # (B, C, *size)
+            h = block(h, mine[::-1], temb, context, size, cache)             # (B, C, *size)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
 def add_residuals(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """features + residuals, one by one. Raises ValueError if their count or shapes differ."""
+    """Feature-wise sum of features and residuals. Raises ValueError if their count or shapes differ."""
     if len(residuals) != len(features):
         raise ValueError(f"{len(residuals)} residuals given, but this U-Net adds {len(features)}: "
                          f"one to each of its {len(features) - 1} skips and one to the middle, which is last")
@@ -282,7 +246,7 @@ def add_residuals(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> li
         if residual.shape[1:] != feature.shape[1:] or len(residual) not in (1, len(feature), len(features[-1])):
             raise ValueError(f"residual {i} is {tuple(residual.shape)}, but must have its feature's shape "
                              f"{tuple(feature.shape)}: make it from a latent of this size")
-    return [feature + residual if len(residual) == 1 else once_each(feature, residual) + residual
+    return [feature + residual if len(residual) == 1 else repeat_for_contexts(feature, residual) + residual
             for feature, residual in zip(features, residuals, strict=True)]
 
 

@@ -19,18 +19,15 @@ from sdlearn.attention import (
     GEGLU,
     CrossAttention,
     FeedForward,
-    KeptText,
     SpatialTransformer,
     TransformerBlock,
     attend,
-    attention_cost,
     attention_map,
     causal_attention,
-    heat_maps,
-    open_attention,
-    record_attention,
+    eager_attention,
     split_heads,
 )
+from sdlearn.diagnostics.attention import attention_cost, heat_maps, record_attention
 from sdlearn.layers import Downsample, ResBlock, Upsample, timestep_embedding, zero_conv
 
 
@@ -339,7 +336,7 @@ def test_recording_ends_whatever_happens_and_nests():
         assert set(outer.maps) == {"second.attn1", "second.attn2"}
         run(blocks, x, context)
         assert len(outer.maps) == 4
-    assert all(m.watch is None for m in blocks.modules() if isinstance(m, CrossAttention))
+    assert all(m.attend is attend for m in blocks.modules() if isinstance(m, CrossAttention))
 
 
 def test_recording_nothing_is_an_error():
@@ -400,15 +397,15 @@ def test_attention_in_the_open_is_the_same_attention():
         return out, *torch.autograd.grad(out.square().sum(), inputs)
 
     fused = both()
-    with pytest.raises(RuntimeError, match="on the way"), open_attention(nn.Sequential(layer)):
-        assert layer.open_up_to
+    with pytest.raises(RuntimeError, match="on the way"), eager_attention(nn.Sequential(layer)):
+        assert layer.attend is not attend
         for one, other in zip(fused, both(), strict=True):
             torch.testing.assert_close(one, other)
         with record_attention(layer) as record:
             layer(x, text)
-        assert len(record.maps) == 1, "it can be watched as well"
+        assert len(record.maps) == 1, "it can be recorded as well"
         raise RuntimeError("on the way")
-    assert not layer.open_up_to
+    assert layer.attend is attend
 
 
 @pytest.fixture
@@ -420,10 +417,10 @@ def fused_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("largest, opened", [(29, False), (30, True)])
-def test_attention_is_open_up_to_a_map_of_that_size(fused_calls, largest, opened):
+def test_attention_is_eager_up_to_a_map_of_that_size(fused_calls, largest, opened):
     """6 queries times 5 keys."""
     layer = CrossAttention(8, 8, heads=2)
-    with open_attention(layer, largest=largest):
+    with eager_attention(layer, largest=largest):
         layer(torch.randn(1, 6, 8), torch.randn(1, 5, 8))
     assert len(fused_calls) == (not opened)
 
@@ -431,7 +428,7 @@ def test_attention_is_open_up_to_a_map_of_that_size(fused_calls, largest, opened
 @pytest.mark.parametrize("tokens, opened", [(512, True), (513, False)])
 def test_self_attention_is_eager_up_to_512_tokens_unless_a_limit_is_given(fused_calls, tokens, opened):
     layer = CrossAttention(2, heads=1)
-    with open_attention(layer), torch.no_grad():
+    with eager_attention(layer), torch.no_grad():
         layer(torch.randn(1, tokens, 2))
     assert len(fused_calls) == (not opened)
 
@@ -439,8 +436,8 @@ def test_self_attention_is_eager_up_to_512_tokens_unless_a_limit_is_given(fused_
 def test_leaving_a_nested_eager_context_restores_the_outer_one(fused_calls):
     """Also when the inner one has another limit, or ends in an error."""
     layer, x, context = CrossAttention(8, 8, heads=2), torch.randn(1, 6, 8), torch.randn(1, 5, 8)
-    with open_attention(layer):
-        with pytest.raises(ZeroDivisionError), open_attention(layer, largest=29):
+    with eager_attention(layer):
+        with pytest.raises(ZeroDivisionError), eager_attention(layer, largest=29):
             layer(x, context)
             raise ZeroDivisionError
         assert len(fused_calls) == 1
@@ -448,17 +445,3 @@ def test_leaving_a_nested_eager_context_restores_the_outer_one(fused_calls):
         assert len(fused_calls) == 1, "the outer context is eager"
     layer(x, context)
     assert len(fused_calls) == 2
-
-
-# ---------------------------------------------------------------------------- cached keys and values
-
-def test_slices_of_a_cached_context_are_those_of_the_context():
-    """By start, stop and step; each slice has its own keys and values, and makes them once."""
-    context = torch.randn(4, 5, 6)
-    cached, layer = KeptText(context), CrossAttention(8, 6, heads=2)
-    for rows in (slice(0, 1), slice(0, 2), slice(0, 4), slice(0, 4, 2), slice(1, 4), slice(None, 1), slice(-1, None)):
-        part, x = cached[rows], torch.randn(len(context[rows]), 7, 8)
-        assert part.shape == context[rows].shape and part.ndim == 3
-        assert torch.equal(layer(x, part), layer(x, context[rows]))
-    first, again = (cached[rows].keys_values(layer) for rows in (slice(0, 2), slice(None, 2)))
-    assert first[0] is again[0] and first[1] is again[1]

@@ -9,8 +9,8 @@ from matplotlib.text import Text
 from models import one_thread, tiny_parts  # noqa: F401
 from PIL import Image
 
-from sdlearn.attention import heat_maps, record_attention
 from sdlearn.config import PRESETS
+from sdlearn.diagnostics.attention import heat_maps, record_attention
 from sdlearn.explore.attention_levels import changed, count_flops, text_levels, where_it_reads
 from sdlearn.explore.attention_maps import (
     ALL,

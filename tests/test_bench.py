@@ -17,7 +17,7 @@ from sdlearn.bench.machine import PEAKS
 from sdlearn.bench.roofline import least_seconds_of_run
 from sdlearn.commands.bench import table
 from sdlearn.config import PRESETS
-from sdlearn.costs import step_flops
+from sdlearn.diagnostics.costs import step_flops
 from sdlearn.pipeline import SettingsError
 from sdlearn.pipeline.compiled import compiler_settings
 

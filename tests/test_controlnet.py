@@ -17,7 +17,7 @@ from models import one_thread, randomise  # noqa: F401
 from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_control, source
 from sdlearn.checkpoint.control import load_controlnet, save_controlnet
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig, UNetConfig
-from sdlearn.controlnet import Control, ControlNet, check_version, controlled, guess_scales, zero_conv_gradients
+from sdlearn.controlnet import Control, ControlNet, add_control, check_version, guess_scales, zero_conv_gradients
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import nine_channels
 from sdlearn.samplers import SAMPLERS, ddim
@@ -98,7 +98,7 @@ def test_residuals_are_those_of_diffusers(name, h, w):
 def test_strength_and_guess_mode_are_those_of_diffusers(strength, guess):
     ours, theirs = pair("sd1_small")
     x, context, hint = inputs("sd1_small")
-    mine = ours(x, 400, context, hint, strength=strength, guess=guess)
+    mine = ours(x, 400, context, hint, conditioning_scale=strength, guess_mode=guess)
     wanted = theirs(x, 400, context, hint, strength, guess_mode=guess, return_dict=False)
     if strength:
         same(mine, wanted)
@@ -119,7 +119,7 @@ def test_a_controlled_unet_is_that_of_diffusers(name):
     x, context, hint = inputs(name, 5, 7)
     skips, middle = theirs(x, 300, context, hint, return_dict=False)
     wanted = reference(x, 300, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
-    made = controlled(unet, [Control(ours, hint)])(x, 300, context)
+    made = add_control(unet, [Control(ours, hint)])(x, 300, context)
     assert difference(made, wanted.sample) <= 1e-5
     assert difference(unet(x, 300, context), wanted.sample) > 1e-2          # the control is heard
     assert torch.equal(made, unet(x, 300, context, ours(x, 300, context, hint)))
@@ -134,9 +134,9 @@ def test_two_controls_add_up_as_in_diffusers():
         x, torch.tensor(200), context, hints, strengths, return_dict=False)
     wanted = reference(x, 200, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
     controls = [Control(ours, one, strength) for (ours, _), one, strength in zip(nets, hints, strengths, strict=True)]
-    assert difference(controlled(unet, controls)(x, 200, context), wanted.sample) <= 1e-5
-    assert difference(controlled(unet, controls[::-1])(x, 200, context), wanted.sample) <= 1e-5
-    assert difference(controlled(unet, controls[:1])(x, 200, context), wanted.sample) > 1e-3
+    assert difference(add_control(unet, controls)(x, 200, context), wanted.sample) <= 1e-5
+    assert difference(add_control(unet, controls[::-1])(x, 200, context), wanted.sample) <= 1e-5
+    assert difference(add_control(unet, controls[:1])(x, 200, context), wanted.sample) > 1e-3
 
 
 def run_of_diffusers(controls, guidance, x, context, uncond, steps=5):
@@ -155,14 +155,14 @@ def run_of_diffusers(controls, guidance, x, context, uncond, steps=5):
         return values if len(nets) > 1 else values[0]
     return pipeline(
         image=each("hint"), latents=x, prompt_embeds=context, negative_prompt_embeds=uncond, guidance_scale=guidance,
-        num_inference_steps=steps, controlnet_conditioning_scale=each("strength"), output_type="latent",
+        num_inference_steps=steps, controlnet_conditioning_scale=each("conditioning_scale"), output_type="latent",
         control_guidance_start=each("start"), control_guidance_end=each("end"),
-        guess_mode=controls[0][1].guess, height=2 * x.shape[2], width=2 * x.shape[3]).images
+        guess_mode=controls[0][1].guess_mode, height=2 * x.shape[2], width=2 * x.shape[3]).images
 
 
 def our_run(controls, guidance, x, context, uncond, steps=5):
     grid = timesteps(SCHEDULE, steps)
-    unet = controlled(bases("tiny")[0], [control for _, control in controls], grid=grid, batch=len(x))
+    unet = add_control(bases("tiny")[0], [control for _, control in controls], grid=grid, batch=len(x))
     denoise = predict_x0(unet, SCHEDULE, context, uncond, scale=guidance)
     *_, last = ddim(denoise, x, grid, SCHEDULE)
     return last.x
@@ -212,8 +212,8 @@ def test_a_fresh_one_changes_no_bit(name, guess):
     config = CONFIGS[name]
     net = ControlNet.from_unet(unet, hint_channels=config.hint_channels, hint_widths=config.hint_widths)
     x, context, hint = inputs(name)
-    assert torch.equal(unet(x, 300, context, net(x, 300, context, hint, guess=guess)), unet(x, 300, context))
-    run = controlled(unet, [Control(net, hint, 2.0, guess=guess)], batch=2)
+    assert torch.equal(unet(x, 300, context, net(x, 300, context, hint, guess_mode=guess)), unet(x, 300, context))
+    run = add_control(unet, [Control(net, hint, 2.0, guess_mode=guess)], batch=2)
     assert torch.equal(run(x, 300, context), unet(x, 300, context))
     # Nor does its hint change what its own encoder sees.
     assert not net.encode_hint(hint).any()
@@ -268,13 +268,13 @@ def gradients(net, unet, x, context, hint):
 @pytest.mark.parametrize("size", [0.0, 1.0])
 def test_gradients_of_a_1x1_convolution_are_autograds(size):
     generator = torch.Generator().manual_seed(0)
-    x, behind = (torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, grad_output = (torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     conv = torch.nn.Conv2d(5, 5, 1, dtype=torch.float64)
     with torch.no_grad():
         conv.weight *= size
     y = conv(x.requires_grad_())
-    expected = torch.autograd.grad(y, (conv.weight, conv.bias, x), behind)
-    found = zero_conv_gradients(conv.weight.detach()[:, :, 0, 0], x.detach(), behind)
+    expected = torch.autograd.grad(y, (conv.weight, conv.bias, x), grad_output)
+    found = zero_conv_gradients(conv.weight.detach()[:, :, 0, 0], x.detach(), grad_output)
     for ours, theirs in zip(found, (expected[0][:, :, 0, 0], *expected[1:]), strict=True):
         assert torch.allclose(ours, theirs)
     assert (found[2].abs().max() == 0) == (size == 0)
@@ -357,7 +357,7 @@ def test_a_hint_is_encoded_once_for_a_run(sampler):
     net = counted()
     x, context, hint = inputs(hints=1)
     grid = timesteps(SCHEDULE, 3)
-    unet = controlled(bases("tiny")[0], [Control(net, hint)], grid=grid)
+    unet = add_control(bases("tiny")[0], [Control(net, hint)], grid=grid)
     *_, last = SAMPLERS[sampler](predict_x0(unet, SCHEDULE, context, context * 0, scale=3.0), x, grid, SCHEDULE)
     assert net.hints == 1 and len(net.batches) >= 3 and last.x.isfinite().all()
     assert {size for _, size in net.batches} == {4}                             # [u; c] of two images
@@ -367,7 +367,7 @@ def test_outside_of_its_span_a_control_costs_nothing_and_changes_no_bit():
     net, unet = counted(), bases("tiny")[0]
     x, context, hint = inputs()
     grid = timesteps(SCHEDULE, 10)
-    run = controlled(unet, [Control(net, hint, start=0.3, end=0.7)], grid=grid)
+    run = add_control(unet, [Control(net, hint, start=0.3, end=0.7)], grid=grid)
     for t, _ in grid:
         assert torch.equal(run(x, t, context), unet(x, t, context)) == (not 300 < t < 700)
     assert [t for t, _ in net.batches] == [t for t, _ in grid[3:7]]
@@ -376,11 +376,11 @@ def test_outside_of_its_span_a_control_costs_nothing_and_changes_no_bit():
 def test_in_guess_mode_only_the_half_with_the_prompt_is_controlled():
     net, unet = counted(), bases("tiny")[0]
     x, context, hint = inputs()
-    run = controlled(unet, [Control(net, hint, guess=True)], batch=2)
+    run = add_control(unet, [Control(net, hint, guess_mode=True)], batch=2)
     both = run(torch.cat([x, x]), 300, torch.cat([0 * context, context]))
     assert net.batches == [(300, 2)]
     assert difference(both[:2], unet(x, 300, 0 * context)) < 1e-5
-    residuals = net(x, 300, context, hint, guess=True)
+    residuals = net(x, 300, context, hint, guess_mode=True)
     assert difference(both[2:], unet(x, 300, context, residuals)) < 1e-5
     # Where guidance runs the conditional half alone, it is controlled.
     assert difference(run(x, 300, context), unet(x, 300, context, residuals)) < 1e-5
@@ -389,13 +389,13 @@ def test_in_guess_mode_only_the_half_with_the_prompt_is_controlled():
 def test_one_hint_serves_all_images_and_several_serve_theirs():
     net, unet = pair("tiny")[0], bases("tiny")[0]
     x, context, hint = inputs(batch=3)
-    one = controlled(unet, [Control(net, hint[:1])])
-    each = controlled(unet, [Control(net, hint[:1].repeat(3, 1, 1, 1))])
+    one = add_control(unet, [Control(net, hint[:1])])
+    each = add_control(unet, [Control(net, hint[:1].repeat(3, 1, 1, 1))])
     assert difference(one(x, 300, context), each(x, 300, context)) < 1e-5
     # In [u; c] hint i belongs to images i and 3 + i.
-    twice = controlled(unet, [Control(net, hint)])(torch.cat([x, x]), 300, torch.cat([context, context]))
+    twice = add_control(unet, [Control(net, hint)])(torch.cat([x, x]), 300, torch.cat([context, context]))
     for i in range(3):
-        alone = controlled(unet, [Control(net, hint[i:i + 1])])(x[i:i + 1], 300, context[i:i + 1])
+        alone = add_control(unet, [Control(net, hint[i:i + 1])])(x[i:i + 1], 300, context[i:i + 1])
         assert difference(twice[i:i + 1], alone) < 1e-5 and difference(twice[3 + i:4 + i], alone) < 1e-5
 
 
@@ -405,7 +405,7 @@ def test_an_inpainting_unet_can_be_controlled():
     net, _ = pair("tiny")
     x, context, hint = inputs()
     mask, masked = (torch.rand(2, 1, 8, 6) > 0.5).float(), torch.randn(2, 4, 8, 6)
-    run = controlled(nine_channels(unet, mask, masked), [Control(net, hint)])
+    run = add_control(nine_channels(unet, mask, masked), [Control(net, hint)])
     wanted = unet(torch.cat([x, mask, masked], 1), 300, context, net(x, 300, context, hint))
     assert torch.equal(run(x, 300, context), wanted)
     guided = predict_x0(run, SCHEDULE, context, 0 * context, scale=3.0)(x, 300)
@@ -415,15 +415,15 @@ def test_an_inpainting_unet_can_be_controlled():
 def test_nothing_given_is_changed():
     x, context, hint = inputs()
     kept = [each.clone() for each in (x, context, hint)]
-    controlled(bases("tiny")[0], [Control(pair("tiny")[0], hint, 0.5)])(x, 300, context)
+    add_control(bases("tiny")[0], [Control(pair("tiny")[0], hint, 0.5)])(x, 300, context)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, context, hint), strict=True))
 
 
 # --- what cannot be ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, words", [
-    ({"strength": math.nan}, "the control's strength is nan: give a finite number"),
-    ({"strength": math.inf}, "the control's strength is inf"),
+    ({"conditioning_scale": math.nan}, "the conditioning scale is nan: give a finite number"),
+    ({"conditioning_scale": math.inf}, "the conditioning scale is inf"),
     ({"start": 0.5, "end": 0.5}, "starts at 0.5 and ends at 0.5: give shares"),
     ({"start": 0.8, "end": 0.2}, "starts at 0.8 and ends at 0.2"),
     ({"start": -0.1}, "starts at -0.1"),
@@ -454,7 +454,7 @@ def test_a_hint_of_another_size_is_told_with_both_sizes(cells, words):
     with pytest.raises(ValueError, match=words):
         net(x, 300, context, hint)
     with pytest.raises(ValueError, match=words):
-        controlled(bases("tiny")[0], [Control(net, hint)])(x, 300, context)
+        add_control(bases("tiny")[0], [Control(net, hint)])(x, 300, context)
 
 
 def test_hints_that_do_not_go_with_the_latents_are_told():
@@ -474,7 +474,7 @@ def test_a_controlnet_of_another_version_is_told(change, words):
     config = replace(CONFIGS["tiny"], unet=replace(CONFIGS["tiny"].unet, **change))
     net = ControlNet(config)
     with pytest.raises(ValueError, match=f"the ControlNet {words}") as told:
-        controlled(bases("tiny")[0], [Control(net, torch.zeros(1, 3, 16, 12))])
+        add_control(bases("tiny")[0], [Control(net, torch.zeros(1, 3, 16, 12))])
     assert "\n" not in str(told.value)
     check_version(CONFIGS["tiny"].unet, replace(CONFIGS["tiny"].unet, in_channels=9))   # serves an inpainting U-Net
 
@@ -482,11 +482,11 @@ def test_a_controlnet_of_another_version_is_told(change, words):
 def test_what_a_run_needs_to_know_is_asked_for():
     net, unet, hint = pair("tiny")[0], bases("tiny")[0], torch.zeros(1, 3, 16, 12)
     with pytest.raises(ValueError, match="needs the grid"):
-        controlled(unet, [Control(net, hint, end=0.5)])
+        add_control(unet, [Control(net, hint, end=0.5)])
     with pytest.raises(ValueError, match="how many images"):
-        controlled(unet, [Control(net, hint, guess=True)])
+        add_control(unet, [Control(net, hint, guess_mode=True)])
     with pytest.raises(ValueError, match="one text for each latent"):
-        controlled(unet, [Control(net, hint)])(torch.randn(2, 4, 8, 6), 300, torch.randn(1, 7, 16))
+        add_control(unet, [Control(net, hint)])(torch.randn(2, 4, 8, 6), 300, torch.randn(1, 7, 16))
 
 
 # --- folders ----------------------------------------------------------------------------------------

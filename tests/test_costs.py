@@ -6,7 +6,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn.config import PRESETS
-from sdlearn.costs import Operations, conv_cost, fleet, layer_flops, peak_bytes, roofline_seconds, step_flops
+from sdlearn.diagnostics.costs import (
+    OperationCounter,
+    conv_cost,
+    fleet,
+    layer_flops,
+    peak_bytes,
+    roofline_seconds,
+    step_flops,
+)
 from sdlearn.unet import UNet
 
 
@@ -91,6 +99,6 @@ def test_a_fleet_is_whole_chips_that_are_busy_for_a_part_of_the_time():
 def test_views_start_nothing():
     for device in ("cpu", "meta"):
         x = torch.ones(4, 6, device=device)
-        with Operations() as started:
+        with OperationCounter() as started:
             x.view(6, 4).t()[1:].add(1).mul_(2)
         assert started.count == 2

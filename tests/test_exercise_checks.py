@@ -45,7 +45,7 @@ OTHERWISE = {
     "zero_conv": ["can_learn"],
     "widened": ["can_learn"],
     "decode_tiled": ["tiles_of_the_size", "one_fades_into_the_other"],
-    "reusing": ["once_for_a_run"],
+    "ConditioningCache": ["once_for_a_run"],
 }
 # Tests of step "shape" that ask for a type, or compare in a way that broadcasts: later ones see another shape.
 ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "zero_conv": ["one_cell_at_a_time"],

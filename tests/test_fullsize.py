@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from sdlearn.checkpoint import configs
 from sdlearn.clip import CLIP, TextEncoder
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig
-from sdlearn.controlnet import Control, ControlNet, controlled
+from sdlearn.controlnet import Control, ControlNet, add_control
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import blended, nine_channels, repaint
 from sdlearn.samplers import SAMPLERS, ddpm, grid_for
@@ -110,11 +110,11 @@ def unet_differences(base):
     hint = torch.rand(1, 3, *(8 * side for side in CELLS), generator=generator)
     found = {"U-Net": difference(unet(x, 981, context), reference(x, 981, context).sample)}
 
-    ours = net(x, 301, context, hint, strength=0.8)
+    ours = net(x, 301, context, hint, conditioning_scale=0.8)
     skips, middle = net_reference(x, 301, context, hint, 0.8, return_dict=False)
     found["ControlNet"] = max(map(difference, ours, [*skips, middle]))
     theirs = reference(x, 301, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
-    made = controlled(unet, [Control(net, hint, 0.8)])(x, 301, context)
+    made = add_control(unet, [Control(net, hint, 0.8)])(x, 301, context)
     found["controlled U-Net"] = difference(made, theirs.sample)
     found["what the control changes"] = difference(unet(x, 301, context), theirs.sample)
     del net, net_reference
@@ -309,8 +309,8 @@ def test_a_guided_run_asks_no_tensor_for_its_value(preset, name, way):
     run = unet if unet.config.in_channels == 4 else nine_channels(unet, mask, known)
     if way == "all at once":
         hint = torch.empty(1, 3, 8 * side, 8 * side, **half)
-        controls = [Control(net, hint, 0.5, end=0.5, guess=True), Control(net, hint)]
-        run = controlled(run, controls, grid=grid, batch=2)
+        controls = [Control(net, hint, 0.5, end=0.5, guess_mode=True), Control(net, hint)]
+        run = add_control(run, controls, grid=grid, batch=2)
     denoise = predict_x0(run, schedule, context, uncond, scale=7.5, rescale=0.7)
     if way == "all at once":
         denoise = blended(denoise, known, mask, torch.empty_like(known), schedule)

@@ -14,10 +14,11 @@ from sdlearn.checkpoint.shipped import shipped_models
 from sdlearn.config import PRESETS
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import blended, repaint
+from sdlearn.pipeline.cache import with_cache
 from sdlearn.pipeline.compiled import CompiledUNet
 from sdlearn.samplers import SAMPLERS, grid_for
 from sdlearn.schedule import NoiseSchedule
-from sdlearn.unet import UNet, reusing
+from sdlearn.unet import UNet
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 shipped = pytest.mark.skipif("mini" not in shipped_models(), reason="the shipped weights are not here")
@@ -51,7 +52,7 @@ def run(name, unet, way="plain", steps=4):
     mask = (torch.rand(1, 1, side, side, device="cuda", generator=make) > 0.5).float()
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     with never_waiting():
-        denoise = predict_x0(reusing(unet, [t for t, _ in grid]), schedule, context, uncond, scale=5, rescale=0.5)
+        denoise = predict_x0(with_cache(unet, [t for t, _ in grid]), schedule, context, uncond, scale=5, rescale=0.5)
         sample = SAMPLERS[name]
         if way == "blended":
             denoise = blended(denoise, known, mask, x, schedule)

@@ -13,7 +13,7 @@ from sdlearn.bench.machine import PEAKS, peak_of
 from sdlearn.bench.race import weights
 from sdlearn.commands.ladder import table
 from sdlearn.config import PRESETS
-from sdlearn.costs import step_flops
+from sdlearn.diagnostics.costs import step_flops
 from sdlearn.guidance import predict_x0
 from sdlearn.schedule import NoiseSchedule
 

@@ -17,7 +17,7 @@ from sdlearn.bench.roofline import (
     work,
 )
 from sdlearn.config import PRESETS
-from sdlearn.costs import step_flops
+from sdlearn.diagnostics.costs import step_flops
 from sdlearn.vae import VAE
 
 

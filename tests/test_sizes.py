@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
-from sdlearn.attention import CrossAttention, attention_map, attention_scale, record_attention, scaled_attention
+from sdlearn.attention import CrossAttention, attention_map
 from sdlearn.config import PRESETS, NoiseConfig
-from sdlearn.costs import empty_unet
+from sdlearn.diagnostics.attention import attention_scale, record_attention, scaled_attention
+from sdlearn.diagnostics.costs import empty_unet
 from sdlearn.pipeline import SettingsError, StableDiffusion, two_pass
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.sizes import buckets, even_step, fitted, level_sizes, nearest_bucket, shifted_time, spacing

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdlearn.attention import CrossAttention, record_attention
 from sdlearn.config import PRESETS, UNetConfig
-from sdlearn.controlnet import Control, ControlNet, controlled
+from sdlearn.controlnet import Control, ControlNet, add_control
+from sdlearn.diagnostics.attention import record_attention
 from sdlearn.layers import zero_conv
-from sdlearn.unet import Encoder, UNet, reusing, skip_channels, up_inputs
+from sdlearn.unet import Encoder, UNet, skip_channels, up_inputs
 
 KEYS = json.loads((Path(__file__).parent / "data" / "keys_unet.json").read_text())
 
@@ -445,7 +445,7 @@ def test_residuals_of_several_texts_for_a_latent():
         nn.init.normal_(parameter, std=0.05)
     hint = torch.rand(2, 3, 32, 32)
     for guess in (False, True):
-        network = controlled(unet, [Control(net, hint, guess=guess)], batch=2)
+        network = add_control(unet, [Control(net, hint, guess_mode=guess)], batch=2)
         with torch.no_grad():
             same(network(x, 5, texts), network(x.repeat(2, 1, 1, 1), 5, texts))
 
@@ -462,54 +462,3 @@ def test_residuals_have_one_row_or_one_for_each_latent_or_text(batch, texts, row
         residuals = [*zeros[:i], zero.expand(rows, -1, -1, -1), *zeros[i + 1:]]
         with pytest.raises(ValueError, match=rf"residual {i} is \({rows}, .* must have its feature's shape"):
             unet(x, 5, contexts, residuals)
-
-
-class Counted(nn.Linear):
-    """A linear layer that counts how often it is asked."""
-
-    calls = 0
-
-    def forward(self, x):
-        type(self).calls += 1
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("kind", ["plain", "controlled", "guess"])
-def test_a_run_makes_keys_values_and_embeddings_once(kind, monkeypatch):
-    """The outputs of calls that reuse nothing, at timesteps of the run and at another, for two texts in turn."""
-    torch.manual_seed(0)
-    unet = UNet(PRESETS["tiny"].unet).eval()
-    for parameter in unet.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    network, width = unet, unet.config.context_dim
-    if kind != "plain":
-        net = ControlNet.from_unet(unet, hint_widths=(4, 4))
-        for parameter in net.parameters():
-            nn.init.normal_(parameter, std=0.05)
-        network = controlled(unet, [Control(net, torch.rand(1, 3, 16, 16), guess=kind == "guess")], batch=1)
-    texts = [torch.randn(2, 7, width), torch.randn(2, 7, width)]
-    calls = [(torch.randn(2, 4, 8, 8), t, text) for t in (900, 500.0, 20.5, 333.3) for text in texts]
-    with torch.no_grad():
-        wanted = [network(*call) for call in calls]
-        layers = [layer for one in (unet, *([net] if kind != "plain" else [])) for layer in one.modules()
-                  if isinstance(layer, CrossAttention) and layer.to_k.in_features == width != layer.to_q.in_features]
-        embedding = [one.time_embedding.linear_1 for one in (unet, *([net] if kind != "plain" else []))]
-        for linear in [*(layer.to_k for layer in layers), *embedding]:
-            linear.__class__ = Counted
-        monkeypatch.setattr(Counted, "calls", 0)
-        run = reusing(network, [900, 500, 20.5])
-        for call, output in zip(calls, wanted, strict=True):
-            torch.testing.assert_close(run(*call), output, rtol=1e-5, atol=1e-5)
-    # Of each text once a layer; embeddings once for the run, and anew at the timestep that is none of it, twice.
-    assert layers and Counted.calls == len(texts) * len(layers) + 3 * len(embedding)
-
-
-def test_what_a_run_keeps_ends_with_it():
-    """Weights that change between two runs are heard by the second."""
-    unet = UNet(PRESETS["tiny"].unet).eval()
-    nn.init.normal_(unet.conv_out.weight)
-    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, unet.config.context_dim)
-    with torch.no_grad():
-        reusing(unet, [10])(x, 10, text)
-        nn.init.normal_(unet.time_embedding.linear_2.weight)
-        torch.testing.assert_close(reusing(unet, [10])(x, 10, text), unet(x, 10, text))

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from ..costs import step_flops
 from ..data import FULL, scene
+from ..diagnostics.costs import step_flops
 from ..finetune.loop import train
 from ..images import psnr, to_images, to_tensor
 from ..training.loop import Average

@@ -9,9 +9,9 @@ from functools import lru_cache, partial
 
 import torch
 
-from ..costs import step_flops
 from ..data import scene
 from ..data.world import CLASSROOM as LESSON_WORLD
+from ..diagnostics.costs import step_flops
 from ..images import to_tensor
 from ..training.classroom import Material
 from ..training.unet import listening

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..controlnet import Control, ControlNet, controlled
+from ..controlnet import Control, ControlNet, add_control
 from ..data import Scene, scene
 from ..finetune.controlnet import train_controlnet
 from ..images import to_tensor
@@ -100,7 +100,7 @@ def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float]
     """How well the edges of images follow the hint, and the images; `drawing.AT_ONCE` at most."""
     drawn, hints = drawn_scenes(base, plan.prompts, "test")
     with torch.no_grad():
-        run = controlled(base.unet, [Control(net, hints.to(base.device))])
+        run = add_control(base.unet, [Control(net, hints.to(base.device))])
     images = draw(base, run, [one.caption for one in drawn], guidance=plan.guidance, steps=plan.sampling_steps)
     return {"edges F1": float(np.mean([edge_f1(image, HINT(one)) for image, one in zip(images, drawn, strict=True)]))
             }, list(images)

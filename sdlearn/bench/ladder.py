@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import open_attention
+from ..attention import eager_attention
 from ..config import PRESETS
-from ..costs import step_flops
+from ..diagnostics.costs import step_flops
 from ..guidance import both_halves, guided, guided_passes, predict_x0, shared_halves
 from ..images import to_images
 from ..pipeline import StableDiffusion
+from ..pipeline.cache import with_cache
 from ..pipeline.compiled import CompiledUNet
 from ..samplers import SAMPLERS, grid_for
-from ..unet import reusing
 from .machine import machine, peak_of
 from .race import PROMPT, ROUNDING, Race, distance, rotated, timed, weights
 
@@ -92,12 +92,12 @@ def painter(rung: Rung, model: StableDiffusion, guidance: float) -> Callable[[Te
     """A function from noise (B, C, h, w), float32, to the latents that a run ends with."""
     grid = grid_for(rung.sampler, model.schedule, rung.steps)
     network = CompiledUNet(model.unet, graphs=rung.compiled == "graphs") if rung.compiled else model.unet
-    attention = nullcontext if rung.fused else lambda: open_attention(model.unet, largest=ALL_MAPS)
+    attention = nullcontext if rung.fused else lambda: eager_attention(model.unet, largest=ALL_MAPS)
 
     @torch.no_grad()
     def latents(noise: Tensor) -> Tensor:
         context, uncond = model.encode([PROMPT, ""])[:, None].expand(-1, len(noise), -1, -1)     # (B, M, T) each
-        run = reusing(network, [t for t, _ in grid]) if rung.reuse else network
+        run = with_cache(network, [t for t, _ in grid]) if rung.reuse else network
         if rung.one_batch:
             denoise = predict_x0(run, model.schedule, context, uncond, scale=guidance, interval=rung.interval,
                                  halves=shared_halves if rung.shared else both_halves)

@@ -22,7 +22,7 @@ from ..checkpoint import Parts, load_folder, save_folder
 from ..checkpoint.shipped import SHIPPED, shipped_models
 from ..clip import TextEncoder
 from ..config import PRESETS
-from ..costs import step_flops
+from ..diagnostics.costs import step_flops
 from ..pipeline import SettingsError, StableDiffusion
 from ..schedule import ALMOST_ZERO, NoiseSchedule
 from ..tokenizer import Tokenizer

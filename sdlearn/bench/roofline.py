@@ -15,10 +15,11 @@ from math import prod
 import torch
 from torch import nn
 
-from ..attention import CrossAttention, attention_cost
+from ..attention import CrossAttention
 from ..clip import TextEncoder
 from ..config import ModelConfig, UNetConfig, VAEConfig
-from ..costs import TOKENS, empty_unet, roofline_seconds
+from ..diagnostics.attention import attention_cost
+from ..diagnostics.costs import TOKENS, empty_unet, roofline_seconds
 from ..vae import VAE
 from .machine import Peak
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VERSION = 1
 # Exercises that had another name once: a progress file that holds the old name is read as the new one's.
 RENAMED: dict[str, str] = {
+    "reusing": "ConditioningCache",
 }
 
 

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
 from ..config import ModelConfig
-from ..costs import layer_flops
+from ..diagnostics.costs import layer_flops
 from .architecture import LATENT_LINE, PLAIN, PLAIN_LINE, TEXT, TEXT_LINE, spelled
 from .figures import FAINT, INK, WIDTH, Drawing
 
@@ -56,7 +56,7 @@ def text_levels(config: ModelConfig) -> list[Level]:
 def count_flops(config: ModelConfig) -> tuple[int, dict[str, int]]:
     """FLOPs of one pass of the U-Net for one image: in all, and of the maps of each attention layer by name.
 
-    Counted as in `costs.layer_flops`.
+    Counted as in `diagnostics.costs.layer_flops`.
     """
     counts = layer_flops(config.unet, config.latent_size, config.text.length)
     # The products of two activations: as the fused kernel, or as the batched products that it is made of on meta.

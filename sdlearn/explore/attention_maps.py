@@ -17,7 +17,7 @@ from PIL import Image as Images
 from torch import Tensor
 
 from .. import prompt as prompt_room
-from ..attention import heat_maps, record_attention
+from ..diagnostics.attention import heat_maps, record_attention
 from ..pipeline import PromptWarning, StableDiffusion
 from ..tokenizer import WORD_END, Tokenizer
 from .curves import COLOURS, plain

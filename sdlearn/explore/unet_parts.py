@@ -1,7 +1,7 @@
 """A U-Net taken apart: the shape of every tensor, what each part costs, what each output cell depends on; and put
 together with a part missing.
 
-Shapes and costs need no weights: see `costs`.
+Shapes and costs need no weights: see `diagnostics.costs`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import CrossAttention
 from ..config import UNetConfig
-from ..costs import TOKENS, empty_pass, empty_unet, layer_flops
+from ..diagnostics.costs import TOKENS, empty_pass, empty_unet, layer_flops
 from ..unet import skip_channels
 
 Shape = tuple[int, ...]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import open_attention
+from ..attention import eager_attention
 from ..clip import TextEncoder
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay,
 
 def _small_attention(parameters: list[Tensor], models: list[nn.Module]) -> AbstractContextManager:
     """Attention in the open on a CPU, where it is faster and images that can be trained on are small."""
-    return open_attention(*models) if parameters[0].device.type == "cpu" else nullcontext()
+    return eager_attention(*models) if parameters[0].device.type == "cpu" else nullcontext()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""The U-Net as a compiled function: the same numbers up to rounding, sooner, after a minute or more of compiling.
+"""The U-Net compiled by torch.compile: the same output up to rounding, faster, after a minute or more of compiling.
 
 B  batch        C, h, w  channels, rows and columns of the latent        M, T  text tokens and their width
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,21 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..attention import CrossAttention, KeptText
+from ..attention import CrossAttention
 from ..unet import UNet, add_residuals
+from .cache import ConditioningCache
 
 MANY_SHAPES = 64            # sizes and batches that may each be compiled; PyTorch gives up after 8
-FEW_ROWS = 16               # of a linear layer's input, below which oneDNN takes longer to begin than to compute
+FEW_ROWS = 16               # of a linear layer's input, below which oneDNN's overhead exceeds its computation
 
 
 class CompiledUNet:
-    """A UNet that is called as before: (x, t, context, residuals=None) -> (B, out_channels, h, w). For inference.
+    """Compiled U-Net with the arguments and result of `UNet.forward`. Inference only.
 
-    Compiled at its first call, once for each size and batch. What is compiled takes the time embedding and each
-    layer's keys and values of the text, so that the first are made once for a run and the second once for a text:
-    see `unet.reusing`. On a CPU the weights become constants, laid out as the kernels read them, so `fresh` tells
-    whether they have been changed since, and oneDNN multiplies (`LinearByOneDNN`). On a GPU the kernels of a call
-    are one CUDA graph, launched at once; without `graphs` each is launched by itself.
+    Compiled at its first call, once for each size and batch. The compiled function takes the time embedding and each
+    layer's keys and values as inputs, so that both can come from a cache: see `cache.ConditioningCache`. On a CPU the
+    weights become constants, laid out for the kernels (`fresh` is False once they have changed), and linear layers
+    run by oneDNN (`LinearByOneDNN`). On a GPU the kernels of a call are one CUDA graph; without `graphs` they are
+    launched one by one.
     """
 
     def __init__(self, unet: UNet, graphs: bool = True):
@@ -40,13 +42,13 @@ class CompiledUNet:
                                   mode="reduce-overhead" if self.graphs else None)
         self.versions = self._versions()
 
-    def __call__(self, x: Tensor, t: Tensor | float, context: Tensor | KeptText,
-                 residuals: Sequence[Tensor] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor | float, context: Tensor, residuals: Sequence[Tensor] | None = None,
+                 cache: ConditioningCache | None = None) -> Tensor:
         self.unet.check_inputs(x, t, context)
-        text = context if isinstance(context, KeptText) else KeptText(context)
+        cache = cache or ConditioningCache()
         with torch.no_grad():
-            pairs = [text.keys_values(layer) for layer in self.layers]
-            temb = self.unet.embed_time(t, x)
+            pairs = [cache.keys_values(layer, context) for layer in self.layers]
+            temb = cache.embed_time(self.unet, t, x)
             with compiler_settings(freezing=not self.on_gpu):
                 if not self.graphs:
                     return self.step(x, temb, pairs, residuals)
@@ -55,7 +57,7 @@ class CompiledUNet:
 
     @property
     def fresh(self) -> bool:
-        """Whether the weights are those that were compiled."""
+        """Whether the weights are unchanged since they were compiled."""
         return self.versions == self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -64,17 +66,26 @@ class CompiledUNet:
 
 def _step(unet: UNet, layers: list[CrossAttention], multiply: Callable, x: Tensor, temb: Tensor,
           pairs: list[tuple[Tensor, Tensor]], residuals: Sequence[Tensor] | None) -> Tensor:
-    text = KeptText(pairs[0][0])                        # only counted: all layers find their keys and values kept
-    text.kept = dict(zip(layers, pairs, strict=True))
+    cache, context = GivenKeys(dict(zip(layers, pairs, strict=True))), pairs[0][0]      # of context only len is read
     with multiply():
-        features = unet.encode(x, temb, text)
+        features = unet.encode(x, temb, context, cache=cache)
         if residuals is not None:
             features = add_residuals(features, residuals)
-        return unet.decode(features, temb, text)
+        return unet.decode(features, temb, context, cache)
+
+
+@dataclass
+class GivenKeys:
+    """A cache of the keys and values of one context, by layer."""
+
+    pairs: dict[CrossAttention, tuple[Tensor, Tensor]]
+
+    def keys_values(self, layer: CrossAttention, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pairs[layer]
 
 
 class LinearByOneDNN(TorchFunctionMode):
-    """Linear layers by oneDNN, as convolutions are, in place of MKL: the same sums in another order.
+    """Linear layers computed by oneDNN, as convolutions are, not by MKL: the same sums in another order.
 
     MKL knows AVX-512 on Intel's processors only; on an AMD EPYC with AVX-512 oneDNN multiplies twice as fast.
     """
@@ -88,6 +99,6 @@ class LinearByOneDNN(TorchFunctionMode):
 
 @contextmanager
 def compiler_settings(freezing: bool):
-    """PyTorch's compiler with weights as constants, or not, and with room for many shapes."""
+    """Options of torch.compile: freezing makes weights constants; up to `MANY_SHAPES` recompilations."""
     with torch._dynamo.config.patch(recompile_limit=MANY_SHAPES), torch._inductor.config.patch(freezing=freezing):
         yield

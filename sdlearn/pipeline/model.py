@@ -32,7 +32,8 @@ from ..guidance import check_guidance, predict_x0, shared_halves
 from ..images import to_images
 from ..samplers import grid_for
 from ..schedule import Grid, NoiseSchedule
-from ..unet import UNet, reusing
+from ..unet import UNet
+from .cache import with_cache
 from .prompt_warnings import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 from .sampling import SamplingState, get_timesteps
 from .settings import (
@@ -264,7 +265,7 @@ class StableDiffusion:
         with out_of_memory_as_error("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
             start = SamplingState(self, task, grid, generators, self.latent_shape(chosen))
             context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
-            unet = reusing(start.unet, [t for t, _ in grid])
+            unet = with_cache(start.unet, [t for t, _ in grid])
             denoise = predict_x0(unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
                                  scale=chosen.guidance_scale, rescale=chosen.guidance_rescale,
                                  interval=chosen.guidance_interval, halves=shared_halves)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..controlnet import controlled
+from ..controlnet import add_control
 from ..inpaint import blended, latent_mask, masked_pixels, nine_channels, paste, repaint
 from ..samplers import SAMPLERS, Denoise, Step
 from ..schedule import Grid
@@ -48,7 +48,7 @@ class SamplingState:
         if task.mask is not None and model.inpaints:
             masked = encode_to_latents(model, masked_pixels(task.image, task.mask), generators)
             unet = nine_channels(unet, self.mask.to(model.dtype), masked.to(model.dtype))
-        self.unet = controlled(unet, task.controls, grid=grid, batch=shape[0]) if task.controls else unet
+        self.unet = add_control(unet, task.controls, grid=grid, batch=shape[0]) if task.controls else unet
 
     def sample(self, denoise: Denoise, sampler: str) -> Iterator[Step]:
         """The steps of the sampler, held to the known region where the U-Net does not do so itself."""

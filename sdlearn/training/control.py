@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ModelConfig
-from ..controlnet import Control, ControlNet, controlled
+from ..controlnet import Control, ControlNet, add_control
 from ..data import Scene, contact_sheet, scene
 from ..images import save_sheet, to_images, to_tensor
 from ..unet import UNet
@@ -101,7 +101,7 @@ class ControlRecipe(LatentRecipe):
     def led(self, net: ControlNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Images of scenes' captions that follow their hints, uint8 (B, H, W, 3)."""
         control = Control(net, *(hints.to(self.empty.device) for hints in self.given(drawn)))
-        return self.sample(controlled(self.unet, [control]), [one.caption for one in drawn], steps)
+        return self.sample(add_control(self.unet, [control]), [one.caption for one in drawn], steps)
 
     @torch.no_grad()
     def agreement(self, drawn: list[Scene], led, free) -> dict[str, float]:

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
-from ..attention import open_attention
+from ..attention import eager_attention
 from ..data.world import name_of
 
 
@@ -237,7 +237,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
 
     threads = Threads() if device.type == "cpu" else None
     networks = [part for part in vars(recipe).values() if isinstance(part, nn.Module)]
-    attention = partial(open_attention, *networks) if device.type == "cpu" else nullcontext
+    attention = partial(eager_attention, *networks) if device.type == "cpu" else nullcontext
     start = saved = reported = clock = time.perf_counter()
 
     def left() -> float:

@@ -101,18 +101,18 @@ def silent(channels):
 # --- zero_conv_gradients ------------------------------------------------------------------------------
 
 @right("zero_conv_gradients")
-def by_matrices(weight, x, behind):
-    given, after = x.transpose(0, 1).flatten(1), behind.transpose(0, 1).flatten(1)
+def by_matrices(weight, x, grad_output):
+    given, after = x.transpose(0, 1).flatten(1), grad_output.transpose(0, 1).flatten(1)
     back = (weight.T @ after).unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
     return after @ given.T, after.sum(1), back
 
 
 @right("zero_conv_gradients")
-def by_autograd(weight, x, behind):
+def by_autograd(weight, x, grad_output):
     with torch.enable_grad():
         w, b, x = weight.clone().requires_grad_(), torch.zeros(len(weight)).requires_grad_(), x.requires_grad_()
         y = F.conv2d(x, w[:, :, None, None], b)
-        return torch.autograd.grad(y, (w, b, x), behind)
+        return torch.autograd.grad(y, (w, b, x), grad_output)
 
 
 def parts(weight=None, bias=None, inputs=None):
@@ -208,44 +208,44 @@ for words, answer in [
 # --- residuals ----------------------------------------------------------------------------------------
 
 @right("residuals")
-def in_a_loop(net, x, t, context, encoded, strength=1.0):
+def in_a_loop(net, x, t, context, encoded, conditioning_scale=1.0):
     hint = encoded.repeat(len(x) // len(encoded), 1, 1, 1)
     *skips, middle = net.encode(x, net.embed_time(t, x), context, hint)
     found = []
     for conv, skip in zip(net.controlnet_down_blocks, skips, strict=True):
-        found.append(conv(skip) * strength)
-    found.append(net.controlnet_mid_block(middle) * strength)
+        found.append(conv(skip) * conditioning_scale)
+    found.append(net.controlnet_mid_block(middle) * conditioning_scale)
     return found
 
 
 @right("residuals")
-def by_cat(net, x, t, context, encoded, strength=1.0):
+def by_cat(net, x, t, context, encoded, conditioning_scale=1.0):
     hint = torch.cat([encoded] * (x.shape[0] // encoded.shape[0]))
     features = net.encode(x, net.embed_time(t, x), context, hint=hint)
     convs = [*net.controlnet_down_blocks, net.controlnet_mid_block]
-    return [strength * convs[i](features[i]) for i in range(len(features))]
+    return [conditioning_scale * convs[i](features[i]) for i in range(len(features))]
 
 
-def answer_of(change=lambda found, strength: [strength * one for one in found], hint=lambda e, s: e, t_of=float,
+def answer_of(change=lambda found, s: [s * one for one in found], hint=lambda e, s: e, t_of=float,
               spread=lambda e, n: e.repeat(n, 1, 1, 1)):
-    def residuals(net, x, t, context, encoded, strength=1.0):
-        entering = hint(spread(encoded, len(x) // len(encoded)), strength)
+    def residuals(net, x, t, context, encoded, conditioning_scale=1.0):
+        entering = hint(spread(encoded, len(x) // len(encoded)), conditioning_scale)
         features = net.encode(x, net.embed_time(t_of(t), x), context, entering)
         convs = [*net.controlnet_down_blocks, net.controlnet_mid_block]
-        return change([conv(one) for conv, one in zip(convs, features, strict=True)], strength)
+        return change([conv(one) for conv, one in zip(convs, features, strict=True)], conditioning_scale)
     return residuals
 
 
-def bare_features(net, x, t, context, encoded, strength=1.0):
+def bare_features(net, x, t, context, encoded, conditioning_scale=1.0):
     features = net.encode(x, net.embed_time(t, x), context, encoded.repeat(len(x) // len(encoded), 1, 1, 1))
-    return [strength * one for one in features]
+    return [conditioning_scale * one for one in features]
 
 
 for words, answer in [
     ("the hint is not used", answer_of(hint=lambda e, s: None)),
     ("the features themselves", bare_features),
-    ("`strength` is not used", answer_of(change=lambda found, s: found)),
-    ("the strength scales the hint", answer_of(change=lambda found, s: found, hint=lambda e, s: s * e)),
+    ("`conditioning_scale` is not used", answer_of(change=lambda found, s: found)),
+    ("the conditioning scale scales the hint", answer_of(change=lambda found, s: found, hint=lambda e, s: s * e)),
     ("left out for the middle", answer_of(change=lambda found, s: [*(s * one for one in found[:-1]), found[-1]])),
     ("weighted as in guess mode", answer_of(change=lambda found, s: [
         s * w * one for w, one in zip(guess_scales(len(found)), found, strict=True)])),

@@ -6,9 +6,7 @@ import numpy as np
 import torch
 
 from exercise_answers import right, wrong
-from sdlearn.attention import KeptText
 from sdlearn.guidance import scale_at
-from sdlearn.unet import KeptTime
 
 # --- conv_cost ----------------------------------------------------------------------------------------
 
@@ -97,80 +95,101 @@ for words, answer in [
     wrong("roofline_seconds", words)(answer)
 
 
-# --- reusing ------------------------------------------------------------------------------------------
+# --- ConditioningCache --------------------------------------------------------------------------------
 
-@right("reusing")
-def with_a_class(network, times):
-    class Run:
-        def __init__(self):
-            self.times, self.texts = KeptTime.of_run(times), []
+@right("ConditioningCache")
+class ListsAndIdentity:
+    def __init__(self, timesteps):
+        self.timesteps, self.entries, self.networks = [float(t) for t in timesteps], [], {}
 
-        def __call__(self, x, t, context):
-            for text in self.texts:
-                if text.text is context:
-                    break
-            else:
-                text = KeptText(context)
-                self.texts.append(text)
-            return network(x, self.times[t] if t in self.times else t, text)
-    return Run()
+    def keys_values(self, layer, context):
+        for of_layer, of_context, pair in self.entries:
+            if of_layer is layer and of_context is context:
+                return pair
+        self.entries.append((layer, context, (layer.to_k(context), layer.to_v(context))))
+        return self.entries[-1][2]
 
-
-@right("reusing")
-def with_defaults(network, times):
-    known = KeptTime.of_run(times)
-
-    def run(x, t, context, texts={}):                                   # noqa: B006  (what it is for)
-        kept = texts.get(id(context))
-        if kept is None or kept.text is not context:
-            kept = texts[id(context)] = KeptText(context)
-        return network(x, known.get(float(t), t), kept)
-    return run
+    def embed_time(self, network, t, x):
+        if float(t) not in self.timesteps:
+            return network.embed_time(t, x)
+        if network not in self.networks:
+            rows = network.embed_time(torch.tensor(self.timesteps), x)
+            self.networks[network] = dict(zip(self.timesteps, rows.split(1), strict=True))
+        return self.networks[network][float(t)]
 
 
-def kept(text, time=lambda known, t: known.get(t, t)):
-    def reusing(network, times):
-        known, memory = KeptTime.of_run(times), {}
+@right("ConditioningCache")
+class ById:
+    def __init__(self, timesteps):
+        self.timesteps, self.memory, self.rows = timesteps, {}, {}
 
-        def run(x, t, context):
-            return network(x, time(known, t), text(memory, context))
-        return run
-    return reusing
+    def keys_values(self, layer, context):
+        key = id(layer), id(context)
+        if key not in self.memory:
+            self.memory[key] = context, (layer.to_k(context), layer.to_v(context))      # the context stays alive
+        return self.memory[key][1]
+
+    def embed_time(self, network, t, x):
+        if id(network) not in self.rows:
+            self.rows[id(network)] = network.embed_time(torch.tensor(self.timesteps), x)
+        found = [i for i, one in enumerate(self.timesteps) if one == t]
+        return self.rows[id(network)][found[0]][None] if found else network.embed_time(t, x)
 
 
-def by_id(memory, context):
-    if id(context) not in memory:
-        memory[id(context)] = KeptText(context)
-    return memory[id(context)]
+class Changed(ListsAndIdentity):
+    """A right answer, of which the wrong ones below replace a method."""
 
 
-def only_one(memory, context):
-    if not memory:
-        memory["it"] = KeptText(context)
-    return memory["it"]
+def changed(**methods):
+    return type("Wrong", (Changed,), methods)
+
+
+def compute_keys(self, layer, context):
+    return layer.to_k(context), layer.to_v(context)
+
+
+def keys_by_layer(self, layer, context):
+    return self.networks.setdefault(("keys", layer), compute_keys(self, layer, context))
+
+
+def embed(self, network, t, x):
+    return network.embed_time(t, x)
+
+
+def embed_known(self, network, t, x):
+    rows = self.networks.setdefault(network, None)
+    if rows is None:
+        rows = self.networks[network] = network.embed_time(torch.tensor(self.timesteps), x)
+    at = {one: i for i, one in enumerate(self.timesteps)}[t]
+    return rows[at:at + 1]
+
+
+def embed_first(self, network, t, x):
+    if t not in self.timesteps:
+        return network.embed_time(t, x)
+    if network not in self.networks:
+        self.networks[network] = network.embed_time(torch.tensor(self.timesteps), x)
+    return self.networks[network][:1]
+
+
+def embed_all_again(self, network, t, x):
+    if t not in self.timesteps:
+        return network.embed_time(t, x)
+    at = self.timesteps.index(t)
+    return network.embed_time(torch.tensor(self.timesteps), x)[at:at + 1]
 
 
 for words, answer in [
-    ("nothing is kept", lambda network, times: lambda x, t, context: network(x, t, context)),
-    ("wrapped once", kept(lambda memory, context: KeptText(context))),
-    ("share one KeptText", kept(only_one)),
-    ("keys are made at every step", kept(lambda memory, context: context)),
-    ("timesteps are not kept", kept(by_id, lambda known, t: t)),
-    ("not among `times`", kept(by_id, lambda known, t: known[t])),
-    ("the first one's embedding", kept(by_id, lambda known, t: list(known.values())[0])),
-    ("must return a function", lambda network, times: KeptTime.of_run(times)),
+    ("nothing is cached", changed(keys_values=compute_keys, embed_time=embed)),
+    ("keys are computed at every step", changed(keys_values=compute_keys)),
+    ("share one entry", changed(keys_values=keys_by_layer)),
+    ("embeddings are not cached", changed(embed_time=embed)),
+    ("not among `timesteps`", changed(embed_time=embed_known)),
+    ("the first one's embedding", changed(embed_time=embed_first)),
+    ("computed again at every step", changed(embed_time=embed_all_again)),
+    ("must have the methods", lambda timesteps: {t: None for t in timesteps}),
 ]:
-    wrong("reusing", words)(answer)
-
-
-@wrong("reusing", "call it before the run")
-def inside(network, times):
-    memory = {}
-
-    def run(x, t, context):
-        known = KeptTime.of_run(times)
-        return network(x, known.get(t, t), by_id(memory, context))
-    return run
+    wrong("ConditioningCache", words)(answer)
 
 
 # --- ddim_coefficients --------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import GEGLU, _halved, attention_cost, heat_maps
+from ...attention import GEGLU
+from ...diagnostics.attention import attention_cost, heat_maps, level_shape
 from ..testing import randn, require, require_shape, require_sums, with_weights
 from . import lesson
 
@@ -147,7 +148,7 @@ for diagnosis, answer in [
 # --- 4.7 ----------------------------------------------------------------------------------------------
 
 heat = lesson.exercise(
-    7, heat_maps, grade="supported", minutes=15, also=[_halved],
+    7, heat_maps, grade="supported", minutes=15, also=[level_shape],
     asks="Write `heat_maps(maps, size)`: from the maps (B, H, N, M) of several layers, by name, one image for each "
          "token, (B, M, rows, columns).",
     beyond="The package's says which layer does not fit.",
@@ -210,7 +211,7 @@ def heat_by(join=lambda layers: torch.stack(layers).mean(dim=0), heads=lambda w:
     def answer(maps, size):
         layers = []
         for weights in maps.values():
-            rows, columns = (round(weights.shape[2] ** 0.5),) * 2 if square else _halved(size, weights.shape[2], "")
+            rows, columns = (round(weights.shape[2] ** 0.5),) * 2 if square else level_shape(size, weights.shape[2], "")
             layers.append(F.interpolate(place(heads(weights), rows, columns), size=size, **mode))
         return join(layers)
     return answer

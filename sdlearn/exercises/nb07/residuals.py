@@ -33,15 +33,15 @@ def encoded(batch: int = 1) -> Tensor:
 
 residuals = lesson.exercise(
     4, ControlNet.residuals, grade="on your own", minutes=20,
-    asks="Write `residuals(net, x, t, context, encoded, *, strength=1.0)`: the list of what a ControlNet adds to the "
-         "U-Net's skips and, as the last, to its middle.",
+    asks="Write `residuals(net, x, t, context, encoded, *, conditioning_scale=1.0)`: the list of what a "
+         "ControlNet adds to the U-Net's skips and, as the last, to its middle.",
     beyond="The package's method also checks its inputs, and weights the residuals for guess mode.",
     hints=["`net.encode(x, temb, context, hint)` gives the features of all skips, then of the middle. The hint goes in "
            "behind conv_in. temb is `net.embed_time(t, x)`.",
            "Each feature goes through its own convolution: `net.controlnet_down_blocks`, then "
            "`net.controlnet_mid_block`.",
            "One hint may serve a larger batch: `encoded.repeat(len(x) // len(encoded), 1, 1, 1)`. Last, everything "
-           "times `strength`."])
+           "times `conditioning_scale`."])
 
 
 def given(answer, *, t=500.0, encoded: Tensor | None = None, **settings) -> list[Tensor]:
@@ -73,8 +73,8 @@ def at_another_timestep(residuals):
 
 @residuals.test("value")
 def with_a_strength(residuals):
-    residuals.agrees(lambda answer: [given(answer, strength=s) for s in (0.5, 2.0)],
-                     what="At strength 0.5 and 2, the list")
+    residuals.agrees(lambda answer: [given(answer, conditioning_scale=s) for s in (0.5, 2.0)],
+                     what="At conditioning scale 0.5 and 2, the list")
 
 
 @residuals.test("edge case")
@@ -110,48 +110,48 @@ def twins(encoded: Tensor, times: int, *_: int) -> Tensor:
 
 
 @residuals.mistake("the hint is not used: it is the fourth argument of `net.encode`")
-def without_the_hint(net, x, t, context, encoded, strength=1.0):
-    return [strength * one for one in made(net, x, t, context, encoded, hint=False)]
+def without_the_hint(net, x, t, context, encoded, conditioning_scale=1.0):
+    return [conditioning_scale * one for one in made(net, x, t, context, encoded, hint=False)]
 
 
 @residuals.mistake("these are the features themselves: each goes through its zero convolution first")
-def not_joined(net, x, t, context, encoded, strength=1.0):
-    return [strength * one for one in made(net, x, t, context, encoded, joined=False)]
+def not_joined(net, x, t, context, encoded, conditioning_scale=1.0):
+    return [conditioning_scale * one for one in made(net, x, t, context, encoded, joined=False)]
 
 
-@residuals.mistake("`strength` is not used")
-def strength_forgotten(net, x, t, context, encoded, strength=1.0):
+@residuals.mistake("`conditioning_scale` is not used")
+def strength_forgotten(net, x, t, context, encoded, conditioning_scale=1.0):
     return made(net, x, t, context, encoded)
 
 
-@residuals.mistake("the strength scales the hint: it multiplies the residuals")
-def stronger_hint(net, x, t, context, encoded, strength=1.0):
-    return made(net, x, t, context, encoded, entering=lambda hint: strength * hint)
+@residuals.mistake("the conditioning scale scales the hint: it multiplies the residuals")
+def stronger_hint(net, x, t, context, encoded, conditioning_scale=1.0):
+    return made(net, x, t, context, encoded, entering=lambda hint: conditioning_scale * hint)
 
 
-@residuals.mistake("the strength works before the convolutions, whose bias it leaves as it is")
-def before_the_bias(net, x, t, context, encoded, strength=1.0):
+@residuals.mistake("the conditioning scale works before the convolutions, whose bias it leaves as it is")
+def before_the_bias(net, x, t, context, encoded, conditioning_scale=1.0):
     features = made(net, x, t, context, encoded, joined=False)
-    return [conv(strength * feature) for conv, feature in zip(convolutions(net), features, strict=True)]
+    return [conv(conditioning_scale * feature) for conv, feature in zip(convolutions(net), features, strict=True)]
 
 
-@residuals.mistake("the strength is left out for the middle")
-def skips_only(net, x, t, context, encoded, strength=1.0):
+@residuals.mistake("the conditioning scale is left out for the middle")
+def skips_only(net, x, t, context, encoded, conditioning_scale=1.0):
     *skips, middle = made(net, x, t, context, encoded)
-    return [*(strength * one for one in skips), middle]
+    return [*(conditioning_scale * one for one in skips), middle]
 
 
 @residuals.mistake("the residuals are weighted as in guess mode: without it all count the same")
-def always_guessing(net, x, t, context, encoded, strength=1.0):
-    scales = [strength * one for one in guess_scales(len(net.feature_channels))]
+def always_guessing(net, x, t, context, encoded, conditioning_scale=1.0):
+    scales = [conditioning_scale * one for one in guess_scales(len(net.feature_channels))]
     return made(net, x, t, context, encoded, weights=scales)
 
 
 @residuals.mistake("the timestep is not used: at t = 0 everywhere")
-def no_time(net, x, t, context, encoded, strength=1.0):
-    return [strength * one for one in made(net, x, 0.0, context, encoded)]
+def no_time(net, x, t, context, encoded, conditioning_scale=1.0):
+    return [conditioning_scale * one for one in made(net, x, 0.0, context, encoded)]
 
 
 @residuals.mistake("twins of hints stand side by side: the batch [u; c] holds all images twice, one after the other")
-def side_by_side(net, x, t, context, encoded, strength=1.0):
-    return [strength * one for one in made(net, x, t, context, encoded, spread=twins)]
+def side_by_side(net, x, t, context, encoded, conditioning_scale=1.0):
+    return [conditioning_scale * one for one in made(net, x, t, context, encoded, spread=twins)]

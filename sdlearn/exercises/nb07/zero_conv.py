@@ -81,14 +81,14 @@ for diagnosis, answer in [
 
 gradients = lesson.exercise(
     2, zero_conv_gradients, grade="supported", minutes=10,
-    asks="Write `zero_conv_gradients(weight, x, behind)`: what the backward pass of y = W x + b gives, from "
-         "behind = dL/dy: the gradients of the weight (C, C), of the bias (C,) and of x (B, C, h, w).",
+    asks="Write `zero_conv_gradients(weight, x, grad_output)`: what the backward pass of y = W x + b gives, from "
+         "grad_output = dL/dy: the gradients of the weight (C, C), of the bias (C,) and of x (B, C, h, w).",
     hints=["One cell first: y_o = sum over i of W_oi x_i + b_o. So dy_o/dW_oi is x_i, dy_o/db_o is 1, dy_o/dx_i is "
            "W_oi.",
            "The same weight works on every cell of every image: its gradient is the sum over batch, rows and "
            "columns.",
-           '`torch.einsum("bohw,bihw->oi", behind, x)` sums what is not named after the arrow. Of x it is W '
-           'transposed times behind: `"oi,bohw->bihw"`.'])
+           '`torch.einsum("bohw,bihw->oi", grad_output, x)` sums what is not named after the arrow. Of x it is W '
+           'transposed times grad_output: `"oi,bohw->bihw"`.'])
 
 WEIGHT, BEHIND = randn(4, 4, seed=5), randn(2, 4, 5, 6, seed=6)
 
@@ -126,9 +126,9 @@ def of_a_zero_weight(zero_conv_gradients):
 
 
 def backward(weight="bohw,bihw->oi", bias: str = "sum", inputs="oi,bohw->bihw", share=1.0):
-    def zero_conv_gradients(w, x, behind):
-        return (share * torch.einsum(weight, behind, x), getattr(behind, bias)((0, 2, 3)),
-                torch.einsum(inputs, w, behind))
+    def zero_conv_gradients(w, x, grad_output):
+        return (share * torch.einsum(weight, grad_output, x), getattr(grad_output, bias)((0, 2, 3)),
+                torch.einsum(inputs, w, grad_output))
     return zero_conv_gradients
 
 
@@ -139,12 +139,12 @@ for diagnosis, answer in [
         torch.einsum("bohw,bihw->oi", g, x) / (x.numel() / x.shape[1]), g.sum((0, 2, 3)),
         torch.einsum("oi,bohw->bihw", w, g))),
     ("the mean over the cells is taken: every cell adds its own share", backward(bias="mean")),
-    ("this is W times what comes from behind: backwards it is W transposed", backward(inputs="io,bohw->bihw")),
-    ("this is what came from behind, as if W were 1", lambda w, x, g: (
+    ("this is W times the upstream gradient: backwards it is W transposed", backward(inputs="io,bohw->bihw")),
+    ("this is the upstream gradient, as if W were 1", lambda w, x, g: (
         torch.einsum("bohw,bihw->oi", g, x), g.sum((0, 2, 3)), g.clone())),
-    ("this looks at the weight: the gradient of W is x times what comes from behind", lambda w, x, g: (
+    ("this looks at the weight: the gradient of W is x times the upstream gradient", lambda w, x, g: (
         w * g.mean(), g.sum((0, 2, 3)), torch.einsum("oi,bohw->bihw", w, g))),
-    ("this is the input alone: what comes from behind is missing", lambda w, x, g: (
+    ("this is the input alone: the upstream gradient is missing", lambda w, x, g: (
         x.sum((0, 2, 3)).expand(len(w), -1).clone(), g.sum((0, 2, 3)), torch.einsum("oi,bohw->bihw", w, g))),
 ]:
     gradients.mistake(diagnosis)(answer)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ... import attention, sizes
+from ... import sizes
 from ...config import PRESETS, NoiseConfig
+from ...diagnostics.attention import attention_scale as package_attention_scale
 from ...schedule import NoiseSchedule
 from ..testing import require
 from . import lesson
@@ -103,7 +104,7 @@ for diagnosis, parts in [
 # --- 10.2 ---------------------------------------------------------------------------------------------
 
 attention_scale = lesson.exercise(
-    2, attention.attention_scale, grade="guided", minutes=3,
+    2, package_attention_scale, grade="guided", minutes=3,
     asks="Write `attention_scale(tokens, trained)`: by what the scores of `tokens` keys are multiplied where training "
          "had `trained`. ValueError where either is below 2.",
     hints=["It is sqrt(log N / log N_train). Which of the two is N?",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ... import costs
+from ...diagnostics import costs
 from ..testing import require
 from . import lesson
 

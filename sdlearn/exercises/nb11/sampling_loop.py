@@ -1,17 +1,16 @@
 """Exercises of notebook 11, its second part: what a sampling loop need not do at every step."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from ... import guidance, samplers
-from ...attention import KeptText
 from ...config import PRESETS, NoiseConfig
+from ...pipeline import cache
 from ...schedule import NoiseSchedule, timesteps
-from ...unet import KeptTime, UNet
-from ...unet import reusing as package_reusing
+from ...unet import UNet
 from ..testing import randn, require
 from . import lesson
 
@@ -21,7 +20,7 @@ TIMES = [800.0, 500.0, 200.0]
 X, TEXTS = randn(1, 4, 4, 4, seed=1), [randn(1, 5, TINY.context_dim, seed=seed) for seed in (2, 3)]
 
 
-@cache
+@lru_cache
 def network() -> UNet:
     """A small U-Net in which nothing is zero."""
     with torch.random.fork_rng(devices=[]):
@@ -35,35 +34,35 @@ def network() -> UNet:
 
 # --- 11.3 ---------------------------------------------------------------------------------------------
 
-reusing = lesson.exercise(
-    3, package_reusing, grade="supported", minutes=12,
-    asks="Write `reusing(network, times)`: a function run(x, t, context) that gives network(x, t, context), with each "
-         "text as one `KeptText` and each of `times` as its `KeptTime`, so that keys, values and time embeddings are "
-         "made once for the run. Other timesteps must work as well.",
-    hints=["Make the timesteps ready before `run` is ever called: `KeptTime.of_run(times)` is a dictionary, from "
-           "timestep to its KeptTime (which `KeptTime(t)` alone does not make).",
-           "A text is wrapped when it first comes, `KeptText(context)`, and the same wrapper is found when it comes "
-           "again. Guidance has two texts, or one of both: keep a dictionary.",
-           "`==` compares two tensors number by number; `id(context)` is a number that tells objects apart for as long "
-           "as they live, and a KeptText keeps its text alive.",
-           "`known.get(t, t)` is the kept one, or t itself where `times` has no such timestep."])
+ConditioningCache = lesson.exercise(
+    3, cache.ConditioningCache, grade="supported", minutes=12,
+    asks="Write the class `ConditioningCache(timesteps)`, which the U-Net asks as its argument `cache`: "
+         "`keys_values(layer, context)` gives (layer.to_k(context), layer.to_v(context)), computed once for each layer "
+         "and context; `embed_time(network, t, x)` gives network.embed_time(t, x), computed at its first call for all "
+         "timesteps of the run together. Other timesteps must work as well.",
+    hints=["Two dictionaries: one from (layer, context) to the pair, one from a network to the embeddings.",
+           "A tensor as a dictionary's key is found by identity, not by its numbers, which is what you want here; the "
+           "dictionary keeps it alive. Guidance has two contexts, or one batch of both.",
+           "`network.embed_time(on_device(timesteps, x), x)` embeds all of them, a row each: (S, E). One step needs "
+           "one row, with its dimension: (1, E).",
+           "For a t that is not among `timesteps`: `network.embed_time(t, x)`."])
 
 
 def at_every_step(answer: Callable, times=TIMES) -> list[torch.Tensor]:
-    run = answer(network(), TIMES)
-    return [run(X, t, text) for t in times for text in TEXTS]
+    stored = answer(TIMES)
+    return [network()(X, t, text, cache=stored) for t in times for text in TEXTS]
 
 
 def computed(answer: Callable) -> dict[str, int]:
-    """How many texts' keys a layer made, and how many timesteps were embedded, in a run with two texts."""
-    unet, seen = network(), {"texts": 0, "timesteps": 0}
+    """How many contexts' keys a layer computed, and how many timesteps were embedded, in a run with two contexts."""
+    unet, seen = network(), {"contexts": 0, "timesteps": 0}
     to_k = next(layer for name, layer in unet.named_modules() if name.endswith("attn2.to_k"))
 
     def counts(what: str):
         def count(layer, inputs, output):
             seen[what] += len(output)
         return count
-    hooks = [to_k.register_forward_hook(counts("texts")),
+    hooks = [to_k.register_forward_hook(counts("contexts")),
              unet.time_embedding.register_forward_hook(counts("timesteps"))]
     try:
         at_every_step(answer)
@@ -73,56 +72,65 @@ def computed(answer: Callable) -> dict[str, int]:
     return seen
 
 
-@reusing.test("shape")
-def a_function(reusing):
-    require(callable(reusing(network(), TIMES)), "It must return a function of (x, t, context)")
+@ConditioningCache.test("shape")
+def two_methods(ConditioningCache):
+    stored = ConditioningCache(TIMES)
+    require(all(callable(getattr(stored, name, None)) for name in ("keys_values", "embed_time")),
+            "It must have the methods `keys_values(layer, context)` and `embed_time(network, t, x)`")
 
 
-@reusing.test("value")
-def the_same_output(reusing):
-    reusing.agrees(at_every_step, what="At three timesteps with two texts, the list of outputs")
+@ConditioningCache.test("value")
+def the_same_output(ConditioningCache):
+    ConditioningCache.agrees(at_every_step, what="At three timesteps with two contexts, the list of outputs")
 
 
-@reusing.test("value")
-def once_for_a_run(reusing):
-    reusing.agrees(computed, what="Over three timesteps with two texts, what is computed anew")
+@ConditioningCache.test("value")
+def once_for_a_run(ConditioningCache):
+    ConditioningCache.agrees(computed, what="Over three timesteps with two contexts, what is computed anew")
 
 
-@reusing.test("edge case")
-def another_timestep(reusing):
-    reusing.agrees(lambda answer: at_every_step(answer, times=(500.0, 333.0)),
-                   what="At a timestep that is not among `times`, the list of outputs")
+@ConditioningCache.test("edge case")
+def another_timestep(ConditioningCache):
+    ConditioningCache.agrees(lambda answer: at_every_step(answer, times=(500.0, 333.0)),
+                             what="At a timestep that is not among `timesteps`, the list of outputs")
 
 
-def keeping(text: Callable, time: Callable = lambda known, t: known.get(t, t)) -> Callable:
-    def answer(network, times):
-        known, texts = KeptTime.of_run(times), {}
-        return lambda x, t, context: network(x, time(known, t), text(texts, context))
-    return answer
+def caching(key: Callable = lambda layer, context: (layer, context),
+            row: Callable = lambda timesteps, t: timesteps.index(t), once: bool = True) -> type:
+    """A cache of keys and values by `key`, and of embeddings by `row`; None as either stores nothing."""
+    class Cache:
+        def __init__(self, timesteps):
+            self.timesteps, self.pairs, self.embeddings = list(timesteps), {}, {}
+
+        def keys_values(self, layer, context):
+            pair = self.pairs.get(key and key(layer, context)) or (layer.to_k(context), layer.to_v(context))
+            return self.pairs.setdefault(key(layer, context), pair) if key else pair
+
+        def embed_time(self, network, t, x):
+            if row is None or t not in self.timesteps and row is not by_name:
+                return network.embed_time(t, x)
+            if not once or network not in self.embeddings:
+                self.embeddings[network] = network.embed_time(torch.tensor(self.timesteps), x)
+            at = row(self.timesteps, t)
+            return self.embeddings[network][at:at + 1]
+    return Cache
 
 
-def each_text(texts: dict, context) -> KeptText:
-    return texts.setdefault(id(context), KeptText(context))
+def by_name(timesteps: list, t: float) -> int:
+    return {one: i for i, one in enumerate(timesteps)}[t]
 
 
 for diagnosis, answer in [
-    ("nothing is kept: the network gets text and timestep as they come", lambda network, times: (
-        lambda x, t, context: network(x, t, context))),
-    ("keys are made at every step: is each text wrapped once, and that one KeptText found again?",
-     keeping(lambda texts, context: KeptText(context))),
-    ("all texts share one KeptText, so the second is answered with the keys and values of the first",
-     keeping(lambda texts, context: texts.setdefault("text", KeptText(context)))),
-    ("timesteps are not kept, only the texts", keeping(each_text, lambda known, t: t)),
-    ("a timestep that is not among `times` must work as well", keeping(each_text, lambda known, t: known[t])),
-    ("every timestep gets the first one's embedding", keeping(each_text, lambda known, t: next(iter(known.values())))),
+    ("nothing is cached: keys, values and embeddings are computed at every step", caching(None, None)),
+    ("keys are computed at every step: are they stored, and found again for the same context?", caching(None)),
+    ("all contexts share one entry, so the second gets the keys and values of the first",
+     caching(lambda layer, context: layer)),
+    ("embeddings are not cached, only keys and values", caching(row=None)),
+    ("a timestep that is not among `timesteps` must work as well", caching(row=by_name)),
+    ("every timestep gets the first one's embedding", caching(row=lambda timesteps, t: 0)),
+    ("all embeddings are computed again at every step: store them by network", caching(once=False)),
 ]:
-    reusing.mistake(diagnosis)(answer)
-
-
-@reusing.mistake("`KeptTime.of_run` is called at every step, and makes all embeddings again: call it before the run")
-def of_run_in_the_run(network, times):
-    texts = {}
-    return lambda x, t, context: network(x, KeptTime.of_run(times).get(t, t), each_text(texts, context))
+    ConditioningCache.mistake(diagnosis)(answer)
 
 
 # --- 11.4 ---------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import UNetConfig
-from .unet import UNet
+from ..config import UNetConfig
+from ..unet import UNet
 
 TOKENS = 77
 
@@ -113,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 STARTS_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.prim.device.default)    # and are not told as views
 
 
-class Operations(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
     """Inside, `count` are the operations that PyTorch starts so far; views of a tensor, which compute nothing, are left
     out. On a GPU each starts a kernel or more. (On `meta` attention falls into its parts; within `FakeTensorMode`
     it is one operation, as where it computes.)"""
