@@ -46,7 +46,7 @@ from sdlearn.data.world import CLASSROOM
 from sdlearn.evaluation.metrics import ssim
 from sdlearn.finetune.loop import Diverged
 from sdlearn.images import to_tensor
-from sdlearn.training.unet import noised
+from sdlearn.training.unet import make_training_batch
 from sdlearn.vae import VAE
 
 SMALL = {
@@ -179,7 +179,7 @@ def test_dropout_measures_the_empty_prompt(base):
     def only_empty(x, t, context):
         """Knows the answer where the caption is the empty one, and says zero elsewhere."""
         if torch.equal(context, empty.expand_as(context)):
-            return noised(unseen.latents, 700, base.schedule)[2]
+            return make_training_batch(unseen.latents, 700, base.schedule)[2]
         return torch.zeros_like(x)
 
     heard = dropout.heard(base, unseen, only_empty)

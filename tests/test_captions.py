@@ -13,7 +13,7 @@ from sdlearn.data.captions import ANSWERS, answers_of, caption_for, captions_apa
 from sdlearn.data.description import describe
 from sdlearn.data.grammar import MOODS, SYNONYMS, word_freely
 from sdlearn.data.world import COMPOSITIONS, CORE, RICH, RICH_FULL, WORLDS
-from sdlearn.training.card import words_of
+from sdlearn.training.card import known_words
 
 TINTS, GROUNDS = "|".join(COLOURS), "|".join([*BACKGROUNDS, "gray"])
 GROUND_PHRASES = [      # each holds the background's colour once
@@ -286,7 +286,7 @@ def test_prompts_in_other_wordings_are_held_out():
 
 def test_a_model_knows_the_words_of_the_captions_it_was_trained_on():
     """So the warning of unknown words fits the weights, whichever captions the package words by now."""
-    plain, free = words_of(CORE, ["core", "hard"]), words_of(CORE, ["core", "hard", "rich"])
+    plain, free = known_words(CORE, ["core", "hard"]), known_words(CORE, ["core", "hard", "rich"])
     assert plain == sorted(vocabulary(CORE.objects)) and "kitten" not in plain and "beside" not in plain
     assert free == sorted(vocabulary(CORE.objects, grammar=True)) and {"kitten", "beside"} < set(free)
-    assert words_of(CORE, ["another"]) == plain
+    assert known_words(CORE, ["another"]) == plain

@@ -30,7 +30,7 @@ from sdlearn.evaluation.report import percent, table, worst
 from sdlearn.evaluation.sampling import evaluate, evaluate_scenes, sample, scene_for, scores_of
 from sdlearn.evaluation.tasks import GENEVAL, PER_TASK, TASKS, TooFewObjects, prompts_for
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training.judge import JudgeRecipe, any_scene, disturbed, littered
+from sdlearn.training.judge import JudgeRecipe, add_distractor_blobs, augment, draw_uniform_scene
 from sdlearn.training.loop import fit, load_state
 
 SMALL = DetectorConfig(channels=(8, 8, 8), blocks=(1, 1, 1), head=8)
@@ -419,7 +419,7 @@ def test_the_shipped_judge_counts_in_a_larger_image(judge):
 @shipped
 def test_the_shipped_judge_takes_few_blobs_for_things(judge):
     drawn = [replace(scene(seed, "test"), objects=()) for seed in range(40)]
-    found = judge.look_at([littered(one.image, one.masks, one.seed) for one in drawn])
+    found = judge.look_at([add_distractor_blobs(one.image, one.masks, one.seed) for one in drawn])
     assert sum(len(some.objects) for some in found) < 0.7 * len(drawn)
 
 
@@ -484,31 +484,31 @@ def test_the_loss_falls_on_one_batch():
 
 
 def test_the_judge_is_shown_every_combination():
-    shown = {(placed.colour, placed.name) for seed in range(1500) for placed in any_scene(seed).objects}
+    shown = {(placed.colour, placed.name) for seed in range(1500) for placed in draw_uniform_scene(seed).objects}
     assert {("blue", "apple"), ("green", "star"), ("purple", "car")} <= shown
-    assert any_scene(5) == any_scene(5)
-    colours = [placed.colour for seed in range(300) for placed in any_scene(seed).objects if
+    assert draw_uniform_scene(5) == draw_uniform_scene(5)
+    colours = [placed.colour for seed in range(300) for placed in draw_uniform_scene(seed).objects if
                OBJECTS[placed.name].tintable]
     assert 0.05 < colours.count(None) / len(colours) < 0.25, "as likely as any colour"
 
 
 def test_images_are_disturbed_but_stay_what_they_are():
     pixels = torch.stack([torch.from_numpy(scene(seed).image).permute(2, 0, 1) for seed in range(4)]) / 127.5 - 1
-    there = disturbed(pixels, torch.Generator().manual_seed(0))
+    there = augment(pixels, torch.Generator().manual_seed(0))
     assert there.shape == pixels.shape and there.abs().max() <= 1
     away = (there - pixels).abs().mean(dim=(1, 2, 3))
     assert (away > 0.005).all() and (away < 0.15).all()
-    assert torch.equal(there, disturbed(pixels, torch.Generator().manual_seed(0)))
+    assert torch.equal(there, augment(pixels, torch.Generator().manual_seed(0)))
 
 
 def test_blobs_lie_behind_the_objects():
     for seed in range(10):
         drawn = scene(seed)
-        there = littered(drawn.image, drawn.masks, seed)
+        there = add_distractor_blobs(drawn.image, drawn.masks, seed)
         seen = drawn.masks.any(axis=0)
         assert there.dtype == np.uint8 and np.array_equal(there[seen], drawn.image[seen])
         assert 0.02 < (there != drawn.image).any(axis=-1).mean() < 0.5
-        assert np.array_equal(there, littered(drawn.image, drawn.masks, seed))
+        assert np.array_equal(there, add_distractor_blobs(drawn.image, drawn.masks, seed))
 
 
 def test_images_without_objects_are_learnt_from_too():

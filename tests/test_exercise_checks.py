@@ -30,7 +30,7 @@ PARTLY = {
     "resample": ["up_to_a_size"],
     "both_halves": ["one_run"],
     "zero_conv_gradients": ["of_the_weight", "of_the_bias", "of_the_input"],
-    "merged_weight": ["in_half_precision"],
+    "merge_weight": ["in_half_precision"],
     "conv_cost": ["flops_of_one_layer", "bytes_of_one_layer"],
     "ddim_coefficients": ["on_the_way", "the_last", "from_no_signal"],
 }
@@ -41,9 +41,9 @@ OTHERWISE = {
     "CrossAttention": ["every_layer_learns"],
     "predict_x0": ["no_run_too_many"],
     "blended": ["what_denoise_sees", "x_stays_as_it_was"],
-    "exchanged": ["gradients_arrive"],
+    "replace_token_embedding": ["gradients_arrive"],
     "zero_conv": ["can_learn"],
-    "widened": ["can_learn"],
+    "widen_unet": ["can_learn"],
     "decode_tiled": ["tiles_of_the_size", "one_fades_into_the_other"],
     "ConditioningCache": ["once_for_a_run"],
 }

@@ -18,19 +18,19 @@ from sdlearn.finetune import (
     diffusion_loss,
     diffusion_losses,
     dreambooth_loss,
-    embedding_like,
-    exchanged,
-    grow,
+    grow_token_embedding,
+    init_embedding,
     new_lora,
-    prior_preserved,
+    prior_preservation_loss,
     read_embedding,
+    replace_token_embedding,
     train,
     train_controlnet,
     train_dreambooth,
     train_embedding,
     train_lora,
 )
-from sdlearn.finetune.loop import draw_rows, draw_timesteps, encode_prompts
+from sdlearn.finetune.loop import draw_indices, draw_timesteps, encode_prompts
 from sdlearn.schedule import NoiseSchedule
 
 SIDE = 16
@@ -109,9 +109,9 @@ def test_timesteps_are_one_from_each_part_in_random_order_and_reach_both_ends(mo
 
 def test_rows_are_drawn_without_repeats_while_there_are_enough():
     generator = torch.Generator().manual_seed(0)
-    assert sorted(draw_rows(5, 5, generator).tolist()) == [0, 1, 2, 3, 4]
-    assert len(set(draw_rows(5, 3, generator).tolist())) == 3
-    assert sorted(draw_rows(2, 4, generator).tolist()) == [0, 0, 1, 1]
+    assert sorted(draw_indices(5, 5, generator).tolist()) == [0, 1, 2, 3, 4]
+    assert len(set(draw_indices(5, 3, generator).tolist())) == 3
+    assert sorted(draw_indices(2, 4, generator).tolist()) == [0, 0, 1, 1]
 
 
 # --- the loop ---------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def quadratic(parameter):
 
 def test_training_reaches_a_minimum():
     parameter = torch.zeros(2)
-    steps = list(train([parameter], quadratic(parameter), steps=200, learning_rate=0.1, weight_decay=0.0))
+    steps = list(train([parameter], quadratic(parameter), max_steps=200, learning_rate=0.1, weight_decay=0.0))
     assert [step.index for step in steps] == list(range(200))
     assert torch.allclose(parameter, torch.tensor(3.0), atol=0.05)
     assert steps[0].loss == 18 and steps[0].gradient_norm == pytest.approx(6 * math.sqrt(2))
@@ -132,7 +132,7 @@ def test_the_first_step_is_adamw_s_with_warm_up_and_weight_decay():
     """After one step AdamW has moved by the learning rate against the gradient's sign, after decay."""
     for warmup, rate in ((0, 0.1), (4, 0.025)):
         parameter = torch.ones(2)
-        next(train([parameter], quadratic(parameter), steps=1, learning_rate=0.1, warmup=warmup, weight_decay=0.5))
+        next(train([parameter], quadratic(parameter), max_steps=1, learning_rate=0.1, warmup=warmup, weight_decay=0.5))
         assert torch.allclose(parameter, torch.tensor(1 - rate * 0.5 + rate), atol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
         original(optimiser)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    [step] = train([first, second], lambda _: 1e3 * (first.sum() + second.sum() - 1).square(), steps=1,
+    [step] = train([first, second], lambda _: 1e3 * (first.sum() + second.sum() - 1).square(), max_steps=1,
                    learning_rate=0.1, clip=0.5)
     assert norms == [pytest.approx(0.5, rel=1e-4)]
     assert step.gradient_norm == pytest.approx(2000 * math.sqrt(5))
@@ -170,7 +170,7 @@ def test_however_it_ends_models_are_as_they_were_but_for_what_learnt(model, end)
         return parameter.sum() * (math.nan if end == "diverged" and len(calls) > 1 else 1)
 
     calls = []
-    run = train([parameter], loss, steps=2, learning_rate=0.1, models=[model.unet])
+    run = train([parameter], loss, max_steps=2, learning_rate=0.1, models=[model.unet])
     next(run)
     after = parameter.detach().clone()
     assert parameter.grad is None                       # at every step, so that nothing is held while it waits
@@ -196,26 +196,26 @@ def test_however_it_ends_models_are_as_they_were_but_for_what_learnt(model, end)
 
 def test_nothing_is_touched_before_the_first_step(model):
     model.unet.train()
-    train(model.unet.parameters(), lambda _: None, steps=1, learning_rate=0.1, models=[model.unet])
+    train(model.unet.parameters(), lambda _: None, max_steps=1, learning_rate=0.1, models=[model.unet])
     assert model.unet.training
 
 
 def test_training_goes_on_where_gradients_are_off_outside_and_leaves_them_off():
     parameter = torch.zeros(2)
     with torch.no_grad():
-        steps = list(train([parameter], quadratic(parameter), steps=2, learning_rate=0.1))
+        steps = list(train([parameter], quadratic(parameter), max_steps=2, learning_rate=0.1))
         assert not torch.is_grad_enabled()
     assert len(steps) == 2 and (parameter > 0).all()
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"steps": 0}, "steps is 0"), ({"steps": 1.5}, "steps is 1.5"), ({"steps": True}, "steps is True"),
+    ({"max_steps": 0}, "max_steps is 0"), ({"max_steps": 1.5}, "max_steps is 1.5"), ({"max_steps": True}, "is True"),
     ({"learning_rate": 0.0}, "learning rate is 0"), ({"learning_rate": math.nan}, "learning rate is nan"),
     ({"warmup": -1}, "warmup is -1"), ({"parameters": []}, "nothing to train"),
     ({"parameters": [torch.zeros(2, dtype=torch.float16)]}, "float16.*float32"),
 ])
 def test_settings_that_cannot_be_are_refused_at_once(settings, words):
-    given = {"parameters": [torch.zeros(2)], "steps": 1, "learning_rate": 0.1} | settings
+    given = {"parameters": [torch.zeros(2)], "max_steps": 1, "learning_rate": 0.1} | settings
     with pytest.raises(ValueError, match=words):
         train(given.pop("parameters"), lambda _: None, **given)
 
@@ -226,7 +226,7 @@ def test_a_grown_table_keeps_its_rows_bits(model):
     before = model.text_encoder.embeddings.token_embedding.weight.detach().clone()
     ids = model.tokenizer("two small green cars")
     hidden = model.text_encoder(ids).hidden
-    grow(model.text_encoder, 3)
+    grow_token_embedding(model.text_encoder, 3)
     table = model.text_encoder.embeddings.token_embedding
     assert table.weight.shape == (603, 16) and table.num_embeddings == 603 and table.weight.requires_grad
     assert torch.equal(table.weight[:600], before) and not table.weight[600:].any()
@@ -237,7 +237,7 @@ def test_a_grown_table_keeps_its_rows_bits(model):
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_grown_table_learns_if_it_did_before(model, learns):
     model.text_encoder.requires_grad_(learns)
-    grow(model.text_encoder, 2)
+    grow_token_embedding(model.text_encoder, 2)
     assert model.text_encoder.embeddings.token_embedding.weight.requires_grad == learns
     lacking = model.text_encoder.config.vocab_size - model.tokenizer.vocab_size
     add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(lacking + 3, 16)))   # grows it
@@ -262,13 +262,13 @@ def test_an_added_word_is_read_as_its_vectors(model):
 
 def test_a_new_word_starts_like_a_known_one(model):
     [cat] = model.tokenizer.encode("cat")
-    embedding = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat", 2)
+    embedding = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat", 2)
     row = model.text_encoder.embeddings.token_embedding.weight[cat]
     assert torch.equal(embedding.vectors, torch.stack([row, row]))
     with pytest.raises(ValueError, match="'red cat' is 2 tokens, but '<toy>' has 1"):
-        embedding_like(model.tokenizer, model.text_encoder, "<toy>", "red cat")
+        init_embedding(model.tokenizer, model.text_encoder, "<toy>", "red cat")
     with pytest.raises(ValueError, match="is 0 tokens"):
-        embedding_like(model.tokenizer, model.text_encoder, "<toy>", " ")
+        init_embedding(model.tokenizer, model.text_encoder, "<toy>", " ")
 
 
 @pytest.mark.parametrize("embedding, words", [
@@ -294,24 +294,24 @@ def test_vectors_are_rows(model):
 def test_vectors_of_some_tokens_are_exchanged():
     table, rows = torch.randn(9, 4), torch.randn(2, 4, requires_grad=True)
     tokens = torch.tensor([[3, 7, 7, 0], [1, 5, 2, 8]])
-    out = exchanged(table[tokens], tokens, torch.tensor([7, 5]), rows)
+    out = replace_token_embedding(table[tokens], tokens, torch.tensor([7, 5]), rows)
     wanted = table[tokens].clone()
     wanted[0, 1], wanted[0, 2], wanted[1, 1] = rows.detach()[0], rows.detach()[0], rows.detach()[1]
     assert torch.equal(out, wanted)
     out.sum().backward()
     assert torch.equal(rows.grad, torch.tensor([[2.0], [1.0]]).expand(2, 4))     # each as often as it stands there
-    without = exchanged(table[tokens], tokens, torch.tensor([4]), torch.full((1, 4), torch.nan))
+    without = replace_token_embedding(table[tokens], tokens, torch.tensor([4]), torch.full((1, 4), torch.nan))
     assert torch.equal(without, table[tokens])
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_textual_inversion_moves_the_word_s_rows_and_nothing_else(model, count):
-    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat", count)
+    start = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat", count)
     ids = add_embedding(model.tokenizer, model.text_encoder, start)
     before = bits(model.text_encoder, model.unet, model.vae)
     table = model.text_encoder.embeddings.token_embedding.weight
     first = loss_of(model, images(), "a picture of <toy>")
-    for _ in train_embedding(model, "<toy>", images(), steps=30, learning_rate=0.1, batch_size=8):
+    for _ in train_embedding(model, "<toy>", images(), max_steps=30, learning_rate=0.1, batch_size=8):
         assert model.text_encoder.embeddings.token_embedding.weight is table
     assert loss_of(model, images(), "a picture of <toy>") < 0.98 * first
     others = [row for row in range(len(table)) if row not in ids]
@@ -327,16 +327,16 @@ def test_rows_without_a_gradient_do_not_move(model):
     """Neither weight decay nor anything else pulls at them: with a silent U-Net, the loss says nothing."""
     torch.nn.init.zeros_(model.unet.conv_out.weight)
     add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(2, 16)))
-    steps = list(train_embedding(model, "<toy>", images(), steps=3, learning_rate=0.1))
+    steps = list(train_embedding(model, "<toy>", images(), max_steps=3, learning_rate=0.1))
     assert steps[-1].gradient_norm == 0
     assert torch.equal(read_embedding(model.tokenizer, model.text_encoder, "<toy>").vectors, torch.ones(2, 16))
 
 
 def test_between_steps_and_after_an_early_stop_the_model_has_the_rows_so_far(model):
-    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    start = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat")
     add_embedding(model.tokenizer, model.text_encoder, start)
     seen = []
-    run = train_embedding(model, "<toy>", images(), steps=50, learning_rate=0.05)
+    run = train_embedding(model, "<toy>", images(), max_steps=50, learning_rate=0.05)
     for step in run:
         with torch.no_grad():
             seen.append(encode_prompts(model, ["a <toy>"]))
@@ -352,9 +352,9 @@ def test_a_word_that_no_template_shows_would_not_learn(model):
     add_embedding(model.tokenizer, model.text_encoder, Embedding("<toy>", torch.ones(1, 16)))
     for templates in (["an image"], [], "a cat"):
         with pytest.raises(ValueError, match="templates must be sentences with {}"):
-            train_embedding(model, "<toy>", images(), steps=1, templates=templates)
+            train_embedding(model, "<toy>", images(), max_steps=1, templates=templates)
     with pytest.raises(ValueError, match="'<other>' is not a word that was added.*<toy>"):
-        train_embedding(model, "<other>", images(), steps=1)
+        train_embedding(model, "<other>", images(), max_steps=1)
 
 
 # --- DreamBooth -------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_a_word_that_no_template_shows_would_not_learn(model):
 @pytest.mark.parametrize("train_text", [False, True])
 def test_dreambooth_learns_the_image(model, train_text):
     before = bits(model.text_encoder, model.unet, model.vae)
-    steps = list(train_dreambooth(model, images(), "a zwx cat", steps=40, learning_rate=2e-3, batch_size=4,
+    steps = list(train_dreambooth(model, images(), "a zwx cat", max_steps=40, learning_rate=2e-3, batch_size=4,
                                   train_text=train_text))
     assert falls(steps, 0.9)
     assert len(changed(model.unet, before[1])) > 0.9 * len(before[1])
@@ -376,10 +376,10 @@ def test_prior_preservation_keeps_the_class_where_training_alone_loses_it():
     for prior in (False, True):
         model = make()
         # First the class is learnt, as a trained model knows it.
-        list(train_dreambooth(model, rest, "a cat", steps=40, learning_rate=4e-3, batch_size=4))
+        list(train_dreambooth(model, rest, "a cat", max_steps=40, learning_rate=4e-3, batch_size=4))
         knew = loss_of(model, rest, "a cat")
         kind = {"class_pixels": rest, "class_prompt": "a cat"} if prior else {}
-        list(train_dreambooth(model, own, "a zwx cat", steps=30, learning_rate=4e-3, batch_size=2, **kind))
+        list(train_dreambooth(model, own, "a zwx cat", max_steps=30, learning_rate=4e-3, batch_size=2, **kind))
         lost[prior] = loss_of(model, rest, "a cat") - knew
     assert lost[False] > 0 and lost[True] < 0.5 * lost[False]
 
@@ -387,14 +387,14 @@ def test_prior_preservation_keeps_the_class_where_training_alone_loses_it():
 def test_a_prior_of_weight_zero_is_no_prior():
     runs = []
     for kind in ({}, {"class_pixels": images(2, 1), "class_prompt": "a cat", "prior_weight": 0.0}):
-        runs.append(list(train_dreambooth(make(), images(), "a zwx cat", steps=3, learning_rate=1e-3, **kind)))
+        runs.append(list(train_dreambooth(make(), images(), "a zwx cat", max_steps=3, learning_rate=1e-3, **kind)))
     assert runs[0] == runs[1]
 
 
 def test_the_two_losses_are_weighed(model):
     """The first step's loss is linear in the weight."""
     def first(weight):
-        return next(train_dreambooth(make(), images(), "a zwx cat", steps=1, batch_size=2, prior_weight=weight,
+        return next(train_dreambooth(make(), images(), "a zwx cat", max_steps=1, batch_size=2, prior_weight=weight,
                                      class_pixels=images(2, 1), class_prompt="a cat")).loss
     assert first(3.0) - first(1.0) == pytest.approx(2 * (first(2.0) - first(1.0)), rel=1e-4)
     assert first(2.0) > first(1.0)
@@ -402,7 +402,7 @@ def test_the_two_losses_are_weighed(model):
 
 def test_the_prior_s_half_is_weighed():
     losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
-    assert [prior_preserved(losses, weight).item() for weight in (0.0, 1.0, 0.5)] == [2.0, 17.0, 9.5]
+    assert [prior_preservation_loss(losses, weight).item() for weight in (0.0, 1.0, 0.5)] == [2.0, 17.0, 9.5]
 
 
 def test_one_run_holds_both_kinds_each_under_its_prompt(model):
@@ -436,10 +436,10 @@ def test_one_run_holds_both_kinds_each_under_its_prompt(model):
     ({"pixels": torch.full((1, 3, 16, 16), math.nan)}, r"give pixels in \[-1, 1\]"),
     ({"pixels": torch.zeros(0, 3, 16, 16)}, "at least one"),
     ({"pixels": torch.zeros(3, 16, 16)}, "at least one"),
-    ({"steps": 0}, "steps is 0"),
+    ({"max_steps": 0}, "max_steps is 0"),
 ])
 def test_dreambooth_refuses_at_once_what_does_not_fit(model, arguments, words):
-    given = {"pixels": images(), "steps": 1} | arguments
+    given = {"pixels": images(), "max_steps": 1} | arguments
     with pytest.raises(ValueError, match=words):
         train_dreambooth(model, given.pop("pixels"), "a zwx cat", **given)
 
@@ -447,7 +447,7 @@ def test_dreambooth_refuses_at_once_what_does_not_fit(model, arguments, words):
 def test_an_inpainting_unet_is_refused_at_once(model):
     model.unet.config = replace(model.unet.config, in_channels=9)
     with pytest.raises(ValueError, match="inpainting model"):
-        train_dreambooth(model, images(), "a zwx cat", steps=1)
+        train_dreambooth(model, images(), "a zwx cat", max_steps=1)
 
 
 # --- ControlNet -------------------------------------------------------------------------------------
@@ -457,7 +457,7 @@ def test_a_controlnet_learns_and_its_base_keeps_its_bits(model):
     before = bits(model.unet, model.text_encoder, model.vae, net)
     pixels = images(2)
     hints = (pixels > 0).float()
-    steps = list(train_controlnet(model, net, pixels, ["a cat", "a car"], hints, steps=40, learning_rate=3e-3))
+    steps = list(train_controlnet(model, net, pixels, ["a cat", "a car"], hints, max_steps=40, learning_rate=3e-3))
     assert falls(steps, 0.95)
     for module, old in zip((model.unet, model.text_encoder, model.vae), before, strict=False):
         assert not changed(module, old)
@@ -471,7 +471,7 @@ def test_captions_are_dropped_at_the_share_that_is_asked_for(model, dropout, wan
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
     asked, tokenizer = [], model.tokenizer
     model.tokenizer = lambda prompts, length: asked.extend(prompts) or tokenizer(prompts, length)
-    list(train_controlnet(model, net, images(), ["a cat"], torch.zeros(1, 3, SIDE, SIDE), steps=10,
+    list(train_controlnet(model, net, images(), ["a cat"], torch.zeros(1, 3, SIDE, SIDE), max_steps=10,
                           batch_size=8, dropout=dropout))
     assert len(asked) == 80 and set(asked) == wanted
     assert abs(asked.count("") / 80 - dropout) < 0.2
@@ -487,7 +487,7 @@ def test_controlnet_training_refuses_at_once_what_does_not_fit(model, arguments,
     given = {"captions": ["a cat"], "hints": torch.zeros(1, 3, SIDE, SIDE)} | arguments
     with pytest.raises(ValueError, match=words):
         train_controlnet(model, torch.nn.Linear(1, 1), images(), given.pop("captions"), given.pop("hints"),
-                         steps=1, **given)
+                         max_steps=1, **given)
 
 
 # --- all --------------------------------------------------------------------------------------------
@@ -530,11 +530,11 @@ def test_each_image_comes_with_its_own_caption_and_hint(model, shown, kind):
         latents, contexts = model.vae.to_latent(pixels), encode_prompts(model, CAPTIONS)
     net = SimpleNamespace(hints=[None] * 6)
     if kind == "lora":
-        list(train_lora(model, new_lora(model.unet), pixels, CAPTIONS, steps=6, batch_size=2))
+        list(train_lora(model, new_lora(model.unet), pixels, CAPTIONS, max_steps=6, batch_size=2))
     else:
         model.unet.forward = lambda x, t, context, residuals: x * residuals[0].mean()
         net = Recorder([8])
-        list(train_controlnet(model, net, pixels, CAPTIONS, hints, steps=6, batch_size=2, dropout=0.0))
+        list(train_controlnet(model, net, pixels, CAPTIONS, hints, max_steps=6, batch_size=2, dropout=0.0))
     rows = []
     for (x0, context), hint in zip(shown, net.hints, strict=True):
         for place in range(2):
@@ -550,7 +550,8 @@ def test_dreambooth_shows_both_kinds_in_one_batch_each_under_its_prompt(model, s
     with torch.no_grad():
         latents = [model.vae.to_latent(part) for part in (pixels, others)]
         contexts = encode_prompts(model, ["a zwx cat", "a cat"])
-    list(train_dreambooth(model, pixels, "a zwx cat", steps=3, batch_size=2, class_pixels=others, class_prompt="a cat"))
+    list(train_dreambooth(model, pixels, "a zwx cat", max_steps=3, batch_size=2, class_pixels=others,
+                          class_prompt="a cat"))
     assert len(shown) == 3
     for x0, context in shown:
         assert x0.shape[0] == 4
@@ -563,36 +564,37 @@ def test_dreambooth_shows_both_kinds_in_one_batch_each_under_its_prompt(model, s
 def test_a_half_precision_model_learns_words_and_loras_and_says_why_not_more(model):
     for module in (model.unet, model.text_encoder, model.vae):
         module.to(torch.bfloat16)
-    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    start = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat")
     ids = add_embedding(model.tokenizer, model.text_encoder, start)
     before = model.text_encoder.embeddings.token_embedding.weight[ids].clone()
-    assert all(math.isfinite(step.loss) for step in train_embedding(model, "<toy>", images(), steps=3))
+    assert all(math.isfinite(step.loss) for step in train_embedding(model, "<toy>", images(), max_steps=3))
     assert (model.text_encoder.embeddings.token_embedding.weight[ids] != before).any()
     lora = new_lora(model.unet, model.text_encoder)
-    assert all(math.isfinite(step.loss) for step in train_lora(model, lora, images(), "a cat", steps=3))
+    assert all(math.isfinite(step.loss) for step in train_lora(model, lora, images(), "a cat", max_steps=3))
     assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in lora.tensors())
     with pytest.raises(ValueError, match="bfloat16.*load the model in float32"):
-        train_dreambooth(model, images(), "a zwx cat", steps=1)
+        train_dreambooth(model, images(), "a zwx cat", max_steps=1)
 
 
 def by_embedding(model, seed):
-    start = embedding_like(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    start = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat")
     add_embedding(model.tokenizer, model.text_encoder, start)
-    return train_embedding(model, "<toy>", images(3), steps=4, batch_size=2, seed=seed)
+    return train_embedding(model, "<toy>", images(3), max_steps=4, batch_size=2, seed=seed)
 
 
 def by_dreambooth(model, seed):
-    return train_dreambooth(model, images(3), "a zwx cat", steps=4, learning_rate=1e-3, seed=seed,
+    return train_dreambooth(model, images(3), "a zwx cat", max_steps=4, learning_rate=1e-3, seed=seed,
                             class_pixels=images(2, 1), class_prompt="a cat")
 
 
 def by_lora(model, seed):
-    return train_lora(model, new_lora(model.unet, model.text_encoder), images(3), "a cat", steps=4, seed=seed)
+    return train_lora(model, new_lora(model.unet, model.text_encoder), images(3), "a cat", max_steps=4, seed=seed)
 
 
 def by_controlnet(model, seed):
     net = ControlNet.from_unet(model.unet, hint_widths=(4, 8))
-    return train_controlnet(model, net, images(3), ["a", "b", "c"], torch.zeros(3, 3, SIDE, SIDE), steps=4, seed=seed)
+    return train_controlnet(model, net, images(3), ["a", "b", "c"], torch.zeros(3, 3, SIDE, SIDE), max_steps=4,
+                            seed=seed)
 
 
 @pytest.mark.parametrize("start", [by_embedding, by_dreambooth, by_lora, by_controlnet])

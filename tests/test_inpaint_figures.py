@@ -25,7 +25,7 @@ from sdlearn.explore.inpaint_figures import (
 from sdlearn.explore.latents import channel_maps
 from sdlearn.inpaint import soft_mask
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training.inpaint import widened
+from sdlearn.training.inpaint import widen_unet
 
 GREY = np.full((16, 24, 3), 200, np.uint8)
 ACROSS = Stroke(((10, 30), (50, 30)), 16)
@@ -70,7 +70,7 @@ def test_nine_channels_are_shown_in_their_order():
 @pytest.fixture(scope="module")
 def models():
     base, parts = (tiny_parts(config=tiny_config()) for _ in range(2))
-    wide = widened(parts.unet)
+    wide = widen_unet(parts.unet)
     parts = replace(parts, unet=wide, config=replace(parts.config, unet=wide.config))
     return StableDiffusion(base), StableDiffusion(parts)
 

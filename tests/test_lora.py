@@ -18,8 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdlearn.attention import TokenConv
 from sdlearn.checkpoint import CheckpointError, configs
 from sdlearn.checkpoint.lora import load_lora, save_lora
-from sdlearn.finetune import LoRA, LoRALinear, LowRank, Merged, attached, merged_weight, new_lora, train_lora
-from sdlearn.finetune.lora import layers_of
+from sdlearn.finetune import LoRA, LoRALinear, LowRank, MergedLoRAs, attach_lora, merge_weight, new_lora, train_lora
+from sdlearn.finetune.lora import find_lora_layers
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
 
@@ -76,15 +76,15 @@ def output(unet):
 def test_a_fresh_lora_covers_attention_and_changes_no_bit(unet, text):
     lora = new_lora(unet, text)
     ends = (".to_q", ".to_k", ".to_v", ".to_out.0")
-    assert set(lora.unet) == {name for name in layers_of(unet) if name.endswith(ends)}
+    assert set(lora.unet) == {name for name in find_lora_layers(unet) if name.endswith(ends)}
     assert set(lora.text_encoder) == {f"encoder.layers.{i}.self_attn.{name}" for i in (0, 1)
                               for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     assert lora.unet[f"{BLOCK}.attn2.to_k"].down.shape == (4, 16)
     before, ids = output(unet), torch.arange(5)[None]
     hidden = text(ids).hidden
-    with attached(unet, lora.unet), attached(text, lora.text_encoder):
+    with attach_lora(unet, lora.unet), attach_lora(text, lora.text_encoder):
         assert torch.equal(output(unet), before) and torch.equal(text(ids).hidden, hidden)
-    Merged(unet, text).add(lora)
+    MergedLoRAs(unet, text).add(lora)
     assert torch.equal(output(unet), before) and torch.equal(text(ids).hidden, hidden)
 
 
@@ -133,9 +133,9 @@ def test_attached_equals_merged_for_every_kind_of_layer(target, linear):
     randomise(unet.eval(), torch.Generator().manual_seed(2))
     lora = random_lora(unet, targets=[target], alpha=2.0)
     before = output(unet)
-    with attached(unet, lora.unet, strength=0.7):
+    with attach_lora(unet, lora.unet, strength=0.7):
         beside = output(unet)
-    merged = Merged(unet, torch.nn.Identity())
+    merged = MergedLoRAs(unet, torch.nn.Identity())
     merged.add(lora, strength=0.7)
     scale = before.abs().max()
     assert (output(unet) - beside).abs().max() < 2e-6 * scale
@@ -145,17 +145,17 @@ def test_attached_equals_merged_for_every_kind_of_layer(target, linear):
 
 
 def test_the_kinds_are_all_there(unet):
-    kinds = {type(layers_of(unet)[name]) for target in KINDS for name in new_lora(unet, targets=[target]).unet}
+    kinds = {type(find_lora_layers(unet)[name]) for target in KINDS for name in new_lora(unet, targets=[target]).unet}
     assert kinds == {torch.nn.Linear, torch.nn.Conv2d, TokenConv}
 
 
 def test_merging_is_the_formula(unet, text):
     before = bits(unet)
     lora = random_lora(unet, text, rank=4, alpha=2.0)
-    Merged(unet, text).add(lora, strength=-0.3)
+    MergedLoRAs(unet, text).add(lora, strength=-0.3)
     for name, change in lora.unet.items():
         wanted = before[f"{name}.weight"] + -0.3 * 2 / 4 * change.up @ change.down
-        assert torch.allclose(layers_of(unet)[name].weight, wanted, rtol=0, atol=1e-6), name
+        assert torch.allclose(find_lora_layers(unet)[name].weight, wanted, rtol=0, atol=1e-6), name
     untouched = {name for name in before if name.removesuffix(".weight") not in lora.unet}
     assert all(torch.equal(unet.state_dict()[name], before[name]) for name in untouched)
 
@@ -167,13 +167,13 @@ def test_several_are_taken_out_in_any_order_to_the_bit(unet, text):
     before = bits(unet), bits(text)
     alone = {}
     for lora in loras:
-        merged = Merged(unet, text)
+        merged = MergedLoRAs(unet, text)
         merged.add(lora, 0.5)
         alone[lora] = bits(unet), bits(text)
         merged.remove(lora)
         assert same(unet, before[0]) and same(text, before[1])
     for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
-        merged = Merged(unet, text)
+        merged = MergedLoRAs(unet, text)
         for lora in loras:
             merged.add(lora, 0.5)
         assert merged.strengths == dict.fromkeys(loras, 0.5)
@@ -188,13 +188,13 @@ def test_several_are_taken_out_in_any_order_to_the_bit(unet, text):
 
 def test_a_weight_with_loras_is_a_sum_and_not_a_product_of_sums():
     weight, (first, second) = torch.randn(6, 4), [LowRank(torch.randn(2, 4), torch.randn(6, 2), 1.0) for _ in "ab"]
-    both = merged_weight(weight, [(first, 0.5), (second, -2.0)])
+    both = merge_weight(weight, [(first, 0.5), (second, -2.0)])
     wanted = weight + 0.5 * 0.5 * first.up @ first.down - 2.0 * 0.5 * second.up @ second.down
-    assert torch.allclose(both, wanted, atol=1e-6) and merged_weight(weight, []) is weight
+    assert torch.allclose(both, wanted, atol=1e-6) and merge_weight(weight, []) is weight
     crossed = LowRank(first.down + second.down, first.up + second.up, 1.0)
-    assert not torch.allclose(merged_weight(weight, [(crossed, 1.0)]),
-                              merged_weight(weight, [(first, 1.0), (second, 1.0)]), atol=0.1)
-    half = merged_weight(weight.half(), [(first, 1.0)])
+    assert not torch.allclose(merge_weight(weight, [(crossed, 1.0)]),
+                              merge_weight(weight, [(first, 1.0), (second, 1.0)]), atol=0.1)
+    half = merge_weight(weight.half(), [(first, 1.0)])
     assert half.dtype == torch.float32
 
 
@@ -220,26 +220,26 @@ def test_a_lora_linear_starts_as_its_layer_and_ends_as_a_plain_one(alpha):
 def test_two_loras_add_up(unet, text):
     unet = unet.double()
     first, second = random_lora(unet, seed=1), random_lora(unet, seed=2, rank=5)
-    with attached(unet, first.unet), attached(unet, second.unet, 0.5):
+    with attach_lora(unet, first.unet), attach_lora(unet, second.unet, 0.5):
         beside = output(unet)
-    merged = Merged(unet, text)
+    merged = MergedLoRAs(unet, text)
     merged.add(first)
     merged.add(second, 0.5)
     assert (output(unet) - beside).abs().max() < 1e-10
     name = f"{BLOCK}.attn1.to_q"
     merged.add(first, 0.0)                                           # a strength can be changed
     merged.remove(first)
-    only_second = layers_of(unet)[name].weight.clone()
+    only_second = find_lora_layers(unet)[name].weight.clone()
     merged.remove(second)
     merged.add(second, 0.5)
-    assert torch.equal(layers_of(unet)[name].weight, only_second)
+    assert torch.equal(find_lora_layers(unet)[name].weight, only_second)
 
 
 def test_parameters_stay_the_same_objects_and_in_their_type(unet, text):
     unet = unet.to(torch.bfloat16)
     before, objects = bits(unet), list(unet.parameters())
     lora = random_lora(unet)
-    merged = Merged(unet, text)
+    merged = MergedLoRAs(unet, text)
     merged.add(lora)
     assert not same(unet, before)
     assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(unet.parameters(), objects, strict=True))
@@ -249,10 +249,10 @@ def test_parameters_stay_the_same_objects_and_in_their_type(unet, text):
 
 def test_a_weight_that_was_changed_meanwhile_is_not_lost(unet, text):
     lora, name = random_lora(unet, targets=["to_q"]), f"{BLOCK}.attn1.to_q"
-    merged = Merged(unet, text)
+    merged = MergedLoRAs(unet, text)
     merged.add(lora)
     with torch.no_grad():
-        layers_of(unet)[name].weight.add_(1)
+        find_lora_layers(unet)[name].weight.add_(1)
     changed = bits(unet)
     for act in (lambda: merged.remove(lora), lambda: merged.add(lora, 0.5)):
         with pytest.raises(ValueError, match=f"'{name}' was changed by something else"):
@@ -261,7 +261,7 @@ def test_a_weight_that_was_changed_meanwhile_is_not_lost(unet, text):
 
 
 def test_a_weight_may_change_while_nothing_is_merged(unet, text):
-    lora, merged = random_lora(unet), Merged(unet, text)
+    lora, merged = random_lora(unet), MergedLoRAs(unet, text)
     merged.add(lora)
     merged.remove(lora)
     randomise(unet, torch.Generator().manual_seed(8))
@@ -273,7 +273,7 @@ def test_a_weight_may_change_while_nothing_is_merged(unet, text):
 
 
 def test_what_does_not_fit_changes_nothing(unet, text):
-    before, merged = bits(unet), Merged(unet, text)
+    before, merged = bits(unet), MergedLoRAs(unet, text)
     good = random_lora(unet)
     name = f"{BLOCK}.attn1.to_q"
     change = good.unet[name]
@@ -285,7 +285,7 @@ def test_what_does_not_fit_changes_nothing(unet, text):
     ]:
         with pytest.raises(ValueError, match=words):
             merged.add(LoRA(wrong))
-        with pytest.raises(ValueError, match=words), attached(unet, wrong):
+        with pytest.raises(ValueError, match=words), attach_lora(unet, wrong):
             pass
     with pytest.raises(ValueError, match="other layers.*TextEncoder"):
         merged.add(LoRA({}, good.unet))
@@ -298,7 +298,7 @@ def test_what_does_not_fit_changes_nothing(unet, text):
 
 def test_nothing_stays_attached_after_an_error(unet):
     before, lora = output(unet), random_lora(unet)
-    with pytest.raises(RuntimeError), attached(unet, lora.unet):
+    with pytest.raises(RuntimeError), attach_lora(unet, lora.unet):
         raise RuntimeError
     assert torch.equal(output(unet), before)
 
@@ -314,7 +314,7 @@ def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
     lora = new_lora(model.unet, model.text_encoder, targets=("to_q", "to_v", "to_out.0", "conv1", "proj_in"))
     fresh = [tensor.clone() for tensor in lora.tensors()]
     losses = []
-    for step in train_lora(model, lora, image(), "a zwx cat", steps=50, learning_rate=1e-2, batch_size=8):
+    for step in train_lora(model, lora, image(), "a zwx cat", max_steps=50, learning_rate=1e-2, batch_size=8):
         losses.append(step.loss)
         shown = output(model.unet)                                   # with the LoRA so far
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -324,20 +324,20 @@ def test_training_moves_a_and_b_alone_and_the_result_equals_the_merged(model):
     assert all(p.requires_grad for p in model.unet.parameters())
     plain = output(model.unet)
     assert (shown - plain).abs().max() > 0.01
-    merged = Merged(model.unet, model.text_encoder)
+    merged = MergedLoRAs(model.unet, model.text_encoder)
     merged.add(lora)
     assert (output(model.unet) - shown).abs().max() < 3e-6          # of numbers up to 1.5: rounding
     merged.remove(lora)
     model.unet.double()
-    with attached(model.unet, lora.unet):
+    with attach_lora(model.unet, lora.unet):
         shown = output(model.unet)
-    Merged(model.unet, model.text_encoder).add(lora)
+    MergedLoRAs(model.unet, model.text_encoder).add(lora)
     assert (output(model.unet) - shown).abs().max() < 1e-12
 
 
 def test_an_early_stop_keeps_what_was_learnt_and_detaches_it(model):
     before, lora = output(model.unet), new_lora(model.unet)
-    for step in train_lora(model, lora, image(), ["a zwx cat"], steps=50, learning_rate=1e-2):
+    for step in train_lora(model, lora, image(), ["a zwx cat"], max_steps=50, learning_rate=1e-2):
         if step.index == 2:
             break
     else:
@@ -357,7 +357,7 @@ def test_an_early_stop_keeps_what_was_learnt_and_detaches_it(model):
 def test_training_refuses_at_once_what_does_not_fit(model, arguments, words):
     given = {"lora": new_lora(model.unet), "pixels": image(), "captions": "a"} | arguments
     with pytest.raises(ValueError, match=words):
-        train_lora(model, given["lora"], given["pixels"], given["captions"], steps=1)
+        train_lora(model, given["lora"], given["pixels"], given["captions"], max_steps=1)
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def test_every_spelling_gives_the_libraries_output_with_the_formula_applied_by_h
             weight = theirs[part].get_submodule(layer if part == "unet" else prefix + layer).weight
             weight += 0.8 * scale * torch.einsum("or,ri...->oi...", up.flatten(1), down)
 
-    Merged(unet, text).add(load_lora(file, unet, text), strength=0.8)
+    MergedLoRAs(unet, text).add(load_lora(file, unet, text), strength=0.8)
     ours = unet(x, t, context), text(ids).hidden
     with torch.no_grad():
         wanted = theirs["unet"].eval()(x, t, context).sample, theirs["text_encoder"].eval()(ids).last_hidden_state

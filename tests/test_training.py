@@ -24,18 +24,18 @@ from sdlearn.data.captions import ANSWERS
 from sdlearn.data.world import name_of
 from sdlearn.images import psnr, to_images, to_tensor
 from sdlearn.training import command, stages
-from sdlearn.training.card import ship
+from sdlearn.training.card import package_weights
 from sdlearn.training.clip import (
     CLIPRecipe,
     CLIPWithClassifier,
-    loss_with_wrong,
-    read_rightly,
-    retrieval,
-    shortest,
-    told_apart,
+    hard_negative_accuracy,
+    hard_negative_loss,
+    relation_accuracy,
+    retrieval_accuracy,
+    trim_padding,
 )
 from sdlearn.training.loop import (
-    Average,
+    EMA,
     Progress,
     Threads,
     choose_precision,
@@ -44,8 +44,8 @@ from sdlearn.training.loop import (
     load_weights,
     save_state,
 )
-from sdlearn.training.unet import LatentCache, UNetRecipe, fixed_prompts, timesteps_for
-from sdlearn.training.vae import VAERecipe, fresh_vae, gradient_loss, measure_scaling
+from sdlearn.training.unet import LatentCache, UNetRecipe, draw_shifted_timesteps, validation_prompts
+from sdlearn.training.vae import VAERecipe, gradient_loss, init_vae, measure_scaling_factor
 from sdlearn.vae import VAE, Gaussian
 
 MINUTE = 1 / 60
@@ -201,7 +201,7 @@ def test_a_nan_stops_the_run_and_keeps_the_state(config, tmp_path):
 
 def test_the_average_follows_and_lags():
     model = torch.nn.Linear(2, 2)
-    average = Average(model, decay=0.9)
+    average = EMA(model, decay=0.9)
     start = average.model.weight.clone()
     with torch.no_grad():
         model.weight += 1
@@ -285,7 +285,7 @@ def test_decoder_only_training_leaves_latents_alone(config, tmp_path):
 
 def test_a_fresh_autoencoder_keeps_its_posterior_narrow(config):
     pixels = to_tensor([image_of(0), image_of(1)])
-    posterior = fresh_vae(config).encode(pixels)
+    posterior = init_vae(config).encode(pixels)
     assert posterior.std.max() < 0.5 < posterior.mean.std()
 
 
@@ -296,7 +296,7 @@ def image_of(seed):
 
 def test_scaling_brings_latents_to_unit_deviation(config):
     vae = VAE(config.vae)
-    factor = measure_scaling(vae, count=32)
+    factor = measure_scaling_factor(vae, count=32)
     scaled = VAE(replace(config.vae, scaling_factor=factor))
     scaled.load_state_dict(vae.state_dict())
     latents = torch.cat([scaled.to_latent(to_tensor([image_of(seed)])) for seed in range(32)])
@@ -315,7 +315,7 @@ def test_shortening_changes_no_embedding(config, run):
     tokenizer = stages.train_tokenizer(config, run)
     encoders = CLIP(config.text, config.vision).eval()
     ids = tokenizer(["a cat", "a red apple to the left of a cat on a yellow background"])
-    short = shortest(ids, tokenizer.end)
+    short = trim_padding(ids, tokenizer.end)
     assert short.shape[1] < 40 and (short[:, -1] == tokenizer.end).all()
     torch.testing.assert_close(encoders.encode_text(short), encoders.encode_text(ids))
 
@@ -323,19 +323,19 @@ def test_shortening_changes_no_embedding(config, run):
 def test_retrieval_of_random_and_of_perfect_encoders(config, run):
     tokenizer = stages.train_tokenizer(config, run)
     encoders = CLIP(config.text, config.vision).eval()
-    assert retrieval(encoders, tokenizer, count=40) < 0.3
+    assert retrieval_accuracy(encoders, tokenizer, count=40) < 0.3
     count = iter(range(10**6))
 
     def own(things):                                # the i-th image and the i-th caption meet
         return torch.stack([torch.nn.functional.one_hot(torch.tensor(next(count) % 20), 20).float() for _ in things])
 
     encoders.encode_image = encoders.encode_text = own
-    assert retrieval(encoders, tokenizer, count=20) == 1
+    assert retrieval_accuracy(encoders, tokenizer, count=20) == 1
 
 
 def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, tmp_path):
-    encoders = stages.averaged(CLIP(config.text, config.vision), run, "clip")
-    vae, tokenizer = stages.trained_vae(config, run), stages.train_tokenizer(config, run)
+    encoders = stages.load_averaged(CLIP(config.text, config.vision), run, "clip")
+    vae, tokenizer = stages.load_trained_vae(config, run), stages.train_tokenizer(config, run)
     make = {"world": CORE, "image_size": 128, "capacity": 60, "first": 50}
     cache = LatentCache(tmp_path, vae, encoders.text_model, tokenizer, **make)
     assert len(cache) == 50
@@ -362,12 +362,12 @@ def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, 
 def test_timesteps_come_at_the_stated_rate():
     generator = torch.Generator().manual_seed(0)
     for shift in (1.0, 3.0):
-        t = torch.cat([timesteps_for(32, 1000, shift, generator) for _ in range(400)]).float() / 1000
+        t = torch.cat([draw_shifted_timesteps(32, 1000, shift, generator) for _ in range(400)]).float() / 1000
         assert t.min() < 0.01 and 0.98 < t.max() < 1
         for share in (0.2, 0.5, 0.9):                   # of the timesteps come before shift u / (1 + (shift - 1) u)
             place = shift * share / (1 + (shift - 1) * share)
             assert abs((t < place).float().mean() - share) < 0.01
-    one = timesteps_for(8, 1000, 1.0, generator)
+    one = draw_shifted_timesteps(8, 1000, 1.0, generator)
     assert (one // 125 == torch.arange(8)).all(), "one in each part"
 
 
@@ -389,8 +389,8 @@ def test_a_stage_says_what_must_come_first(config, tmp_path):
 
 
 def test_fixed_prompts_never_change():
-    assert fixed_prompts(4) == fixed_prompts(30)[:4]
-    assert fixed_prompts(1) == ["a red apple to the left of a cat on a yellow background"]
+    assert validation_prompts(4) == validation_prompts(30)[:4]
+    assert validation_prompts(1) == ["a red apple to the left of a cat on a yellow background"]
 
 
 def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config, run, tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 0.678)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {"tiny": {"objects": 7, "pixels": 9, "PSNR": 23.4,
                                                                            "SSIM": 0.5678}})
-    folder = ship(config, run, tmp_path / "model", count=3)
+    folder = package_weights(config, run, tmp_path / "model", count=3)
     parts = load_folder(folder)
     assert parts.config.vae.scaling_factor != 1 and len(parts.world["objects"]) == len(CORE.objects)
     stored = load_state(run / "unet-state.pt")["average"]
@@ -437,7 +437,7 @@ def test_a_run_starts_from_shipped_weights(config, run, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
-    folder = ship(config, run, tmp_path / "model", count=2)
+    folder = package_weights(config, run, tmp_path / "model", count=2)
     assert stages.start_from(folder, tmp_path / "new") == ["vae", "clip", "unet"]
     assert stages.start_from(folder, tmp_path / "new") == [], "what a run has already stays"
     old = load_state(run / "unet-state.pt")
@@ -591,7 +591,7 @@ from accelerate import PartialState
 from torch import nn
 from sdlearn.training.command import leave_processes
 from sdlearn.training.loop import fit
-from sdlearn.training.stages import trained_seconds
+from sdlearn.training.stages import read_trained_seconds
 
 state = PartialState(cpu=True)
 
@@ -617,7 +617,7 @@ def of_both(x):
     return both
 assert len(toy.drawn) == steps > 10
 assert not torch.equal(*of_both(toy.drawn[0])), "both saw the same batch"
-done = trained_seconds(Path(sys.argv[1]), "toy")            # as long as one of them has trained, in both
+done = read_trained_seconds(Path(sys.argv[1]), "toy")            # as long as one of them has trained, in both
 assert done >= 1 and torch.equal(*of_both(torch.tensor(done)))
 more = sum(1 for _ in fit(toy, Path(sys.argv[1]), span=(0, done + 0.5), precision="no"))
 assert more > 3 and torch.equal(*of_both(torch.tensor(more))), "one of them stopped earlier"
@@ -635,10 +635,10 @@ def test_a_wrong_caption_of_its_own_is_one_more_wrong_answer():
     images, texts, wrong = (torch.nn.functional.normalize(torch.rand(5, 8), dim=-1) for _ in range(3))
     scale = torch.tensor(2.0)
     plain = contrastive_loss(images, texts, scale)
-    assert loss_with_wrong(images, torch.cat([texts, -100 * wrong]), scale) == pytest.approx(float(plain), rel=1e-5)
-    assert loss_with_wrong(images, torch.cat([texts, wrong]), scale) > plain
+    assert hard_negative_loss(images, torch.cat([texts, -100 * wrong]), scale) == pytest.approx(float(plain), rel=1e-5)
+    assert hard_negative_loss(images, torch.cat([texts, wrong]), scale) > plain
     # the same texts again: of each image's answers two are right, so half of the probability is gone
-    twice = loss_with_wrong(images, texts.repeat(2, 1), scale)
+    twice = hard_negative_loss(images, texts.repeat(2, 1), scale)
     assert float(twice - plain) == pytest.approx(math.log(2) / 2, rel=1e-4)
 
 
@@ -653,8 +653,8 @@ def test_encoders_that_know_and_that_guess_are_told_apart(config, run):
             return torch.cat([torch.ones(len(ids) // 2, 1), torch.zeros(len(ids) // 2, 1)])
 
     tokenizer = stages.train_tokenizer(config, run)
-    assert told_apart(Knows(), tokenizer, count=20) == 1.0
-    assert 0.2 < told_apart(CLIP(config.text, config.vision), tokenizer, count=60) < 0.8
+    assert hard_negative_accuracy(Knows(), tokenizer, count=20) == 1.0
+    assert 0.2 < hard_negative_accuracy(CLIP(config.text, config.vision), tokenizer, count=60) < 0.8
 
 
 def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
@@ -666,7 +666,7 @@ def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
     _, parts = recipe.loss(recipe.model, *batch)
     guess = sum(math.log(len(answers)) for answers in ANSWERS)          # an untaught layer finds all answers alike
     assert float(parts["reading"]) == pytest.approx(guess, rel=1e-4)
-    untaught = read_rightly(recipe.model, tokenizer, count=60, world=world)
+    untaught = relation_accuracy(recipe.model, tokenizer, count=60, world=world)
     optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-3)
     for step in range(60):
         loss, parts = recipe.loss(recipe.model, *recipe.batch(torch.Generator().manual_seed(step)))
@@ -674,15 +674,15 @@ def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
         loss.backward()
         optimiser.step()
     assert float(parts["reading"]) < 0.8 * guess
-    assert untaught == 0.0 and read_rightly(recipe.model, tokenizer, count=60, world=world) > 0.1
+    assert untaught == 0.0 and relation_accuracy(recipe.model, tokenizer, count=60, world=world) > 0.1
 
 
 def test_what_training_alone_needs_is_not_shipped_and_not_asked_for(config):
     encoders, plain = CLIPWithClassifier(config), CLIP(config.text, config.vision)
-    torch.nn.init.normal_(encoders.scaffold.answer.weight)
-    before = encoders.scaffold.answer.weight.clone()
+    torch.nn.init.normal_(encoders.auxiliary_head.answer.weight)
+    before = encoders.auxiliary_head.answer.weight.clone()
     load_weights(encoders, plain.state_dict())                    # a run that starts from shipped weights
-    assert torch.equal(encoders.scaffold.answer.weight, before)
+    assert torch.equal(encoders.auxiliary_head.answer.weight, before)
     assert torch.equal(encoders.text_projection.weight, plain.text_projection.weight)
     fresh = CLIP(config.text, config.vision)
     load_weights(fresh, encoders.state_dict())                    # shipping

@@ -14,7 +14,7 @@ from recipes import scene_config
 
 from sdlearn.data import CORE, scene
 from sdlearn.tokenizer import Tokenizer
-from sdlearn.training.unet import LatentCache, UNetRecipe, encoded, listening
+from sdlearn.training.unet import LatentCache, UNetRecipe, encode_scenes, shuffled_caption_losses
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def make(parts, folder, *, vae=None, text=None, tokenizer=None, **options):
 
 def holds(cache, seeds, parts):
     """Whether row i holds the scene of seeds[i]."""
-    wanted = encoded([scene(seed, world=CORE) for seed in seeds], parts.vae, parts.text_encoder, parts.tokenizer)
+    wanted = encode_scenes([scene(seed, world=CORE) for seed in seeds], parts.vae, parts.text_encoder, parts.tokenizer)
     found = cache.take(np.arange(len(seeds)))
     return all(torch.allclose(one, another, atol=0.01) for one, another in zip(found, wanted, strict=True))
 
@@ -109,6 +109,7 @@ def test_the_shuffled_caption_gap_of_a_run_is_of_unseen_scenes(parts, tmp_path):
     """Of the test split in the run's world, whatever the run has learnt from."""
     recipe = UNetRecipe(parts.config, parts.vae, parts.text_encoder, parts.tokenizer, tmp_path, first=0, capacity=4)
     drawn = [scene(seed, "test", CORE) for seed in range(3)]
-    wanted = listening(parts.unet, recipe.schedule, *encoded(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
+    wanted = shuffled_caption_losses(parts.unet, recipe.schedule,
+                                     *encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
     assert recipe.listening(parts.unet, count=3) == pytest.approx(wanted, rel=1e-5)
     assert wanted["right@700"] != wanted["wrong@700"]

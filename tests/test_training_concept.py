@@ -38,8 +38,9 @@ def recipes(config, run):
 @pytest.fixture
 def model(config, run, tmp_path):
     """The folder of a model that the run's base is."""
-    vae, text, tokenizer, _ = stages.frozen(config, run)
-    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae, stages.trained_unet(config, run))
+    vae, text, tokenizer, _ = stages.load_frozen_parts(config, run)
+    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae,
+                  stages.load_trained_unet(config, run))
     return save_folder(tmp_path / "model", parts, dtype=torch.float16)
 
 
@@ -98,7 +99,7 @@ def test_figures_tell_what_was_learnt_and_what_was_forgotten(recipes, monkeypatc
         for seed, prompt in enumerate(prompts):
             [background] = [word for word in (concept.GROUND, concept.ELSEWHERE) if word in prompt]
             name = draws(recipe.words in prompt, background)
-            shown.append(concept.images_of(name, 1, 10 * seed, background)[0].image)
+            shown.append(concept.make_scenes(name, 1, 10 * seed, background)[0].image)
         return to_tensor(shown)
 
     monkeypatch.setattr(recipe, "drawn", drawn)
@@ -140,7 +141,7 @@ def test_a_words_vectors_are_pulled_nowhere_but_by_the_loss(config, run, tmp_pat
 
 def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, model, tmp_path):
     mine = shutil.copytree(run, tmp_path / "mine")
-    assert adapters.ship_concept(config, mine, model) == {} and not (model / CONCEPT).exists()
+    assert adapters.package_concept(config, mine, model) == {} and not (model / CONCEPT).exists()
     learnt = {}
     for stage in stages.CONCEPTS:
         recipe = stages.STAGES[stage].make(config, mine, learning_rate=1e-2)
@@ -153,7 +154,7 @@ def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, mo
         weights = recipe.model.state_dict()
         save_state(mine / f"{stage}-state.pt", {"model": weights, "average": weights, "progress": vars(progress)})
         learnt[stage] = recipe.learnt(recipe.model)
-    figures = adapters.ship_adapters(config, mine, model, count=1)
+    figures = adapters.package_adapters(config, mine, model, count=1)
     assert set(figures) == {"word", "lora"}
     found = load_concept(model)
     assert found.word.token == concept.WORD and torch.equal(found.word.vectors, learnt["word"].vectors)
@@ -190,7 +191,7 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
     with pytest.raises(CheckpointError, match="has been taught nothing new; train the stages word and lora"):
         load_concept(model)
     save_concept(model, a_concept(model))
-    assert adapters.ship_adapters(config, run, model, count=1) == {} and load_concept(model).told["thing"] == "alien"
+    assert adapters.package_adapters(config, run, model, count=1) == {} and load_concept(model).told["thing"] == "alien"
     for part in ("unet", "text_encoder"):
         save_concept(model, a_concept(model))
         parts = load_folder(model)
@@ -200,7 +201,7 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
         name = {"unet": "U-Net", "text_encoder": "text encoder"}[part]
         with pytest.raises(CheckpointError, match=f"another base than the one in .*: the {name} is not the same"):
             load_concept(model)
-        assert adapters.ship_adapters(config, run, model, count=1) == {} and not (model / CONCEPT).exists()
+        assert adapters.package_adapters(config, run, model, count=1) == {} and not (model / CONCEPT).exists()
         assert "concept, which belongs to another base" in capsys.readouterr().out
 
 
@@ -234,5 +235,5 @@ def test_a_stage_goes_on_where_it_was(config, run, tmp_path, stage):
     assert told[0][0] == 1 and told[1][0] == told[0][-1] + 1
     state = load_state(mine / f"{stage}-state.pt")
     assert state["progress"]["step"] == told[1][-1]
-    again = stages.averaged(stages.STAGES[stage].make(config, mine).model, mine, stage)
+    again = stages.load_averaged(stages.STAGES[stage].make(config, mine).model, mine, stage)
     assert all(torch.equal(value, state["average"][name]) for name, value in again.state_dict().items())

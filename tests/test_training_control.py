@@ -38,9 +38,9 @@ from sdlearn.data import CORE, scene
 from sdlearn.images import to_images, to_tensor
 from sdlearn.inpaint import latent_mask, masked_pixels
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training import adapters, card, classroom, command, control, inpaint, stages
-from sdlearn.training.control import HINTS, ControlRecipe, covered_iou, edge_f1, hint_tensor, hint_widths
-from sdlearn.training.inpaint import MASKS, MaskCache, hole, random_mask, widened
+from sdlearn.training import adapters, card, command, control, from_scratch, inpaint, stages
+from sdlearn.training.control import HINTS, ControlRecipe, edge_f1, foreground_iou, hint_tensor, hint_widths
+from sdlearn.training.inpaint import MASKS, MaskCache, first_object_mask, random_mask, widen_unet
 from sdlearn.training.loop import fit, load_state, save_state
 from sdlearn.training.unet import LatentCache
 from sdlearn.unet import UNet
@@ -114,7 +114,7 @@ def losses(recipe, count, rate=3e-3):
 def test_the_loss_falls_and_starts_at_the_bases(config, run, stage):
     recipe = make(stage, config, run, batch_size=4, fresh=0, **NO_NEW[stage])
     latents, contexts, t, noise, *_ = recipe.batch(torch.Generator().manual_seed(0))
-    unet = stages.trained_unet(config, run)
+    unet = stages.load_trained_unet(config, run)
     with torch.no_grad():
         noisy = recipe.schedule.add_noise(latents, noise, t)
         alone = (unet(noisy, t, contexts) - recipe.schedule.target(latents, noise, t)).square().mean()
@@ -215,8 +215,8 @@ def test_a_scene_agrees_with_its_own_hints():
         one, other = scene(seed, world=CORE), scene(seed + 100, world=CORE)
         assert edge_f1(one.image, one.edge_map) > 0.95 > 0.6 > edge_f1(other.image, one.edge_map)
         assert edge_f1(np.full_like(one.image, 200), one.edge_map) == 0
-        assert covered_iou(np.full_like(one.image, 200), one.depth_map) == 0
-        covered.append((covered_iou(one.image, one.depth_map), covered_iou(other.image, one.depth_map)))
+        assert foreground_iou(np.full_like(one.image, 200), one.depth_map) == 0
+        covered.append((foreground_iou(one.image, one.depth_map), foreground_iou(other.image, one.depth_map)))
     own, others = np.mean(covered, axis=0)
     assert own > 0.8 > 0.4 > others, "a blue thing on a blue ground hardly stands out"
 
@@ -271,7 +271,7 @@ def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(co
 @pytest.mark.parametrize("stage", ["edges", "depth"])
 def test_agreement_compares_each_kind_of_image_with_its_own_scenes_hint(config, run, stage):
     recipe = make(stage, config, run, first=0, capacity=4)
-    agree = {"edges": edge_f1, "depth": covered_iou}[stage]
+    agree = {"edges": edge_f1, "depth": foreground_iou}[stage]
     drawn = [scene(seed, "test", CORE) for seed in range(4)]
     others = [scene(100 + seed, "test", CORE).image for seed in range(4)]
     through = to_images(recipe.vae.to_pixels(recipe.vae.to_latent(to_tensor([one.image for one in drawn]))))
@@ -317,8 +317,8 @@ def test_masks_are_never_empty_and_of_every_kind():
 def test_the_hole_is_the_first_objects_box():
     one = scene(3, "test", CORE)
     left, top, right, bottom = one.objects[0].box
-    mask = hole(one)
-    assert mask[top:bottom, left:right].all() and mask.mean() < 1 and (mask == hole(one)).all()
+    mask = first_object_mask(one)
+    assert mask[top:bottom, left:right].all() and mask.mean() < 1 and (mask == first_object_mask(one)).all()
 
 
 def test_masked_latents_belong_to_their_rows(config, run):
@@ -359,7 +359,7 @@ def test_what_the_inpainting_unet_reads_is_what_the_pipeline_gives_it(config, ru
     recipe = make("inpaint", config, run)
     one = scene(5, "test", CORE)
     masks, masked = recipe.given([one])
-    mask = torch.from_numpy(hole(one)).float()[None, None]
+    mask = torch.from_numpy(first_object_mask(one)).float()[None, None]
     assert torch.equal(masks, latent_mask(mask, 8))
     torch.testing.assert_close(masked, recipe.vae.to_latent(masked_pixels(to_tensor([one.image]), mask)))
 
@@ -368,11 +368,11 @@ def test_what_is_kept_is_measured_outside_of_the_hole_alone(config, run):
     recipe = make("inpaint", config, run)
     drawn = [scene(seed, "test", CORE) for seed in range(3)]
     images = np.stack([one.image for one in drawn])
-    inside = np.stack([np.where(hole(one)[..., None], 255 - one.image, one.image) for one in drawn])
+    inside = np.stack([np.where(first_object_mask(one)[..., None], 255 - one.image, one.image) for one in drawn])
     assert recipe.kept(drawn, inside)["known_psnr"] > 100 or recipe.kept(drawn, inside)["known_psnr"] == float("inf")
     off = to_images(to_tensor(images) * 0 + 0.2)
     known = np.concatenate([(to_tensor([one.image]) - to_tensor([made])).square().mean(dim=1)[0].numpy()
-                            [~hole(one)] for one, made in zip(drawn[:1], off[:1], strict=True)])
+                            [~first_object_mask(one)] for one, made in zip(drawn[:1], off[:1], strict=True)])
     assert recipe.kept(drawn[:1], off[:1])["known_psnr"] == pytest.approx(10 * np.log10(4 / known.mean()), rel=1e-3)
 
 
@@ -382,10 +382,10 @@ def test_what_is_kept_is_measured_outside_of_the_hole_alone(config, run):
 def model(config, base, tmp_path_factory):
     """The base as a model folder, in half precision."""
     folder = tmp_path_factory.mktemp("models") / "small"
-    vae, text, tokenizer, _ = stages.frozen(config, base)
-    clip = stages.averaged(CLIP(config.text, config.vision), base, "clip")
+    vae, text, tokenizer, _ = stages.load_frozen_parts(config, base)
+    clip = stages.load_averaged(CLIP(config.text, config.vision), base, "clip")
     parts = Parts(replace(config, vae=vae.config), tokenizer, clip.text_model, vae,
-                  stages.trained_unet(config, base), clip, {"objects": ["apple"], "words": ["apple"]})
+                  stages.load_trained_unet(config, base), clip, {"objects": ["apple"], "words": ["apple"]})
     return save_folder(folder, parts, dtype=torch.float16)
 
 
@@ -446,7 +446,7 @@ def test_what_inputs_never_contain_costs_nothing():
 @pytest.mark.parametrize("stage", ["edges", "inpaint"])
 def test_moments_are_those_of_every_layers_inputs(config, run, stage):
     recipe = make(stage, config, run)
-    base = stages.trained_unet(config, run)
+    base = stages.load_trained_unet(config, run)
     network = moved(recipe.model)
     found = adapters.input_moments(recipe, network, base, count=4)
     weights = {name: value for name, value in network.state_dict().items() if value.ndim > 1}
@@ -491,7 +491,7 @@ def test_a_control_comes_back_whole_with_room_and_nearly_without(folder, config)
 
 
 def test_an_inpainting_unet_comes_back_and_the_pipeline_takes_it(folder, config):
-    wide = moved(widened(load_folder(folder).unet))
+    wide = moved(widen_unet(load_folder(folder).unet))
     save_inpaint(folder, wide, budget=10**7)
     parts = load_inpaint(folder)
     for name, value in parts.unet.state_dict().items():
@@ -500,7 +500,7 @@ def test_an_inpainting_unet_comes_back_and_the_pipeline_takes_it(folder, config)
     model = StableDiffusion(parts)
     assert model.inpaints
     one = scene(0, "test", CORE)
-    image, = model.inpaint(one.caption, one.image, hole(one), num_inference_steps=2, seed=0)
+    image, = model.inpaint(one.caption, one.image, first_object_mask(one), num_inference_steps=2, seed=0)
     assert image.size == (128, 128)
     assert not StableDiffusion(load_folder(folder)).inpaints, "the base is still the base"
 
@@ -510,13 +510,13 @@ def test_widening_changes_no_output(model):
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, unet.config.context_dim)
     beside = torch.randn(2, 5, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(widened(unet)(torch.cat([x, beside], 1), 500, context), unet(x, 500, context),
+        torch.testing.assert_close(widen_unet(unet)(torch.cat([x, beside], 1), 500, context), unet(x, 500, context),
                                    atol=1e-5, rtol=1e-5)
 
 
 def test_another_base_is_told_and_its_adapters_go(folder, config, capsys):
     save_control(folder, "edges", a_control(folder, config), budget=10**7)
-    save_inpaint(folder, widened(load_folder(folder).unet), budget=10**7)
+    save_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
     assert remove_strangers(folder) == []
     parts = load_folder(folder)
     moved(parts.unet, far=1e-3)
@@ -593,7 +593,7 @@ def test_what_is_not_there_is_told(folder):
 def test_shipped_models_are_found_by_name(folder, monkeypatch):
     monkeypatch.setattr(shipped_room, "SHIPPED", folder.parent)
     assert shipped_models() == ["small"]
-    save_inpaint(folder, widened(load_folder(folder).unet), budget=10**7)
+    save_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
     assert shipped_models() == ["small", "small-inpaint"]
     assert load_shipped("small-inpaint").config.unet.in_channels == 9
     assert load_shipped("small").config.unet.in_channels == 4
@@ -605,10 +605,10 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
     monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
-    monkeypatch.setattr(card, "ship_adapters", lambda *args: adapters.ship_adapters(*args, count=2))
+    monkeypatch.setattr(card, "ship_adapters", lambda *args: adapters.package_adapters(*args, count=2))
     monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=4))
     recipes = {stage: trained(stage, config, run) for stage in SMALL}
-    out = card.ship(config, run, tmp_path / "model", count=2)
+    out = card.package_weights(config, run, tmp_path / "model", count=2)
     assert shipped_controls(out) == ["depth", "edges"]
     figures, text = json.loads((out / "figures.json").read_text()), (out / "MODEL_CARD.md").read_text()
     for stage in SMALL:
@@ -646,9 +646,9 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
     # What is drawn shows which network drew it, and depends on all of its weights.
     recipe.sample = lambda network, prompts, steps=20: drawn_by(recipe, network, prompts)
     base = load_folder(folder).unet
-    fresh = ControlNet.from_unet(base, hint_widths=hint_widths(8)) if stage == "edges" else widened(base)
+    fresh = ControlNet.from_unet(base, hint_widths=hint_widths(8)) if stage == "edges" else widen_unet(base)
     whole = moved(fresh, far=0.05)
-    figures = adapters.ship_one(recipe, whole.state_dict(), folder, 2)
+    figures = adapters.package_adapter(recipe, whole.state_dict(), folder, 2)
 
     drawn = [scene(seed, "test", CORE) for seed in range(2)]
     stored = load_shipped_control(folder, "edges") if stage == "edges" else load_inpaint(folder).unet
@@ -680,17 +680,18 @@ def drawn_by(recipe, network, prompts):
 
 def test_reshipping_a_base_removes_what_belonged_to_another(config, run, tmp_path, capsys):
     parts_folder = tmp_path / "model"
-    vae, text, tokenizer, _ = stages.frozen(config, run)
-    parts = Parts(replace(config, vision=None), tokenizer, text, vae, stages.trained_unet(config, run))
+    vae, text, tokenizer, _ = stages.load_frozen_parts(config, run)
+    parts = Parts(replace(config, vision=None), tokenizer, text, vae,
+                  stages.load_trained_unet(config, run))
     save_folder(parts_folder, parts, dtype=torch.float16)
-    assert adapters.ship_adapters(config, run, parts_folder, count=1) == {} and adapters.card_section({}) == []
+    assert adapters.package_adapters(config, run, parts_folder, count=1) == {} and adapters.card_section({}) == []
     assert shipped_controls(parts_folder) == [] and not (parts_folder / "inpaint").exists()
     save_control(parts_folder, "edges", a_control(parts_folder, config), budget=10**7)
-    assert adapters.ship_adapters(config, run, parts_folder, count=1) == {}
+    assert adapters.package_adapters(config, run, parts_folder, count=1) == {}
     assert shipped_controls(parts_folder) == ["edges"], "of the same base: nothing changes"
     moved(parts.unet)
     save_folder(parts_folder, parts, dtype=torch.float16)
-    assert adapters.ship_adapters(config, run, parts_folder, count=1) == {}
+    assert adapters.package_adapters(config, run, parts_folder, count=1) == {}
     assert shipped_controls(parts_folder) == []
     assert "control-edges, which belongs to another base than the one that is shipped now" in capsys.readouterr().out
 
@@ -720,31 +721,33 @@ def test_minutes_for_all_stages_are_shared_out(monkeypatch):
 # --- a lesson ---------------------------------------------------------------------------------------
 
 def test_a_lesson_learns_from_nothing_and_can_be_sampled(config, base):
-    vae, text, tokenizer, _ = stages.frozen(config, base)
-    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae, stages.trained_unet(config, base))
-    material = classroom.prepare(parts, 40)
-    unseen = classroom.prepare(parts, 8, split="test")
+    vae, text, tokenizer, _ = stages.load_frozen_parts(config, base)
+    parts = Parts(replace(config, vision=None, vae=vae.config), tokenizer, text, vae,
+                  stages.load_trained_unet(config, base))
+    material = from_scratch.prepare_latents(parts, 40)
+    unseen = from_scratch.prepare_latents(parts, 8, split="test")
     assert material.latents.shape == (40, 4, 16, 16) and material.contexts.shape == (40, 77, config.text.dim)
     assert not torch.equal(material.latents[:8], unseen.latents)
     before, told = parts.unet.state_dict(), []
-    for lesson in classroom.learn(parts, material, steps=12, batch_size=8):
+    for lesson in from_scratch.train_small_unet(parts, material, steps=12, batch_size=8):
         told.append(lesson.loss)
     assert lesson.step == 12 and lesson.samples == 96 and told[-1] < told[0]
-    assert set(classroom.heard(lesson, unseen)) == {"right@999", "wrong@999", "right@700", "wrong@700"}
+    assert set(from_scratch.shuffled_losses_of(lesson, unseen)) == {"right@999", "wrong@999", "right@700", "wrong@700"}
     assert lesson.parts.config.name == "classroom" and parts.unet.state_dict().keys() == before.keys()
     image, = StableDiffusion(lesson.parts).text2img("a star", num_inference_steps=2)
     assert image.size == (128, 128)
-    again = [one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)]
-    assert again == pytest.approx([one.loss for one in classroom.learn(parts, material, steps=3, batch_size=8)])
-    assert sum(1 for _ in classroom.learn(parts, material, minutes=1e-9)) == 1
+    again = [one.loss for one in from_scratch.train_small_unet(parts, material, steps=3, batch_size=8)]
+    third = from_scratch.train_small_unet(parts, material, steps=3, batch_size=8)
+    assert again == pytest.approx([one.loss for one in third])
+    assert sum(1 for _ in from_scratch.train_small_unet(parts, material, minutes=1e-9)) == 1
     for wrong in ({"minutes": 0}, {"steps": 0}, {"batch_size": 0}, {"learning_rate": float("inf")}):
         with pytest.raises(ValueError, match="give a number above 0"):
-            classroom.learn(parts, material, **wrong)
+            from_scratch.train_small_unet(parts, material, **wrong)
 
 
 def test_the_lessons_world_is_plain():
-    drawn = [scene(seed, world=classroom.WORLD) for seed in range(60)]
-    assert {one.objects[0].name for one in drawn} == set(classroom.WORLD.objects)
+    drawn = [scene(seed, world=from_scratch.WORLD) for seed in range(60)]
+    assert {one.objects[0].name for one in drawn} == set(from_scratch.WORLD.objects)
     assert all(len(one.objects) == 1 for one in drawn)
-    assert sum(p.numel() for p in UNet(classroom.CONFIG.unet).parameters()) < 3e6
-    assert replace(classroom.CONFIG, name="mini", unet=PRESETS["mini"].unet) == PRESETS["mini"]
+    assert sum(p.numel() for p in UNet(from_scratch.CONFIG.unet).parameters()) < 3e6
+    assert replace(from_scratch.CONFIG, name="mini", unet=PRESETS["mini"].unet) == PRESETS["mini"]

@@ -12,8 +12,8 @@ from models import one_thread  # noqa: F401
 from sdlearn.config import NoiseConfig
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.training import unet as unet_training
-from sdlearn.training.card import chosen_rightly
-from sdlearn.training.control import covered_iou, edge_f1
+from sdlearn.training.card import image_to_text_accuracy
+from sdlearn.training.control import edge_f1, foreground_iou
 from sdlearn.training.judge import JudgeRecipe
 
 # --- the shuffled-caption gap -------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def test_the_shuffled_caption_gap_has_another_scenes_caption_for_every_scene():
         asked.append((t, x))
         return context.reshape(x.shape)
 
-    found = unet_training.listening(network, schedule, latents, captions)
+    found = unet_training.shuffled_caption_losses(network, schedule, latents, captions)
     assert found["right@999"] == found["right@700"] == 0
     assert found["wrong@999"] == found["wrong@700"] == pytest.approx(2 * 3**2 / 5)
     steps = [int(t[0]) for t, _ in asked]
@@ -39,7 +39,7 @@ def test_the_shuffled_caption_gap_has_another_scenes_caption_for_every_scene():
         assert torch.equal(first, second), "the same noise for both"
     before = [x for _, x in asked]
     asked.clear()
-    assert unet_training.listening(network, schedule, latents, captions) == found
+    assert unet_training.shuffled_caption_losses(network, schedule, latents, captions) == found
     assert all(torch.equal(x, again) for x, (_, again) in zip(before, asked, strict=True)), "and at every call"
 
 
@@ -64,12 +64,12 @@ def image(mask):
     ((8, 16, 8, 16), (4, 20, 4, 20), 1 / 4), ((8, 12, 8, 12), (20, 24, 20, 24), 0),
 ], ids=["equal", "shifted", "drawn too large", "drawn too small", "apart"])
 def test_covered_iou_is_intersection_over_union(drawn, wanted, iou):
-    assert covered_iou(image(rectangle(*drawn)), rectangle(*wanted)) == pytest.approx(iou)
+    assert foreground_iou(image(rectangle(*drawn)), rectangle(*wanted)) == pytest.approx(iou)
 
 
 def test_covered_iou_of_nothing_is_zero():
     empty = np.zeros((32, 32), np.uint8)
-    assert covered_iou(image(empty), empty) == covered_iou(image(rectangle(8, 16, 8, 16)), empty) == 0
+    assert foreground_iou(image(empty), empty) == foreground_iou(image(rectangle(8, 16, 8, 16)), empty) == 0
 
 
 def test_edge_f1_is_of_precision_and_recall():
@@ -111,7 +111,7 @@ def test_a_prompt_is_chosen_if_it_is_nearer_than_the_best_of_its_rivals(rivals, 
 
     tokenizer.end = 2
     images, prompts = [np.zeros((8, 8, 3), np.uint8)] * 3, ["a cat", "a car", "a star"]
-    assert chosen_rightly(CLIPWithClassifier(), tokenizer, images, prompts, others=len(rivals)) == share
+    assert image_to_text_accuracy(CLIPWithClassifier(), tokenizer, images, prompts, others=len(rivals)) == share
 
 
 def test_each_image_is_compared_with_its_own_prompt():
@@ -132,8 +132,8 @@ def test_each_image_is_compared_with_its_own_prompt():
 
     tokenizer.end = 2
     given = tokenizer, [np.zeros((8, 8, 3), np.uint8)] * 2, ["a cat", "a car"]
-    assert chosen_rightly(CLIPWithClassifier(), *given, others=4) == 0
-    assert chosen_rightly(Right(), *given, others=4) == 1
+    assert image_to_text_accuracy(CLIPWithClassifier(), *given, others=4) == 0
+    assert image_to_text_accuracy(Right(), *given, others=4) == 1
 
 
 # --- the judge ----------------------------------------------------------------------------------------

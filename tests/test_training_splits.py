@@ -12,9 +12,9 @@ from recipes import scene_config, untrained_base
 from sdlearn.data import CORE, FULL, WORLDS
 from sdlearn.data import scene as scene_of_seed
 from sdlearn.training import card, stages
-from sdlearn.training.clip import read_rightly, retrieval, told_apart
-from sdlearn.training.unet import UNetRecipe, fixed_prompts
-from sdlearn.training.vae import measure_scaling
+from sdlearn.training.clip import hard_negative_accuracy, relation_accuracy, retrieval_accuracy
+from sdlearn.training.unet import UNetRecipe, validation_prompts
+from sdlearn.training.vae import measure_scaling_factor
 
 HARD = WORLDS["hard"]
 
@@ -61,24 +61,25 @@ def test_batches_are_of_the_training_split_in_the_stages_world(config, run, tmp_
 def test_losses_of_reports_are_of_the_test_split(config, run, asked, stage):
     recipe = stages.STAGES[stage].make(config, run, world=HARD, batch_size=4, **SMALL[stage])
     asked.clear()
-    network = stages.trained_unet(config, run) if stage == "unet" else recipe.model
+    network = stages.load_trained_unet(config, run) if stage == "unet" else recipe.model
     recipe.listening(network, count=2)
     assert asked == [("test", HARD)] * 2
 
 
 def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
-    vae = stages.trained_vae(config, run)
+    vae = stages.load_trained_vae(config, run)
     clip = stages.make_clip(config, run, batch_size=2)
     encoders, tokenizer = clip.model, clip.tokenizer
     for measure in (
         lambda: stages.make_vae(config, run, world=HARD).report(vae, tmp_path, 1),
-        lambda: fixed_prompts(4, HARD),
-        lambda: retrieval(encoders, tokenizer, count=3, world=HARD),
-        lambda: told_apart(encoders, tokenizer, count=3, world=HARD),
-        lambda: read_rightly(encoders, tokenizer, count=3, world=HARD),
+        lambda: validation_prompts(4, HARD),
+        lambda: retrieval_accuracy(encoders, tokenizer, count=3, world=HARD),
+        lambda: hard_negative_accuracy(encoders, tokenizer, count=3, world=HARD),
+        lambda: relation_accuracy(encoders, tokenizer, count=3, world=HARD),
         lambda: card.autoencoder_psnr(vae, count=3, world=HARD),
         lambda: card.autoencoder_by_size(vae, count=1, world=HARD),
-        lambda: card.chosen_rightly(encoders, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"], others=3,
+        lambda: card.image_to_text_accuracy(encoders, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"],
+                                            others=3,
                                     world=HARD),
     ):
         asked.clear()
@@ -87,14 +88,14 @@ def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
 
 
 def test_the_scaling_factor_and_the_tokenizer_are_of_the_training_split(config, run, asked, tmp_path):
-    measure_scaling(stages.trained_vae(config, run), count=16)
+    measure_scaling_factor(stages.load_trained_vae(config, run), count=16)
     stages.train_tokenizer(config, tmp_path, captions=5)
     assert len(asked) >= 21 and set(asked) == {("train", FULL)}
 
 
 def test_a_card_tells_drawn_images_from_real_scenes(config, run, monkeypatch, tmp_path):
     """The choice among captions is of what the U-Net draws, then of the prompts' own scenes through the autoencoder."""
-    prompts, seen = fixed_prompts(3, CORE), []
+    prompts, seen = validation_prompts(3, CORE), []
     for name in ("retrieval", "autoencoder_psnr", "autoencoder_by_size", "reconstruction_under_noise"):
         monkeypatch.setattr(card, name, lambda *_: {}, raising=False)
     monkeypatch.setattr(card, "chosen_rightly", lambda clip, tokenizer, images, prompts, world:

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data import Scene, scene
-from ..finetune.loop import draw_rows, train
+from ..finetune.loop import draw_indices, train
 from ..images import to_images, to_tensor
 from ..sizes import Size, fitted
-from ..training.loop import Average
-from ..training.unet import noised, timesteps_for
+from ..training.loop import EMA
+from ..training.unet import draw_shifted_timesteps, make_training_batch
 from .contract import Ablation, Asked, Base, Plan, Reading, Variant, marks
 from .drawing import draw, resized
 
@@ -33,7 +33,7 @@ BUCKETS = (NATIVE, (1.5, 0.75), (0.75, 1.5), (2.0, 1.0), (1.0, 2.0), (1.5, 1.5))
 NEW = (2.0, 2.0)                            # in no bucket
 ASKED = (NATIVE, (2.0, 1.0), (1.0, 2.0), NEW)
 TIMESTEPS = (500, 700, 900)                 # at which losses on unseen scenes are measured
-LEARNING_RATE, WARMUP, DROPOUT, SHIFT = 1e-4, 20, 0.1, 3.0      # shift: see `timesteps_for`; as the base was trained
+LEARNING_RATE, WARMUP, DROPOUT, SHIFT = 1e-4, 20, 0.1, 3.0      # shift: of `draw_shifted_timesteps`, as for the base
 SHOWN = 2
 
 
@@ -89,10 +89,10 @@ def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, 
 
 def readings(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Reading]:
     unet = copy.deepcopy(base.unet)
-    average, at = Average(unet), marks(plan.steps, 4)
+    average, at = EMA(unet), marks(plan.steps, 4)
     before = start(base, plan)
     yield Reading(0, before.figures)
-    for done in train(unet.parameters(), loss_of(base, plan, unet, sizes), steps=plan.steps, models=(unet,),
+    for done in train(unet.parameters(), loss_of(base, plan, unet, sizes), max_steps=plan.steps, models=(unet,),
                       learning_rate=LEARNING_RATE, warmup=WARMUP, seed=plan.seed):
         step = done.index + 1
         average.update(unet, step)
@@ -117,11 +117,11 @@ def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
     def loss(generator: torch.Generator) -> Tensor:
         bucket = int(torch.randint(count, (1,), generator=generator))
         latents, contexts = parts[bucket]
-        rows = draw_rows(len(latents), batch_of(base, plan, sizes[bucket]), generator)          # (B,)
+        rows = draw_indices(len(latents), batch_of(base, plan, sizes[bucket]), generator)          # (B,)
         x0 = latents[rows.to(latents.device)]                                                   # (B, C, h, w)
         dropped = (torch.rand(len(rows), generator=generator) < DROPOUT).to(x0.device)
         context = torch.where(dropped[:, None, None], empty, contexts[rows.to(x0.device)])
-        t = timesteps_for(len(rows), base.schedule.steps, SHIFT, generator).to(x0.device)
+        t = draw_shifted_timesteps(len(rows), base.schedule.steps, SHIFT, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         return F.mse_loss(unet(base.schedule.add_noise(x0, noise, t), t, context), base.schedule.target(x0, noise, t))
 
@@ -156,7 +156,7 @@ def losses(base: Base, plan: Plan, unet: nn.Module) -> dict[str, float]:
     for size in (size_of(base, shape) for shape in (*BUCKETS, NEW)):
         latents, contexts = material(base, range(plan.unseen), "test", size)
         each = [F.mse_loss(unet(noisy, t, contexts), target) for noisy, t, target in
-                (noised(latents, step, base.schedule) for step in TIMESTEPS)]
+                (make_training_batch(latents, step, base.schedule) for step in TIMESTEPS)]
         found[f"loss, {called(size)}"] = float(torch.stack(each).mean())
     return found
 

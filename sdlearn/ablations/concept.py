@@ -21,16 +21,16 @@ from ..data.likeness import cutouts, kinds, likeness
 from ..finetune import (
     TrainStep,
     add_embedding,
-    attached,
-    embedding_like,
+    attach_lora,
+    init_embedding,
     new_lora,
     train_dreambooth,
     train_embedding,
     train_lora,
 )
 from ..images import to_tensor
-from ..training.concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, images_of
-from ..training.unet import encoded, noised
+from ..training.concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, make_scenes
+from ..training.unet import encode_scenes, make_training_batch
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
 
@@ -56,9 +56,9 @@ def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
     own = own_copy(base)
     start = CLASS.split()[-1]
     count = len(own.tokenizer.encode(start))            # one; more only for a vocabulary that has no such word
-    vectors = embedding_like(own.tokenizer, own.text_encoder, WORD, start, count)
+    vectors = init_embedding(own.tokenizer, own.text_encoder, WORD, start, count)
     add_embedding(own.tokenizer, own.text_encoder, vectors)
-    run = train_embedding(own, WORD, pixels, steps=plan.steps, learning_rate=RATES["word"], templates=SENTENCES,
+    run = train_embedding(own, WORD, pixels, max_steps=plan.steps, learning_rate=RATES["word"], templates=SENTENCES,
                           batch_size=plan.batch, seed=plan.seed)
     return Way(own, WORD, run, vectors.vectors.numel())
 
@@ -66,9 +66,9 @@ def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
 def by_lora(base: Base, plan: Plan, pixels: Tensor) -> Way:
     own, words = own_copy(base), f"{RARE} {CLASS}"
     lora = new_lora(own.unet, rank=RANK, targets=TARGETS, seed=plan.seed)
-    run = train_lora(own, lora, pixels, f"a {words} on a {GROUND} background", steps=plan.steps,
+    run = train_lora(own, lora, pixels, f"a {words} on a {GROUND} background", max_steps=plan.steps,
                      learning_rate=RATES["lora"], batch_size=plan.batch, seed=plan.seed)
-    return Way(own, words, run, sum(one.numel() for one in lora.tensors()), lambda unet: attached(unet, lora.unet))
+    return Way(own, words, run, sum(one.numel() for one in lora.tensors()), lambda unet: attach_lora(unet, lora.unet))
 
 
 def by_unet(base: Base, plan: Plan, pixels: Tensor, *, prior: bool) -> Way:
@@ -77,7 +77,7 @@ def by_unet(base: Base, plan: Plan, pixels: Tensor, *, prior: bool) -> Way:
     if prior:
         drawn = draw(base, base.unet, [f"a {CLASS}"] * 2 * TAUGHT, guidance=plan.guidance, steps=plan.sampling_steps)
         kept = {"class_pixels": to_tensor(drawn), "class_prompt": f"a {CLASS}"}
-    run = train_dreambooth(own, pixels, f"a {words} on a {GROUND} background", steps=plan.steps,
+    run = train_dreambooth(own, pixels, f"a {words} on a {GROUND} background", max_steps=plan.steps,
                            learning_rate=RATES["unet"], batch_size=plan.batch, seed=plan.seed, **kept)
     return Way(own, words, run, sum(one.numel() for one in own.unet.parameters()))
 
@@ -99,7 +99,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
 
 def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
     at = {mark for mark in early_marks(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
-    pixels = to_tensor([one.image for one in images_of(THING, TAUGHT, 0)])
+    pixels = to_tensor([one.image for one in make_scenes(THING, TAUGHT, 0)])
     way = WAYS[name](base, plan, pixels)
     with way.beside(way.model.unet):
         yield Reading(0, {"numbers that learn": way.learns, **losses(base, way, plan), **seen(way, plan)[0]})
@@ -118,10 +118,10 @@ def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
 @lru_cache(maxsize=2)
 def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
     """What losses are measured on: scenes and their latents (B, C, h, w), the same for all that learn from `base`."""
-    sets = {"images that taught": images_of(THING, TAUGHT, 0), "unseen images": images_of(THING, count, 100),
-            "class": images_of(CLASS, count, 200),
+    sets = {"images that taught": make_scenes(THING, TAUGHT, 0), "unseen images": make_scenes(THING, count, 100),
+            "class": make_scenes(CLASS, count, 200),
             "other scenes": [scene(seed, "test", base.world) for seed in range(2 * count)]}
-    return {name: (drawn, encoded(drawn, base.vae, base.text_encoder, base.tokenizer)[0])
+    return {name: (drawn, encode_scenes(drawn, base.vae, base.text_encoder, base.tokenizer)[0])
             for name, drawn in sets.items()}
 
 
@@ -134,7 +134,7 @@ def losses(base: Base, way: Way, plan: Plan) -> dict[str, float]:
         texts = [one.caption.replace(f"a {THING} ", f"a {way.words} ") for one in drawn]
         contexts = model.text_encoder(model.tokenizer(texts).to(model.device)).hidden              # (B, M, T)
         each = [F.mse_loss(model.unet(noisy, t, contexts), target) for noisy, t, target in
-                (noised(latents, step, model.schedule) for step in TIMESTEPS)]
+                (make_training_batch(latents, step, model.schedule) for step in TIMESTEPS)]
         found[name] = float(torch.stack(each).mean())
     return found
 

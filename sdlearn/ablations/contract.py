@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checkpoint import Parts
 from ..data import CORE, World
 from ..schedule import NoiseSchedule
-from ..training.classroom import Material, prepare
+from ..training.from_scratch import EncodedScenes, prepare_latents
 
 
 class Asked(Protocol):
@@ -91,9 +91,9 @@ class Base:
 
 
 @lru_cache(maxsize=4)
-def scenes_of_lesson(base: Base, count: int, split: str = "train") -> Material:
+def scenes_of_lesson(base: Base, count: int, split: str = "train") -> EncodedScenes:
     """The first scenes of the lesson's world, encoded once for all ablations that learn from them."""
-    return prepare(base.parts, count, split=split)
+    return prepare_latents(base.parts, count, split=split)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from ..finetune.loop import Diverged
 from ..guidance import predict_x0
 from ..images import to_images, to_tensor
 from ..samplers import get_sampler, grid_for
-from ..training.classroom import Material, learn
+from ..training.from_scratch import EncodedScenes, train_small_unet
 from .contract import Asked, Base, Plan, Reading, marks
 
 AT_ONCE = 32            # images in a batch
@@ -75,22 +75,22 @@ def ceiling(base: Base, asked: Sequence[Asked], through: Callable[[Tensor], Tens
 
 
 def lesson_unet(parts: Parts) -> UNetConfig:
-    """The U-Net that `classroom.learn` makes for these parts."""
+    """The U-Net that `train_small_unet` makes for these parts."""
     channels = parts.config.vae.latent_channels
     return replace(CLASSROOM.unet, context_dim=parts.config.text.dim, in_channels=channels, out_channels=channels)
 
 
-def lesson(parts: Parts, material: Material, plan: Plan, *, steps: int | None = None, dropout: float = 0.1,
+def lesson(parts: Parts, material: EncodedScenes, plan: Plan, *, steps: int | None = None, dropout: float = 0.1,
            measure: Callable[[torch.nn.Module], dict[str, float]],
            finish: Callable[[torch.nn.Module], Reading]) -> Iterator[Reading]:
-    """A U-Net from nothing, as `classroom.learn` teaches it: figures at eight of the steps, images at the last.
+    """A U-Net from nothing, by `train_small_unet`: figures at eight of the steps, images at the last.
 
     measure, finish: given the averaged U-Net, the figures at a mark, and the figures, images and captions of the
     end. Raises Diverged.
     """
     steps = steps or plan.steps
     at = marks(steps)
-    for now in learn(parts, material, steps=steps, batch_size=plan.batch, dropout=dropout, seed=plan.seed):
+    for now in train_small_unet(parts, material, steps=steps, batch_size=plan.batch, dropout=dropout, seed=plan.seed):
         if now.step not in at:
             yield Reading(now.step)
             continue

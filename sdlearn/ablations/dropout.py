@@ -8,8 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..training.classroom import Material
-from ..training.unet import listening, noised
+from ..training.from_scratch import EncodedScenes
+from ..training.unet import make_training_batch, shuffled_caption_losses
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts
 
@@ -30,11 +30,11 @@ def readings(base: Base, plan: Plan, share: float):
 
 
 @torch.no_grad()
-def heard(base: Base, unseen: Material, unet, step: int = 700) -> dict[str, float]:
+def heard(base: Base, unseen: EncodedScenes, unet, step: int = 700) -> dict[str, float]:
     """Losses on unseen scenes with the right captions, with those of others, and with the empty one."""
-    noisy, t, target = noised(unseen.latents, step, base.schedule)
+    noisy, t, target = make_training_batch(unseen.latents, step, base.schedule)
     empty = base.text_encoder(base.tokenizer("").to(base.device)).hidden.expand_as(unseen.contexts)          # (B, M, T)
-    return {**listening(unet, base.schedule, unseen.latents, unseen.contexts),
+    return {**shuffled_caption_losses(unet, base.schedule, unseen.latents, unseen.contexts),
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 
 

@@ -14,7 +14,7 @@ from ..data import FULL, scene
 from ..diagnostics.costs import step_flops
 from ..finetune.loop import train
 from ..images import psnr, to_images, to_tensor
-from ..training.loop import Average
+from ..training.loop import EMA
 from ..training.vae import VAERecipe
 from .contract import Ablation, Base, Plan, Reading, Variant, marks
 from .drawing import ceiling
@@ -51,7 +51,7 @@ def readings(base: Base, plan: Plan, factor: int) -> Iterator[Reading]:
         torch.manual_seed(plan.seed)
         recipe = VAERecipe(config_of(base, factor), batch_size=plan.batch)
     model, at = recipe.model.to(base.device), marks(plan.steps)
-    average = Average(model, decay=0.995)
+    average = EMA(model, decay=0.995)
     unseen = to_tensor([scene(seed, "test", FULL).image for seed in range(plan.unseen)])
 
     def loss(generator: torch.Generator):
@@ -60,8 +60,8 @@ def readings(base: Base, plan: Plan, factor: int) -> Iterator[Reading]:
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
             return recipe.loss(model, pixels.to(base.device))[0]
 
-    for done in train(model.parameters(), loss, steps=plan.steps, learning_rate=recipe.learning_rate, models=[model],
-                      warmup=recipe.warmup, seed=plan.seed):
+    for done in train(model.parameters(), loss, max_steps=plan.steps, models=[model],
+                      learning_rate=recipe.learning_rate, warmup=recipe.warmup, seed=plan.seed):
         step = done.index + 1
         average.update(model, step)
         if step not in at:

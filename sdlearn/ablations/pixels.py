@@ -14,8 +14,8 @@ from ..data import scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
-from ..training.classroom import Material
-from ..training.unet import listening
+from ..training.from_scratch import EncodedScenes
+from ..training.unet import shuffled_caption_losses
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import ceiling, draw, lesson, lesson_prompts, lesson_unet, scaled
 
@@ -61,10 +61,10 @@ def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Rea
 
 
 @lru_cache(maxsize=4)
-def scenes_at(base: Base, count: int, split: str, side: int) -> Material:
+def scenes_at(base: Base, count: int, split: str, side: int) -> EncodedScenes:
     """The lesson's scenes as pixels, shrunk; the captions' features are those that latents have."""
     pixels = torch.cat([scaled(to_tensor([scene(seed, split, LESSON_WORLD).image]), side) for seed in range(count)])
-    return Material(pixels.clamp(-1, 1).to(base.device), scenes_of_lesson(base, count, split).contexts)
+    return EncodedScenes(pixels.clamp(-1, 1).to(base.device), scenes_of_lesson(base, count, split).contexts)
 
 
 def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) -> Iterator[Reading]:
@@ -76,7 +76,7 @@ def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) 
         return Reading(steps, told, list(images[:SHOWN]), texts[:SHOWN])
 
     return lesson(parts, material, plan, steps=steps, finish=finish,
-                  measure=lambda unet: listening(unet, base.schedule, unseen.latents, unseen.contexts))
+                  measure=lambda unet: shuffled_caption_losses(unet, base.schedule, unseen.latents, unseen.contexts))
 
 
 PIXELS = Ablation(

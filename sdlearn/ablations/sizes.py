@@ -13,8 +13,8 @@ from ..data import scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
-from ..training.classroom import Material
-from ..training.unet import listening
+from ..training.from_scratch import EncodedScenes
+from ..training.unet import shuffled_caption_losses
 from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 
@@ -69,7 +69,7 @@ def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
 def readings(base: Base, plan: Plan, parts: tuple[float, ...]) -> Iterator[Reading]:
     contexts = scenes_of_lesson(base, plan.scenes).contexts
     latents = [latents_at(base, plan.scenes, "train", side_of(base, part)) for part in parts]
-    material = Material(Buckets(latents), contexts)
+    material = EncodedScenes(Buckets(latents), contexts)
     return lesson(base.parts, material, plan, measure=partial(heard, base, plan), finish=partial(drawn_at, base, plan))
 
 
@@ -77,7 +77,7 @@ def heard(base: Base, plan: Plan, unet) -> dict[str, float]:
     """The loss at two timesteps with right and with wrong captions, on unseen scenes of every training size."""
     contexts = scenes_of_lesson(base, plan.unseen, "test").contexts
     return {f"{name}, {side}": value for side in (side_of(base, part) for part in PARTS) for name, value in
-            listening(unet, base.schedule, latents_at(base, plan.unseen, "test", side), contexts).items()}
+            shuffled_caption_losses(unet, base.schedule, latents_at(base, plan.unseen, "test", side), contexts).items()}
 
 
 def drawn_at(base: Base, plan: Plan, unet) -> Reading:

@@ -16,7 +16,7 @@ from ..data import Scene, scene
 from ..finetune.controlnet import train_controlnet
 from ..images import to_tensor
 from ..training.control import HINTS, edge_f1, hint_tensor, hint_widths
-from ..training.unet import encoded, noised
+from ..training.unet import encode_scenes, make_training_batch
 from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
 from .drawing import draw
 
@@ -56,7 +56,7 @@ def readings(base: Base, plan: Plan, zero: bool) -> Iterator[Reading]:
     first, shown = images_of(base, plan, net)
     yield Reading(0, {**losses(base, plan, net), **first})
     pixels = to_tensor([one.image for one in drawn])
-    for done in train_controlnet(base, net, pixels, [one.caption for one in drawn], hints, steps=plan.steps,
+    for done in train_controlnet(base, net, pixels, [one.caption for one in drawn], hints, max_steps=plan.steps,
                                  learning_rate=LEARNING_RATE, dropout=DROPOUT, batch_size=plan.batch, warmup=WARMUP,
                                  seed=plan.seed):
         step = done.index + 1
@@ -81,7 +81,7 @@ def losses(base: Base, plan: Plan, net: ControlNet) -> dict[str, float]:
     hints = hints.to(base.device)
     found = {"with ControlNet": [], "base": [], "change of the output": []}
     for step in TIMESTEPS:
-        noisy, t, target = noised(latents, step, base.schedule)
+        noisy, t, target = make_training_batch(latents, step, base.schedule)
         without = base.unet(noisy, t, contexts)
         output = base.unet(noisy, t, contexts, net(noisy, t, contexts, hints))
         found["with ControlNet"].append(float(F.mse_loss(output, target)))
@@ -93,7 +93,7 @@ def losses(base: Base, plan: Plan, net: ControlNet) -> dict[str, float]:
 @lru_cache(maxsize=4)
 def unseen_latents(base: Base, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (B, C, h, w) and text features (B, M, T) of the unseen scenes."""
-    return encoded(drawn_scenes(base, count, "test")[0], base.vae, base.text_encoder, base.tokenizer)
+    return encode_scenes(drawn_scenes(base, count, "test")[0], base.vae, base.text_encoder, base.tokenizer)
 
 
 def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:

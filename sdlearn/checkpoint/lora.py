@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..finetune.lora import LoRA, LowRank, check_fit, layers_of
+from ..finetune.lora import LoRA, LowRank, check_fit, find_lora_layers
 from .embedding import check_small
 from .errors import CheckpointError
 from .files import stored, write_tensors
@@ -83,7 +83,7 @@ def _understood(file: Path, keys: list[str], modules: dict[str, nn.Module]) -> d
     """(part, layer, "down" | "up" | "alpha") of every key."""
     if not keys:
         raise CheckpointError(f"{file} is empty: it holds no tensors.")
-    by_underscores = {part: {name.replace(".", "_"): name for name in layers_of(module)}
+    by_underscores = {part: {name.replace(".", "_"): name for name in find_lora_layers(module)}
                       for part, module in modules.items()}
     known, strange = {}, []
     for key in keys:

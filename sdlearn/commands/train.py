@@ -39,6 +39,6 @@ def run(args: argparse.Namespace):
 
 def ship(args: argparse.Namespace):
     """Write a run's judge with its figures, those of scenes through `mini`'s autoencoder among them."""
-    detector = stages.averaged(Detector(), args.run, JudgeRecipe.name)
+    detector = stages.load_averaged(Detector(), args.run, JudgeRecipe.name)
     progress = load_state(args.run / f"{JudgeRecipe.name}-state.pt")["progress"]
     print(f"written: {ship_judge(detector, progress, args.out, vae=StableDiffusion.load(device='cpu').vae)}")

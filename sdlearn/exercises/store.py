@@ -23,6 +23,10 @@ VERSION = 1
 # Exercises that had another name once: a progress file that holds the old name is read as the new one's.
 RENAMED: dict[str, str] = {
     "reusing": "ConditioningCache",
+    "exchanged": "replace_token_embedding",
+    "prior_preserved": "prior_preservation_loss",
+    "merged_weight": "merge_weight",
+    "widened": "widen_unet",
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..images import to_images
 from ..pipeline import StableDiffusion
-from ..training.unet import encoded, noised
+from ..training.unet import encode_scenes, make_training_batch
 from ..unet import skip_channels
 from .architecture import LATENT_LINE, PLAIN, PLAIN_LINE, TEXT, TEXT_LINE
 from .curves import COLOURS, plain
@@ -201,8 +201,8 @@ class UNetBreaker(WithStill):
     def look(self, scene: int, t: int, *, time: float | None = None, skips=(), silent=()) -> tuple[list, list[str]]:
         """Four images and their captions."""
         model = self.model
-        latent, context = encoded([self.scenes[scene]], model.vae, model.text_encoder, model.tokenizer)
-        x, step, target = noised(latent, t, model.schedule)
+        latent, context = encode_scenes([self.scenes[scene]], model.vae, model.text_encoder, model.tokenizer)
+        x, step, target = make_training_batch(latent, t, model.schedule)
         whole = model.unet(x, step, context)
         with altered(model.unet, time=time, skips=skips, silent=silent):
             broken = model.unet(x, step, context)

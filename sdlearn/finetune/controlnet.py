@@ -18,15 +18,15 @@ from .loop import (
     check_batch,
     check_images,
     diffusion_loss,
-    draw_rows,
-    encode_frozen,
+    draw_indices,
     encode_images,
+    encode_prompts_frozen,
     train,
 )
 
 
 def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, captions: Sequence[str], hints: Tensor,
-                     *, steps: int, learning_rate: float = 1e-5, dropout: float = 0.5, batch_size: int = 4,
+                     *, max_steps: int, learning_rate: float = 1e-5, dropout: float = 0.5, batch_size: int = 4,
                      warmup: int = 0, seed: int = 0) -> Iterator[TrainStep]:
     """Train a ControlNet on images, their captions and their hints; the model itself keeps its bits.
 
@@ -48,7 +48,7 @@ def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, cap
     latents = cache(lambda: encode_images(model, pixels))
 
     def loss(generator: torch.Generator) -> Tensor:
-        shown = draw_rows(len(pixels), batch_size, generator)
+        shown = draw_indices(len(pixels), batch_size, generator)
         kept = (torch.rand(batch_size, generator=generator) >= dropout).tolist()
         prompts = [captions[row] if keep else "" for row, keep in zip(shown.tolist(), kept, strict=True)]
         x0 = latents()[shown]
@@ -57,7 +57,7 @@ def train_controlnet(model: LatentDiffusion, net: nn.Module, pixels: Tensor, cap
         def controlled(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
             return model.unet(x, t, context, residuals=net(x, t, context, hint))
 
-        return diffusion_loss(controlled, model.schedule, x0, encode_frozen(model, prompts), generator)
+        return diffusion_loss(controlled, model.schedule, x0, encode_prompts_frozen(model, prompts), generator)
 
-    return train(net.parameters(), loss, steps=steps, learning_rate=learning_rate,
+    return train(net.parameters(), loss, max_steps=max_steps, learning_rate=learning_rate,
                  models=(model.unet, model.text_encoder, net), warmup=warmup, seed=seed)

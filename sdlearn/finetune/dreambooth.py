@@ -20,15 +20,15 @@ from .loop import (
     check_batch,
     check_images,
     diffusion_losses,
-    draw_rows,
-    encode_frozen,
+    draw_indices,
     encode_images,
     encode_prompts,
+    encode_prompts_frozen,
     train,
 )
 
 
-def prior_preserved(losses: Tensor, weight: float) -> Tensor:
+def prior_preservation_loss(losses: Tensor, weight: float) -> Tensor:
     """The loss of a batch, a scalar, from those of its images (2B,): first the thing's, then as many of its class.
 
     mean over the thing's + weight * mean over the class's
@@ -43,16 +43,16 @@ def dreambooth_loss(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedul
     """The loss, a scalar, of one run of the network on images of the thing, and of its class where they are given.
 
     latents: those of the thing (B, C, h, w), alone or followed by as many of the class. contexts (1 or 2, M, T): the
-    prompt of each, in that order. `prior_weight` weighs the class's part, see `prior_preserved`.
+    prompt of each, in that order. `prior_weight` weighs the class's part, see `prior_preservation_loss`.
     """
     each = contexts.repeat_interleave(len(latents[0]), dim=0)                       # (B or 2B, M, T)
     losses = diffusion_losses(network, schedule, torch.cat(list(latents)), each, generator)
-    return prior_preserved(losses, prior_weight) if len(latents) == 2 else losses.mean()
+    return prior_preservation_loss(losses, prior_weight) if len(latents) == 2 else losses.mean()
 
 
-def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, steps: int, learning_rate: float = 5e-6,
-                     class_pixels: Tensor | None = None, class_prompt: str | None = None, prior_weight: float = 1.0,
-                     train_text: bool = False, batch_size: int = 1, warmup: int = 0,
+def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, max_steps: int,
+                     learning_rate: float = 5e-6, class_pixels: Tensor | None = None, class_prompt: str | None = None,
+                     prior_weight: float = 1.0, train_text: bool = False, batch_size: int = 1, warmup: int = 0,
                      seed: int = 0) -> Iterator[TrainStep]:
     """Train the U-Net, and the text encoder if `train_text`, on images of one thing under one prompt.
 
@@ -78,13 +78,13 @@ def train_dreambooth(model: LatentDiffusion, pixels: Tensor, prompt: str, *, ste
                              f"{tuple(pixels.shape[1:])}: make them of one size")
     prompts = [prompt, class_prompt] if prior else [prompt]
     latents = cache(lambda: [encode_images(model, part) for part in (pixels, class_pixels)[:len(prompts)]])
-    frozen = cache(lambda: encode_frozen(model, prompts))
+    frozen = cache(lambda: encode_prompts_frozen(model, prompts))
 
     def loss(generator: torch.Generator) -> Tensor:
         context = encode_prompts(model, prompts) if train_text else frozen()        # a row for each kind
-        x0 = [part[draw_rows(len(part), batch_size, generator)] for part in latents()]
+        x0 = [part[draw_indices(len(part), batch_size, generator)] for part in latents()]
         return dreambooth_loss(model.unet, model.schedule, x0, context, generator, prior_weight)
 
     parameters = [*model.unet.parameters(), *(model.text_encoder.parameters() if train_text else ())]
-    return train(parameters, loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text_encoder),
-                 warmup=warmup, seed=seed)
+    return train(parameters, loss, max_steps=max_steps, learning_rate=learning_rate,
+                 models=(model.unet, model.text_encoder), warmup=warmup, seed=seed)

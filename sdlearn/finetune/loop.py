@@ -23,7 +23,7 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 
-HALVES = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class LatentDiffusion(Protocol):
@@ -39,7 +39,7 @@ class LatentDiffusion(Protocol):
 class TrainStep(NamedTuple):
     """What training yields, after the parameters have moved."""
 
-    index: int              # 0...steps-1
+    index: int              # 0...max_steps-1
     loss: float             # before this step
     gradient_norm: float    # before clipping
 
@@ -48,7 +48,7 @@ class Diverged(FloatingPointError):
     """The loss or its gradient is not finite; what learns is as it was after the step before."""
 
 
-def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor], *, steps: int,
+def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor], *, max_steps: int,
           learning_rate: float, models: Iterable[nn.Module] = (), warmup: int = 0, weight_decay: float = 0.01,
           clip: float = 1.0, seed: int = 0) -> Iterator[TrainStep]:
     """Minimise `loss` over `parameters` with AdamW (Loshchilov and Hutter 2019).
@@ -60,13 +60,13 @@ def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor
     of the whole gradient. Raises ValueError for settings that cannot be, at once; Diverged on the way.
     """
     parameters, models = list(parameters), list(models)
-    _check(parameters, steps, learning_rate, warmup)
-    return _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay, clip, seed)
+    _check(parameters, max_steps, learning_rate, warmup)
+    return _train(parameters, loss, models, max_steps, learning_rate, warmup, weight_decay, clip, seed)
 
 
 def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay, clip, seed):
     generator = torch.Generator().manual_seed(seed)
-    with learning(parameters, models), _small_attention(parameters, models):
+    with train_only(parameters, models), _small_attention(parameters, models):
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
         for index in range(steps):
             for group in optimiser.param_groups:
@@ -90,7 +90,7 @@ def _small_attention(parameters: list[Tensor], models: list[nn.Module]) -> Abstr
 
 
 @contextmanager
-def learning(parameters: list[Tensor], models: list[nn.Module]):
+def train_only(parameters: list[Tensor], models: list[nn.Module]):
     """Inside, only `parameters` have gradients; afterwards flags are as before, and no gradient is left."""
     before = [(p, p.requires_grad) for p in [*(p for model in models for p in model.parameters()), *parameters]]
     try:
@@ -110,12 +110,12 @@ def learning(parameters: list[Tensor], models: list[nn.Module]):
 def _check(parameters: list[Tensor], steps: int, learning_rate: float, warmup: int) -> None:
     if not parameters:
         raise ValueError("there is nothing to train: no parameters were given")
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+    for name, value, least in (("max_steps", steps, 1), ("warmup", warmup, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value}: give a whole number of at least {least}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"the learning rate is {learning_rate}: give a number above 0, such as 1e-4")
-    if half := [p.dtype for p in parameters if p.dtype in HALVES]:
+    if half := [p.dtype for p in parameters if p.dtype in HALF_PRECISION]:
         raise ValueError(f"what learns is {half[0]}, in which small steps are lost: load the model in float32")
 
 
@@ -160,7 +160,7 @@ def encode_prompts(model: LatentDiffusion, prompts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_frozen(model: LatentDiffusion, prompts: list[str]) -> Tensor:
+def encode_prompts_frozen(model: LatentDiffusion, prompts: list[str]) -> Tensor:
     """`encode_prompts` for a text encoder that does not learn."""
     return encode_prompts(model, prompts)
 
@@ -172,7 +172,7 @@ def encode_images(model: LatentDiffusion, pixels: Tensor) -> Tensor:
     return torch.cat([model.vae.to_latent(part.to(place)) for part in pixels.split(8)])
 
 
-def draw_rows(count: int, size: int, generator: torch.Generator) -> Tensor:
+def draw_indices(count: int, size: int, generator: torch.Generator) -> Tensor:
     """`size` of the numbers 0...count-1; none twice where there are enough."""
     rounds = -(-size // count)
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:size]

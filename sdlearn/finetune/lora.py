@@ -6,7 +6,7 @@ r  rank     i, o  inputs and outputs of a layer     k  side of a convolution's k
 
 Hu et al. 2021, "LoRA: Low-rank adaptation of large language models". `up` starts at zero, so a fresh LoRA
 changes nothing. For a convolution, down is (r, i, k, k) and up (o, r, 1, 1). A `LoRA` can be used in two
-ways: `attached` computes it beside the layers, which is how it is trained, and `Merged` (merged.py) adds it
+ways: `attach_lora` computes it beside the layers, which is how it is trained, and `MergedLoRAs` (merged.py) adds it
 into their weights, which costs nothing at sampling and can be undone to the bit.
 """
 
@@ -27,10 +27,10 @@ from .loop import (
     check_batch,
     check_images,
     diffusion_loss,
-    draw_rows,
-    encode_frozen,
+    draw_indices,
     encode_images,
     encode_prompts,
+    encode_prompts_frozen,
     train,
 )
 
@@ -87,7 +87,7 @@ class LoRALinear(nn.Module):
 
     base(x) + alpha / r * up @ down @ x         down (r, i) random, up (o, r) zeros
 
-    `attached` does the same without changing a model's modules; this is the form that libraries put in their place.
+    `attach_lora` does the same without changing a model's modules; this is the form that libraries put in their place.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None):
@@ -129,7 +129,7 @@ def new_lora(unet: nn.Module, text: nn.Module | None = None, *, rank: int = 4, a
 
 def _fresh(module: nn.Module, rank: int, alpha: float | None, targets: Sequence[str],
            generator: torch.Generator) -> dict[str, LowRank]:
-    layers, fresh = layers_of(module), {}
+    layers, fresh = find_lora_layers(module), {}
     for target in targets:
         found = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not found:
@@ -144,14 +144,14 @@ def _fresh(module: nn.Module, rank: int, alpha: float | None, targets: Sequence[
     return fresh
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+def find_lora_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The layers that a LoRA can change, by name: linear layers and convolutions."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
 
 
 def check_fit(changes: Mapping[str, LowRank], module: nn.Module) -> None:
     """Raise ValueError, naming the layers, unless every change belongs to a layer of `module`."""
-    layers, kind = layers_of(module), type(module).__name__
+    layers, kind = find_lora_layers(module), type(module).__name__
     if strange := [name for name in changes if name not in layers]:
         raise ValueError(f"this is a LoRA for other layers: {len(strange)} of its {len(changes)} are not in this "
                          f"{kind}, the first being '{strange[0]}'; use it with the model that it was made for")
@@ -171,14 +171,14 @@ def _bare(tensor: Tensor) -> tuple[int, ...]:
 # --- beside the layers ------------------------------------------------------------------------------
 
 @contextmanager
-def attached(module: nn.Module, changes: Mapping[str, LowRank], strength: float = 1.0):
+def attach_lora(module: nn.Module, changes: Mapping[str, LowRank], strength: float = 1.0):
     """Inside, each layer of `module` in `changes` gives W x + strength * alpha / r * up (down x).
 
     The weights are not touched; several can be attached at once, and add up. Raises ValueError for changes
     that do not fit.
     """
     check_fit(changes, module)
-    layers = layers_of(module)
+    layers = find_lora_layers(module)
     with ExitStack() as stack:
         for name, change in changes.items():
             stack.callback(layers[name].register_forward_hook(_beside(change, strength)).remove)
@@ -197,7 +197,7 @@ def _beside(change: LowRank, strength: float):
     return add
 
 
-def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str | Sequence[str], *, steps: int,
+def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str | Sequence[str], *, max_steps: int,
                learning_rate: float = 1e-4, batch_size: int = 1, warmup: int = 0,
                seed: int = 0) -> Iterator[TrainStep]:
     """Train the tensors of `lora`, in place, on images and their captions; the model keeps its bits.
@@ -214,18 +214,18 @@ def train_lora(model: LatentDiffusion, lora: LoRA, pixels: Tensor, captions: str
     if len(captions) != len(pixels):
         raise ValueError(f"{len(pixels)} images need as many captions, or one for all, not {len(captions)}")
     latents = cache(lambda: encode_images(model, pixels))
-    encode = encode_prompts if lora.text_encoder else encode_frozen
+    encode = encode_prompts if lora.text_encoder else encode_prompts_frozen
 
     def loss(generator: torch.Generator) -> Tensor:
-        shown = draw_rows(len(pixels), batch_size, generator)
+        shown = draw_indices(len(pixels), batch_size, generator)
         context = encode(model, [captions[row] for row in shown.tolist()])
         return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
 
-    run = train(lora.tensors(), loss, steps=steps, learning_rate=learning_rate, models=(model.unet, model.text_encoder),
-                warmup=warmup, seed=seed)
+    run = train(lora.tensors(), loss, max_steps=max_steps, learning_rate=learning_rate,
+                models=(model.unet, model.text_encoder), warmup=warmup, seed=seed)
     return _attached_meanwhile(run, model, lora)
 
 
 def _attached_meanwhile(run: Iterator[TrainStep], model: LatentDiffusion, lora: LoRA) -> Iterator[TrainStep]:
-    with attached(model.unet, lora.unet), attached(model.text_encoder, lora.text_encoder), closing(run):
+    with attach_lora(model.unet, lora.unet), attach_lora(model.text_encoder, lora.text_encoder), closing(run):
         yield from run

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .lora import LoRA, LowRank, check_fit, layers_of, lora_delta
+from .lora import LoRA, LowRank, check_fit, find_lora_layers, lora_delta
 
 
-def merged_weight(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
+def merge_weight(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> Tensor:
     """A layer's weight with LoRAs in it:  weight + the sum of strength * alpha / r * up @ down.
 
     changes: pairs of a LoRA's part for this layer and its strength. The sum is made in float32 at least; without any
@@ -23,13 +23,13 @@ def merged_weight(weight: Tensor, changes: Sequence[tuple[LowRank, float]]) -> T
     return total
 
 
-class Merged:
+class MergedLoRAs:
     """What LoRAs add to the weights of a U-Net and a text encoder:  weight = base + the changes that are there.
 
     The base of every touched layer is kept, and each weight is made anew from it. So LoRAs can be added and
     removed in any order: what has been removed leaves no trace, and without any LoRA a weight has its bits back.
 
-        merged = Merged(model.unet, model.text)
+        merged = MergedLoRAs(model.unet, model.text_encoder)
         merged.add(lora, strength=0.8)
         merged.remove(lora)
     """
@@ -65,8 +65,8 @@ class Merged:
     @torch.no_grad()
     def _write(self, lora: LoRA, strengths: dict[LoRA, float]) -> None:
         """Make the weights that `lora` touches anew, for LoRAs of these strengths."""
-        touched = [(layers_of(getattr(self, part))[name], part, name) for part in ("unet", "text_encoder")
-                   for name in getattr(lora, part)]
+        touched = [(find_lora_layers(getattr(self, part))[name], part, name)
+                   for part in ("unet", "text_encoder") for name in getattr(lora, part)]
         for layer, _, name in touched:
             self._check_unchanged(layer, name)
         for layer, part, name in touched:
@@ -74,7 +74,7 @@ class Merged:
             base = self._bases.setdefault(layer, weight.detach().clone())
             changes = [(getattr(one, part)[name], strength) for one, strength in strengths.items()
                        if name in getattr(one, part)]
-            weight.copy_(merged_weight(base.to(weight.device), changes))
+            weight.copy_(merge_weight(base.to(weight.device), changes))
             self._seen[layer] = (weight, weight._version)
             if not changes:
                 del self._bases[layer], self._seen[layer]

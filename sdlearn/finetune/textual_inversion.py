@@ -5,10 +5,11 @@ n  vectors of the word      D  width of the text encoder's embeddings      B  ba
 Everything is frozen but the new word's rows of the token embedding, which are sought so that the diffusion
 loss on a few images is low. Gal et al. 2022, "An image is worth one word". A word's way:
 
-    add_embedding(model.tokenizer, model.text, embedding_like(model.tokenizer, model.text, "<toy>", "cat"))
-    for step in train_embedding(model, "<toy>", pixels, steps=500):
+    start = init_embedding(model.tokenizer, model.text_encoder, "<toy>", "cat")
+    add_embedding(model.tokenizer, model.text_encoder, start)
+    for step in train_embedding(model, "<toy>", pixels, max_steps=500):
         ...
-    read_embedding(model.tokenizer, model.text, "<toy>")        # to be saved, and added to other models
+    read_embedding(model.tokenizer, model.text_encoder, "<toy>")        # to be saved, and added to other models
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from .loop import (
     check_batch,
     check_images,
     diffusion_loss,
-    draw_rows,
+    draw_indices,
     encode_images,
     encode_prompts,
     train,
@@ -51,7 +52,7 @@ class Embedding:
                              "a row for each token")
 
 
-def embedding_like(tokenizer: Tokenizer, text: TextEncoder, token: str, like: str, count: int = 1) -> Embedding:
+def init_embedding(tokenizer: Tokenizer, text: TextEncoder, token: str, like: str, count: int = 1) -> Embedding:
     """`count` vectors for `token` to start from: those of the known word `like`, repeated where it has fewer.
 
     Raises ValueError if `like` is no word or has more tokens than `count`.
@@ -64,7 +65,7 @@ def embedding_like(tokenizer: Tokenizer, text: TextEncoder, token: str, like: st
     return Embedding(token, table.detach()[[ids[i % len(ids)] for i in range(count)]].clone())      # (n, D)
 
 
-def grow(text: TextEncoder, count: int) -> None:
+def grow_token_embedding(text: TextEncoder, count: int) -> None:
     """Give the text encoder `count` more rows of token embedding, zeros, behind those it has, whose bits stay.
 
     `text.config` is replaced by one with the new `vocab_size`.
@@ -94,7 +95,7 @@ def add_embedding(tokenizer: Tokenizer, text: TextEncoder, embedding: Embedding)
                          f"the embedding, such as '<{embedding.token}>'")
     ids = tokenizer.add_token(embedding.token, len(embedding.vectors))
     if (lacking := tokenizer.vocab_size - text.config.vocab_size) > 0:
-        grow(text, lacking)
+        grow_token_embedding(text, lacking)
     _write(text, ids, embedding.vectors)
     return ids
 
@@ -105,7 +106,7 @@ def read_embedding(tokenizer: Tokenizer, text: TextEncoder, token: str) -> Embed
     return Embedding(token, table.detach()[_ids_of(tokenizer, token)].clone())
 
 
-def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps: int, learning_rate: float = 5e-3,
+def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, max_steps: int, learning_rate: float = 5e-3,
                     templates: str | Sequence[str] = TEMPLATES, batch_size: int = 4, warmup: int = 0,
                     seed: int = 0) -> Iterator[TrainStep]:
     """Train the vectors of an added word on images, pixels (B, 3, H, W) in [-1, 1].
@@ -127,13 +128,13 @@ def train_embedding(model: LatentDiffusion, token: str, pixels: Tensor, *, steps
     sentences = [template.replace("{}", token) for template in templates]
 
     def loss(generator: torch.Generator) -> Tensor:
-        shown = draw_rows(len(pixels), batch_size, generator)
+        shown = draw_indices(len(pixels), batch_size, generator)
         chosen = torch.randint(len(sentences), (batch_size,), generator=generator).tolist()
-        with rows_in_place(model.text_encoder.embeddings.token_embedding, ids, rows):
+        with override_token_embedding(model.text_encoder.embeddings.token_embedding, ids, rows):
             context = encode_prompts(model, [sentences[i] for i in chosen])         # (B, M, T)
         return diffusion_loss(model.unet, model.schedule, latents()[shown], context, generator)
 
-    run = train([rows], loss, steps=steps, learning_rate=learning_rate, models=(model.text_encoder, model.unet),
+    run = train([rows], loss, max_steps=max_steps, learning_rate=learning_rate, models=(model.text_encoder, model.unet),
                 warmup=warmup, weight_decay=0.0, seed=seed)
     return _written_after_each(run, model.text_encoder, ids, rows)
 
@@ -145,7 +146,7 @@ def _written_after_each(run: Iterator[TrainStep], text: TextEncoder, ids: list[i
             yield step
 
 
-def exchanged(vectors: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+def replace_token_embedding(vectors: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     """Vectors (B, M, D) of tokens (B, M), with rows (n, D) for the tokens `ids` (n,), and as they are for all others.
 
     Differentiable in `rows`, which is all that learns in textual inversion.
@@ -156,12 +157,12 @@ def exchanged(vectors: Tensor, tokens: Tensor, ids: Tensor, rows: Tensor) -> Ten
 
 
 @contextmanager
-def rows_in_place(embedding: nn.Embedding, ids: list[int], rows: Tensor):
+def override_token_embedding(embedding: nn.Embedding, ids: list[int], rows: Tensor):
     """Inside, `embedding` gives rows (n, D) for the n ids, differentiably, and its own for all others."""
     places = torch.tensor(ids, device=embedding.weight.device)
 
     def exchange(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return exchanged(output, inputs[0], places, rows)
+        return replace_token_embedding(output, inputs[0], places, rows)
 
     handle = embedding.register_forward_hook(exchange)
     try:

@@ -27,7 +27,7 @@ from .. import prompt as prompt_room
 from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_lora
 from ..checkpoint.shipped import load_shipped, shipped_models
 from ..controlnet import ControlNet
-from ..finetune import Embedding, LoRA, Merged, add_embedding
+from ..finetune import Embedding, LoRA, MergedLoRAs, add_embedding
 from ..guidance import check_guidance, predict_x0, shared_halves
 from ..images import to_images
 from ..samplers import grid_for
@@ -159,10 +159,10 @@ class StableDiffusion:
         return self._compiled
 
     @property
-    def loras(self) -> Merged:
+    def loras(self) -> MergedLoRAs:
         """What LoRAs have been merged into the U-Net and the text encoder that are there now."""
         if self._loras is None or (self._loras.unet, self._loras.text_encoder) != (self.unet, self.text_encoder):
-            self._loras = Merged(self.unet, self.text_encoder)
+            self._loras = MergedLoRAs(self.unet, self.text_encoder)
         return self._loras
 
     def add_lora(self, source: str | Path | LoRA, strength: float = 1.0) -> LoRA:

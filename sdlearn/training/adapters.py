@@ -29,7 +29,7 @@ from ..unet import UNet
 from . import stages
 from .concept import CLASS, GROUND, RARE, TAUGHT, THING, WORD
 from .control import ControlRecipe, hint_widths
-from .inpaint import InpaintRecipe, widened
+from .inpaint import InpaintRecipe, widen_unet
 from .loop import load_state
 
 KEPT = ("step", "samples", "seconds", "precisions", "worlds")     # of a stage's progress, for the card
@@ -38,7 +38,7 @@ SHEET_FILE = "samples.png"
 BUDGETS = {"edges": 2_600_000, "depth": 2_600_000, "inpaint": 6_600_000}
 
 
-def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32) -> dict[str, dict]:
+def package_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32) -> dict[str, dict]:
     """Write whatever a run has on top of its U-Net into the model folder that was just shipped; figures by stage.
 
     `count`: unseen scenes for the figures. Adapters of another base that the folder still holds are removed,
@@ -48,17 +48,17 @@ def ship_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 32)
     figures = {}
     for stage, state in states.items():
         recipe = stages.STAGES[stage].make(config, run, first=0, **({"first_masks": 0} if stage == "inpaint" else {}))
-        figures[stage] = ship_one(recipe, state["average"], folder, count)
+        figures[stage] = package_adapter(recipe, state["average"], folder, count)
         done = state["progress"]
         figures[stage]["training"] = {key: done[key] for key in KEPT if key in done}
-    figures |= ship_concept(config, run, folder)
+    figures |= package_concept(config, run, folder)
     for name in remove_strangers(folder):
         print(f"removed: {folder / name}, which belongs to another base than the one that is shipped now, and which "
               f"{run} has not trained; train it on this base and ship again")
     return figures
 
 
-def ship_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, dict]:
+def package_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, dict]:
     """Write what a run has taught its base, if it has both the word and the LoRA; figures by stage."""
     states = {stage: load_state(run / f"{stage}-state.pt") for stage in stages.CONCEPTS}
     if None in states.values():
@@ -82,7 +82,7 @@ def ship_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, dict
 
 
 @torch.no_grad()
-def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path, count: int) -> dict[str, float]:
+def package_adapter(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path, count: int) -> dict[str, float]:
     """Write one adapter, load it again, and measure what of it got lost; the sheet beside it."""
     base = load_folder(folder).unet.to(recipe.empty.device)     # as stored: what it will be added to
     drawn = [scene(seed, "test", recipe.world) for seed in range(count)]
@@ -98,7 +98,7 @@ def ship_one(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path,
         figures = {**recipe.agreement(drawn, images, free), **recipe.listening(stored, count)}
         told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole, count)}
     else:
-        whole = widened(base)
+        whole = widen_unet(base)
         whole.load_state_dict(weights)
         place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name], moments=input_moments(recipe, whole, base))
         stored = load_inpaint(folder, device=recipe.empty.device).unet
@@ -166,7 +166,7 @@ def card_section(figures: dict[str, dict]) -> list[str]:
     lines = ["## Trained on top of it", "",
              "Stored as low-rank differences to the U-Net. `error of the stored difference` is the share of the",
              "difference that was cut off, `error of its effect on the output` how much of it is felt. `edge_f1` and",
-             "`covered_iou` compare images of unseen captions with the hint, with and without it given; their",
+             "`foreground_iou` compare images of unseen captions with the hint, with and without it given; their",
              "ceiling is the scenes themselves through the autoencoder. `known_psnr`, in dB, is of what was to stay.",
              ""]
     for stage, told in figures.items():

@@ -17,11 +17,11 @@ from ..data import CORE, FULL, WORLDS, World, contact_sheet, scene, vocabulary
 from ..data.world import SIZES
 from ..images import psnr, ssim, to_images, to_tensor
 from ..unet import UNet
-from .adapters import KEPT, card_section, ship_adapters
-from .clip import retrieval, shortest
+from .adapters import KEPT, card_section, package_adapters
+from .clip import retrieval_accuracy, trim_padding
 from .loop import load_state
-from .stages import averaged, train_tokenizer, trained_vae
-from .unet import UNetRecipe, fixed_prompts
+from .stages import load_averaged, load_trained_vae, train_tokenizer
+from .unet import UNetRecipe, validation_prompts
 from .vae import reconstruction_under_noise
 
 EXPERIMENTS = SHIPPED / "experiments.json"      # by hand: results of trials, with machine and date
@@ -64,11 +64,12 @@ def autoencoder_by_size(vae, count: int = 200, world: World = FULL) -> dict[str,
 
 
 @torch.no_grad()
-def chosen_rightly(clip: CLIP, tokenizer, images, prompts: list[str], others: int = 99, world: World = CORE) -> float:
+def image_to_text_accuracy(clip: CLIP, tokenizer, images, prompts: list[str], others: int = 99,
+                           world: World = CORE) -> float:
     """Share of images whose own prompt is nearest, by the encoders, among it and `others` other captions."""
     wrong = [scene(10_000 + seed, "test", world).caption for seed in range(others)]
     embedded = clip.encode_image(to_tensor(images))
-    texts, rest = (clip.encode_text(shortest(tokenizer(list(some)), tokenizer.end)) for some in (prompts, wrong))
+    texts, rest = (clip.encode_text(trim_padding(tokenizer(list(some)), tokenizer.end)) for some in (prompts, wrong))
     own = (embedded * texts).sum(dim=1)
     return float((own > (embedded @ rest.T).amax(dim=1)).float().mean())
 
@@ -80,7 +81,7 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def words_of(world: World, trained_on: list[str]) -> list[str]:
+def known_words(world: World, trained_on: list[str]) -> list[str]:
     """The words that a U-Net knows of a world's objects: those of the captions in the worlds it was trained on."""
     return sorted(vocabulary(world.objects, grammar=any(WORLDS[name].grammar for name in trained_on if name in WORLDS)))
 
@@ -88,23 +89,23 @@ def words_of(world: World, trained_on: list[str]) -> list[str]:
 def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) -> tuple[Parts, dict, list]:
     """The parts of a run, its figures, and the images of `prompts`."""
     states = {stage: load_state(run / f"{stage}-state.pt")["progress"] for stage in ("vae", "clip", "unet")}
-    tokenizer, vae = train_tokenizer(config, run), trained_vae(config, run)
-    clip = averaged(CLIP(config.text, config.vision), run, "clip")
+    tokenizer, vae = train_tokenizer(config, run), load_trained_vae(config, run)
+    clip = load_averaged(CLIP(config.text, config.vision), run, "clip")
     recipe = UNetRecipe(config, vae, clip.text_model, tokenizer, run, world=world, first=0)
-    unet = averaged(UNet(config.unet), run, "unet")
+    unet = load_averaged(UNet(config.unet), run, "unet")
     images = list(recipe.sample(unet, prompts, steps=25))
-    words = words_of(world, states["unet"].get("worlds", []))
+    words = known_words(world, states["unet"].get("worlds", []))
     parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
                   {"objects": sorted(world.objects), "words": words})
     real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]
     through = to_images(torch.cat([vae.decode(vae.encode(to_tensor([s.image])).mode()) for s in real]))
     figures = {
         "autoencoder PSNR on 500 unseen scenes, dB": autoencoder_psnr(vae),
-        "encoders' retrieval among 1,000 unseen scenes, top 1": retrieval(clip, tokenizer),
+        "encoders' retrieval among 1,000 unseen scenes, top 1": retrieval_accuracy(clip, tokenizer),
         f"images of {len(prompts)} unseen prompts whose own prompt the encoders choose among 100":
-            chosen_rightly(clip, tokenizer, images, prompts, world=world),
+            image_to_text_accuracy(clip, tokenizer, images, prompts, world=world),
         "the same for the real scenes of these prompts through the autoencoder":
-            chosen_rightly(clip, tokenizer, list(through), [s.caption for s in real], world=world),
+            image_to_text_accuracy(clip, tokenizer, list(through), [s.caption for s in real], world=world),
         **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
         "autoencoder by size": autoencoder_by_size(vae),
         "autoencoder under noise": {f"{noise:g}": row for noise, row in reconstruction_under_noise(vae).items()},
@@ -114,7 +115,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     return parts, figures, images
 
 
-def decided(experiments: list[dict]) -> list[str]:
+def experiments_section(experiments: list[dict]) -> list[str]:
     """Lines of Markdown: what was tried beside what before the shapes and losses were settled."""
     lines = ["## What decided", ""]
     for one in experiments:
@@ -131,13 +132,14 @@ def config_with(config: ModelConfig, vae) -> ModelConfig:
     return replace(config, vae=vae.config)
 
 
-def ship(config: ModelConfig, run: Path, out: Path | None = None, *, world: World = CORE, count: int = 64) -> Path:
+def package_weights(config: ModelConfig, run: Path, out: Path | None = None, *, world: World = CORE,
+                    count: int = 64) -> Path:
     """Measure a run, write its weights in half precision as a model folder, and the card and sheet beside them."""
-    prompts = fixed_prompts(count, world)
+    prompts = validation_prompts(count, world)
     parts, figures, images = measure(config, run, prompts, world)
     folder = save_folder(out or SHIPPED / config.name, parts, dtype=torch.float16)
     remove_old_evaluation(folder)
-    if adapters := ship_adapters(config, run, folder):
+    if adapters := package_adapters(config, run, folder):
         figures["on top"] = adapters
         figures["training"] |= {stage: told["training"] for stage, told in adapters.items()}
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -193,7 +195,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "Captions of unseen scenes, one seed each, none left out: DDIM, 25 steps, guidance 3.", "",
         "![images of unseen prompts](samples.png)", "",
         *card_section(figures.get("on top", {})),
-        *decided(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
+        *experiments_section(json.loads(EXPERIMENTS.read_text(encoding="utf-8"))),
         "## Licence", "",
         "Trained on OpenMoji art: the weights and the images they make are shared under CC BY-SA 4.0. All emojis",
         "designed by OpenMoji, the open-source emoji and icon project.", ""))

@@ -27,7 +27,7 @@ from ..images import save_sheet, to_tensor
 from ..tokenizer import Tokenizer
 
 
-def shortest(ids: torch.Tensor, end: int) -> torch.Tensor:
+def trim_padding(ids: torch.Tensor, end: int) -> torch.Tensor:
     """`ids` (B, L) without the columns that only pad: the text encoder is causal, so nothing before
     them changes, and captions of 15 tokens cost a fifth of 77."""
     longest = int((ids == end).int().argmax(dim=1).max())
@@ -35,14 +35,15 @@ def shortest(ids: torch.Tensor, end: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def retrieval(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int = 0, world: World = FULL) -> float:
+def retrieval_accuracy(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int = 0,
+                       world: World = FULL) -> float:
     """Share of `count` unseen scenes whose image is nearest to its own caption among all captions."""
     device = clip.logit_scale.device
     images, texts = [], []
     for first in range(start, start + count, 100):
         drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, start + count))]
         images.append(clip.encode_image(to_tensor([s.image for s in drawn]).to(device)))
-        texts.append(clip.encode_text(shortest(tokenizer([s.caption for s in drawn]), tokenizer.end).to(device)))
+        texts.append(clip.encode_text(trim_padding(tokenizer([s.caption for s in drawn]), tokenizer.end).to(device)))
     images, texts = torch.cat(images), torch.cat(texts)
     own = (images * texts).sum(dim=1, keepdim=True)
     # Two scenes may have the same caption, whose vectors are equal up to rounding: those tie.
@@ -50,20 +51,20 @@ def retrieval(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, start: int
 
 
 @torch.no_grad()
-def told_apart(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
+def hard_negative_accuracy(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
     """Share of `count` unseen scenes whose image is nearer to its caption than to one that is wrong in one thing."""
     device, right = clip.logit_scale.device, 0
     for first in range(0, count, 100):
         drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
         images = clip.encode_image(to_tensor([s.image for s in drawn]).to(device))
         pairs = [captions_apart(s, random.Random(s.seed), world.grammar) for s in drawn]
-        ids = shortest(tokenizer([caption for pair in zip(*pairs, strict=True) for caption in pair]), tokenizer.end)
+        ids = trim_padding(tokenizer([caption for pair in zip(*pairs, strict=True) for caption in pair]), tokenizer.end)
         true, wrong = clip.encode_text(ids.to(device)).chunk(2)
         right += int(((images * true).sum(dim=1) > (images * wrong).sum(dim=1)).sum())
     return right / count
 
 
-def loss_with_wrong(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+def hard_negative_loss(images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """InfoNCE as `clip.contrastive_loss`, with more wrong texts than there are images: row i of the first B belongs
     to image i. images (B, S), texts (2B, S); a scalar."""
     logits, matches = similarity_logits(images, texts, logit_scale), torch.arange(len(images), device=images.device)
@@ -87,20 +88,22 @@ class AuxiliaryClassifier(nn.Module):
 
 
 class CLIPWithClassifier(CLIP):
-    """The encoders, and what only their training needs: it is called `scaffold`, and not shipped."""
+    """CLIP with an auxiliary classifier, which serves training alone: packaged weights lack it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.text, config.vision)
-        self.scaffold = AuxiliaryClassifier(config.text.dim)
+        self.auxiliary_head = AuxiliaryClassifier(config.text.dim)
 
 
 @torch.no_grad()
-def read_rightly(encoders: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500, world: World = FULL) -> float:
+def relation_accuracy(encoders: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500,
+                      world: World = FULL) -> float:
     """Share of the relations said in captions of `count` unseen scenes that are read off the pooled vectors."""
     drawn = [scene(seed, "test", world) for seed in range(count)]
     answers = torch.tensor([answers_of(s.caption, s)[0] for s in drawn])
-    ids = shortest(tokenizer([s.caption for s in drawn]), tokenizer.end).to(encoders.logit_scale.device)
-    given = torch.cat([encoders.scaffold(encoders.text_model(part).pooled)[0].argmax(dim=1) for part in ids.split(100)])
+    ids = trim_padding(tokenizer([s.caption for s in drawn]), tokenizer.end).to(encoders.logit_scale.device)
+    given = torch.cat([encoders.auxiliary_head(encoders.text_model(part).pooled)[0].argmax(dim=1)
+                       for part in ids.split(100)])
     return float((given.cpu() == answers)[answers > 0].float().mean())
 
 
@@ -120,14 +123,14 @@ class CLIPRecipe:
         drawn = [scene(seed, world=self.world) for seed in seeds]
         true, wrong = zip(*(captions_apart(s, random.Random(s.seed), self.world.grammar) for s in drawn), strict=True)
         answers = torch.tensor([answers_of(caption, s) for caption, s in zip(true, drawn, strict=True)])
-        return (to_tensor([s.image for s in drawn]), shortest(self.tokenizer([*true, *wrong]), self.tokenizer.end),
+        return (to_tensor([s.image for s in drawn]), trim_padding(self.tokenizer([*true, *wrong]), self.tokenizer.end),
                 answers)
 
     def loss(self, model, pixels, ids, answers):
         pooled = model.text_model(ids).pooled                                               # (2B, D)
         texts = F.normalize(model.text_projection(pooled), dim=-1)
-        contrast = loss_with_wrong(model.encode_image(pixels), texts, model.logit_scale)
-        given = model.scaffold(pooled[:len(pixels)])
+        contrast = hard_negative_loss(model.encode_image(pixels), texts, model.logit_scale)
+        given = model.auxiliary_head(pooled[:len(pixels)])
         reading = sum(F.cross_entropy(logits, right) for logits, right in zip(given, answers.T, strict=True))
         return contrast + 0.5 * reading, {"contrast": contrast.detach(), "reading": reading.detach(),
                                           "scale": model.logit_scale.detach().exp()}
@@ -139,10 +142,10 @@ class CLIPRecipe:
         images = averaged.encode_image(to_tensor([s.image for s in drawn]).to(device))
         wrong = [scene(seed, "test", self.world).caption for seed in range(100, 400)]
         captions = [s.caption for s in drawn] + wrong
-        texts = averaged.encode_text(shortest(self.tokenizer(captions), self.tokenizer.end).to(device))
+        texts = averaged.encode_text(trim_padding(self.tokenizer(captions), self.tokenizer.end).to(device))
         nearest = (images @ texts.T).argmax(dim=1).tolist()
         save_sheet(contact_sheet([s.image for s in drawn], [captions[i] for i in nearest], columns=4),
                    folder / f"{self.name}-{step:07d}.png")
-        return {"retrieval": retrieval(averaged, self.tokenizer, count=500, world=self.world),
-                "told apart": told_apart(averaged, self.tokenizer, world=self.world),
-                "relations read": read_rightly(averaged, self.tokenizer, world=self.world)}
+        return {"retrieval": retrieval_accuracy(averaged, self.tokenizer, count=500, world=self.world),
+                "told apart": hard_negative_accuracy(averaged, self.tokenizer, world=self.world),
+                "relations read": relation_accuracy(averaged, self.tokenizer, world=self.world)}

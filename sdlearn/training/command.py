@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..config import PRESETS
 from ..data import WORLDS
 from . import stages
-from .card import ship
+from .card import package_weights
 from .loop import fit
 
 NOTHING = 0.01      # what is left of a phase, as a share of it, for which `all` does not go on
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, beside: Mapping[str, stages.Stage] = MappingPr
     join_processes()
     if args.stage == "ship":
         if PartialState().is_main_process:
-            print(f"written: {ship(PRESETS[args.preset], args.run, args.out)}")
+            print(f"written: {package_weights(PRESETS[args.preset], args.run, args.out)}")
         return
     with PartialState().main_process_first():                  # it fills the run, and the others find it filled
         if args.start and (filled := stages.start_from(args.start, args.run, PRESETS[args.preset])):
@@ -105,11 +105,11 @@ def budget(stage: stages.Stage, args: argparse.Namespace) -> float:
 def train_rest(name: str, stage: stages.Stage, args: argparse.Namespace):
     """What is left of a stage's budget in `all`, phase by phase. So a call after a cut goes on where that one was."""
     minutes, trains = budget(stage, args), False
-    if stage.settled_by and stages.trained_seconds(args.run, stage.settled_by) is not None:
+    if stage.settled_by and stages.read_trained_seconds(args.run, stage.settled_by) is not None:
         skip(f"{name}: stays as it is, as '{stage.settled_by}' has been trained on what it makes")
         return
     for phase, begin, end in stage.spans(60 * minutes):
-        done = stages.trained_seconds(args.run, name) or 0.0
+        done = stages.read_trained_seconds(args.run, name) or 0.0
         if end - done > NOTHING * (end - begin):
             trains = True
             train_stage(name, stage, args, minutes=(end - done) / 60, world=args.world or phase.world,

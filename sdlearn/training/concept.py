@@ -21,15 +21,15 @@ from ..data import CORE, Scene, World, contact_sheet, scene_of
 from ..data.captions import with_article
 from ..data.likeness import cutouts, kinds, likeness
 from ..data.world import BACKGROUNDS
-from ..finetune import Embedding, LoRA, LowRank, add_embedding, attached, embedding_like, new_lora
-from ..finetune.loop import draw_rows, draw_timesteps
-from ..finetune.textual_inversion import rows_in_place
+from ..finetune import Embedding, LoRA, LowRank, add_embedding, attach_lora, init_embedding, new_lora
+from ..finetune.loop import draw_indices, draw_timesteps
+from ..finetune.textual_inversion import override_token_embedding
 from ..images import save_sheet, to_images, to_tensor
 from ..schedule import NoiseSchedule
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
-from .unet import sampled
+from .unet import sample_images
 
 THING, CLASS, WORD, RARE = "alien", "smiling face", "<alien>", "zwx"
 GROUND, ELSEWHERE = "blue", "orange"        # of the images that teach; and one that the thing was never shown on
@@ -41,15 +41,15 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 OPENINGS = ("", "a picture of ", "a drawing of ", "an image of ")     # of a caption, one at random
 
 
-def captioned(words: str, ground: str) -> str:
+def make_caption(words: str, ground: str) -> str:
     return f"a {words} on {with_article(f'{ground} background')}"
 
 
-def images_of(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
+def make_scenes(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
     """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
     found = (scene_of([name], background=ground, seed=seed) for seed in itertools.count(first))
     large = (one for one in found if one.objects[0].size != "small")
-    return [replace(one, caption=captioned(name, ground)) for one in itertools.islice(large, count)]
+    return [replace(one, caption=make_caption(name, ground)) for one in itertools.islice(large, count)]
 
 
 class ConceptRecipe:
@@ -68,7 +68,7 @@ class ConceptRecipe:
         self.side = config.latent_size
         for part in (unet, vae, text):
             part.eval().requires_grad_(False)
-        self.latents = self.encoded(to_tensor([one.image for one in images_of(THING, TAUGHT, 0)]))    # N C h w
+        self.latents = self.encoded(to_tensor([one.image for one in make_scenes(THING, TAUGHT, 0)]))    # N C h w
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +89,11 @@ class ConceptRecipe:
 
     def rows(self, generator: torch.Generator) -> torch.Tensor:
         """Which latents make a batch, (B,)."""
-        return draw_rows(TAUGHT, self.batch_size, generator)
+        return draw_indices(TAUGHT, self.batch_size, generator)
 
     def caption(self, row: int) -> str:
         """Of the image whose latent is in this row."""
-        return captioned(self.words, GROUND)
+        return make_caption(self.words, GROUND)
 
     def loss(self, model, latents, ids, t, noise):
         with self.in_place(model):
@@ -108,7 +108,7 @@ class ConceptRecipe:
     def drawn(self, prompts: list[str], steps: int = 20, first: int = 0) -> torch.Tensor:
         """Images of prompts as pixels (B, 3, H, W), one seed for each place in the list, from `first` on."""
         context, empty = (self.text_encoder(self.tokenizer(some).to(self.device)).hidden for some in (prompts, [""]))
-        return sampled(self.unet, context, empty, self.latents.shape[1:], self.schedule, self.vae,
+        return sample_images(self.unet, context, empty, self.latents.shape[1:], self.schedule, self.vae,
                        guidance=self.guidance, steps=steps, first=first)
 
     @torch.no_grad()
@@ -121,9 +121,9 @@ class ConceptRecipe:
     def looked_at(self, averaged, count: int = 6) -> tuple[dict[str, float], torch.Tensor, list[str]]:
         """How alike what is drawn and the thing are, on both grounds; how alike the class is to what it was; the
         images and their prompts."""
-        asked = {"fidelity": (captioned(self.words, GROUND), THING),
-                 "fidelity elsewhere": (captioned(self.words, ELSEWHERE), THING),
-                 "class kept": (captioned(CLASS, GROUND), CLASS)}
+        asked = {"fidelity": (make_caption(self.words, GROUND), THING),
+                 "fidelity elsewhere": (make_caption(self.words, ELSEWHERE), THING),
+                 "class kept": (make_caption(CLASS, GROUND), CLASS)}
         prompts = [prompt for prompt, _ in asked.values() for _ in range(count)]
         with self.in_place(averaged):
             pixels = self.drawn(prompts)
@@ -148,13 +148,13 @@ class WordRecipe(ConceptRecipe):
         self.learning_rate = learning_rate
         start = CLASS.split()[-1]
         count = len(self.tokenizer.encode(start))               # one; more for a vocabulary that has no such word
-        start = embedding_like(self.tokenizer, self.text_encoder, WORD, start, count)
+        start = init_embedding(self.tokenizer, self.text_encoder, WORD, start, count)
         self.ids = add_embedding(self.tokenizer, self.text_encoder, start)
         self.text_encoder.requires_grad_(False)
         self.model = Word(start.vectors)
 
     def in_place(self, model):
-        return rows_in_place(self.text_encoder.embeddings.token_embedding, self.ids, model.vectors)
+        return override_token_embedding(self.text_encoder.embeddings.token_embedding, self.ids, model.vectors)
 
     @staticmethod
     def learnt(model: Word) -> Embedding:
@@ -185,20 +185,20 @@ class LoRARecipe(ConceptRecipe):
         self.learning_rate = learning_rate
         self.model = LowRanks(new_lora(self.unet, rank=RANK, targets=TARGETS))
         grounds = itertools.islice(itertools.cycle(BACKGROUNDS), PRIOR)
-        self.class_prompts = [captioned(CLASS, ground) for ground in grounds]
+        self.class_prompts = [make_caption(CLASS, ground) for ground in grounds]
         prior = self.encoded(self.drawn(self.class_prompts, first=1000))
         self.latents = torch.cat([self.latents, prior])
 
     def rows(self, generator: torch.Generator) -> torch.Tensor:
         half = self.batch_size // 2
-        return torch.cat([draw_rows(TAUGHT, self.batch_size - half, generator),
-                          TAUGHT + draw_rows(PRIOR, half, generator)])
+        return torch.cat([draw_indices(TAUGHT, self.batch_size - half, generator),
+                          TAUGHT + draw_indices(PRIOR, half, generator)])
 
     def caption(self, row: int) -> str:
         return super().caption(row) if row < TAUGHT else self.class_prompts[row - TAUGHT]
 
     def in_place(self, model):
-        return attached(self.unet, model.changes)
+        return attach_lora(self.unet, model.changes)
 
     @staticmethod
     def learnt(model: LowRanks) -> LoRA:

@@ -106,7 +106,7 @@ class ControlRecipe(LatentRecipe):
     @torch.no_grad()
     def agreement(self, drawn: list[Scene], led, free) -> dict[str, float]:
         """How well images with the hint and without agree with it, and the scenes' own through the autoencoder."""
-        agree = {"edges": edge_f1, "depth": covered_iou}[self.name]
+        agree = {"edges": edge_f1, "depth": foreground_iou}[self.name]
         pixels = to_tensor([one.image for one in drawn]).to(self.empty.device)
         through = to_images(self.vae.to_pixels(self.vae.to_latent(pixels), at_once=8))
         return {f"{agree.__name__}_{name}": float(np.mean([agree(image, self.hint_of(one))
@@ -129,7 +129,7 @@ def edge_f1(image: np.ndarray, wanted: np.ndarray, tolerance: int = 1) -> float:
     return float(2 * precision * recall / max(precision + recall, 1e-9))
 
 
-def covered_iou(image: np.ndarray, depth: np.ndarray, jump: int = 40) -> float:
+def foreground_iou(image: np.ndarray, depth: np.ndarray, jump: int = 40) -> float:
     """How far what stands out from the ground of an image, uint8 (H, W, 3), is where a depth map (H, W) is
     above 0: their intersection over their union. The ground is the commonest colour along the border."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])

@@ -78,7 +78,7 @@ def random_mask(drawn: Scene, rng: random.Random) -> np.ndarray:
     return np.asarray(mask) > 0
 
 
-def hole(drawn: Scene) -> np.ndarray:
+def first_object_mask(drawn: Scene) -> np.ndarray:
     """The mask of the report, bool (H, W): the first object's box, which is to be made anew from the caption."""
     mask = Image.new("L", (SIDE, SIDE))
     _box(ImageDraw.Draw(mask), random.Random(f"hole {drawn.seed}"), replace(drawn, objects=drawn.objects[:1]))
@@ -152,7 +152,7 @@ class MaskCache:
 
 # --- the recipe -------------------------------------------------------------------------------------
 
-def widened(unet: UNet) -> UNet:
+def widen_unet(unet: UNet) -> UNet:
     """A U-Net that reads mask and masked latent, too, and pays no heed to them yet: its output is the base's."""
     latent = unet.config.out_channels
     wide = UNet(replace(unet.config, in_channels=2 * latent + 1))
@@ -170,7 +170,7 @@ class InpaintRecipe(LatentRecipe):
     def __init__(self, config: ModelConfig, unet: UNet, *frozen, learning_rate: float = 3e-4, masks: int = 6,
                  first_masks: int = 600, **options):
         """`frozen` and other `options` as in `LatentRecipe`; `masks`: rows that get a new one at every step."""
-        super().__init__(widened(unet), config, *frozen, learning_rate=learning_rate, **options)
+        super().__init__(widen_unet(unet), config, *frozen, learning_rate=learning_rate, **options)
         self.masks = masks
         self.masked = MaskCache(self.cache.meta_file.parent, self.cache, first_masks)
 
@@ -196,19 +196,19 @@ class InpaintRecipe(LatentRecipe):
 
     def strips(self, drawn: list[Scene], *images) -> list[np.ndarray]:
         """Each scene, what is shown of it and, at its right, the images made from that, uint8 (H, n W, 3)."""
-        pixels, mask = to_tensor([one.image for one in drawn]), mask_tensor([hole(one) for one in drawn])
+        pixels, mask = to_tensor([one.image for one in drawn]), mask_tensor([first_object_mask(one) for one in drawn])
         shown = to_images(masked_pixels(pixels, mask))
         return [np.concatenate([one.image, *row], axis=1) for one, *row in zip(drawn, shown, *images, strict=True)]
 
     def filled(self, unet: UNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
-        """Scenes with their `hole` made anew from their caption, uint8 (B, H, W, 3); nothing is pasted back."""
+        """Scenes whose `first_object_mask` was inpainted from the caption, uint8 (B, H, W, 3); nothing is pasted."""
         return self.sample(self.network(unet, *self.given(drawn)), [one.caption for one in drawn], steps)
 
     @torch.no_grad()
     def given(self, drawn: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (B, 1, h, w) and masked latents (B, C, h, w) of scenes with their `hole`."""
+        """Masks (B, 1, h, w) and masked latents (B, C, h, w) of scenes with their `first_object_mask`."""
         device = self.empty.device
-        mask = mask_tensor([hole(one) for one in drawn]).to(device)
+        mask = mask_tensor([first_object_mask(one) for one in drawn]).to(device)
         pixels = masked_pixels(to_tensor([one.image for one in drawn]).to(device), mask)
         masked = torch.cat([self.vae.to_latent(part) for part in pixels.split(16)])
         return latent_mask(mask, self.vae.config.factor), masked
@@ -217,7 +217,7 @@ class InpaintRecipe(LatentRecipe):
     def kept(self, drawn: list[Scene], results: np.ndarray) -> dict[str, float]:
         """PSNR in dB of what was to stay as it is, in the results, and through the autoencoder alone."""
         pixels = to_tensor([one.image for one in drawn])
-        known = 1 - mask_tensor([hole(one) for one in drawn])
+        known = 1 - mask_tensor([first_object_mask(one) for one in drawn])
         latents = self.vae.to_latent(pixels.to(self.empty.device))
         through = self.vae.to_pixels(latents, at_once=8).clamp(-1, 1).cpu()
         return {f"known_psnr{name}": float(psnr(made, pixels, where=known).mean())

@@ -21,7 +21,7 @@ from ..images import save_sheet, to_tensor
 SEEN_FROM = 2**20       # seeds of training scenes start here; those below are for measuring
 
 
-def any_scene(seed: int, world: World = FULL) -> Scene:
+def draw_uniform_scene(seed: int, world: World = FULL) -> Scene:
     """A scene in which every combination is as likely as any other, those that the model's training leaves out
     included: the judge may have no opinion on whether an apple can be blue."""
     rng = random.Random(f"sdlearn judge {seed}")
@@ -36,7 +36,7 @@ def any_scene(seed: int, world: World = FULL) -> Scene:
     return scene_of(names, colours=colours, seed=seed)
 
 
-def littered(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
+def add_distractor_blobs(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
     """A scene uint8 (H, W, 3) with blobs behind its objects: outlined, in the objects' colours, and nothing.
 
     A model that has not learnt much draws such things, and a judge that has never seen any takes them for whatever
@@ -60,7 +60,7 @@ def littered(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
     return np.where((inside & ground)[..., None], np.where(share, second, first), littered).astype(np.uint8)
 
 
-def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
+def blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     """(B, 3, H, W), each image blurred by a Gaussian of its own `sigma` (B,), in pixels."""
     reach = torch.arange(-3.0, 4.0, device=pixels.device)
     kernel = (-reach ** 2 / (2 * sigma[:, None] ** 2)).exp()                          # (B, 7)
@@ -70,7 +70,7 @@ def blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel)).view_as(pixels)
 
 
-def disturbed(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Scenes (B, 3, H, W) with what an autoencoder may do to them, and somewhat more: blur, noise of fine and of
     coarse grain, and shifts of colour. So the judge looks at what is drawn, not at how crisply."""
     count, _, height, width = pixels.shape
@@ -83,7 +83,7 @@ def disturbed(pixels: Tensor, generator: torch.Generator) -> Tensor:
         grown = F.interpolate(small, (height, width), mode="bilinear") if grain > 1 else small
         return uniform(0, high, count, 1, 1, 1) * grown
 
-    pixels = blurred(pixels, uniform(0.2, 1.3, count))
+    pixels = blur(pixels, uniform(0.2, 1.3, count))
     pixels = pixels * uniform(0.9, 1.06, count, 1, 1, 1) + uniform(-0.06, 0.06, count, 3, 1, 1)
     return (pixels + noise(1, 0.06) + noise(4, 0.08)).clamp(-1, 1)
 
@@ -103,14 +103,14 @@ class JudgeRecipe:
 
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
-        drawn = [(scene if i % 2 else any_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
+        drawn = [(scene if i % 2 else draw_uniform_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
         drawn = [replace(one, objects=()) if one.seed % 100 < 6 else one for one in drawn]      # blobs alone
         pixels = to_tensor([self._image(one) for one in drawn])
         crisp = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.25          # so that clean scenes stay easy
-        return torch.where(crisp, pixels, disturbed(pixels, generator)), *self.model.targets(drawn)
+        return torch.where(crisp, pixels, augment(pixels, generator)), *self.model.targets(drawn)
 
     def _image(self, one: Scene) -> np.ndarray:
-        return littered(one.image, one.masks, one.seed) if one.seed % 10 < 3 else one.image
+        return add_distractor_blobs(one.image, one.masks, one.seed) if one.seed % 10 < 3 else one.image
 
     def loss(self, model, pixels, *targets):
         return self.of(model(pixels), self.kind(*targets))

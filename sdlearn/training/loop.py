@@ -6,6 +6,7 @@ generator over steps, so that progress bars, sheets and budgets belong to whoeve
 
 import os
 import pickle
+import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -55,7 +56,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class Average:
+class EMA:
     """Exponential moving average of a model's parameters; short at first, then longer (up to `decay`)."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9995):
@@ -87,12 +88,15 @@ def load_state(file: Path) -> dict | None:
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]):
-    """Load all of them into `module`, but for what is called `scaffold`: it serves training alone, so shipped weights
-    lack it, and so does a model that is to be shipped."""
+    """Load weights strictly, but for the auxiliary head's, which either side may lack: it serves training alone.
+
+    `scaffold` is what the head was called in older state files.
+    """
     own = module.state_dict()
-    scaffold = {name for name in {*own, *weights} if name.startswith("scaffold.")}
-    module.load_state_dict({name: own[name] for name in scaffold & own.keys()} |
-                           {name: value for name, value in weights.items() if name not in scaffold or name in own})
+    weights = {re.sub(r"^scaffold\.", "auxiliary_head.", name): value for name, value in weights.items()}
+    head = {name for name in {*own, *weights} if name.startswith("auxiliary_head.")}
+    module.load_state_dict({name: own[name] for name in head & own.keys()} |
+                           {name: value for name, value in weights.items() if name not in head or name in own})
 
 
 class Threads:
@@ -153,7 +157,7 @@ def choose_precision(recipe: Recipe, device: torch.device) -> str:
     return min(seconds, key=seconds.get)
 
 
-class Asked(nn.Module):
+class LossModule(nn.Module):
     """A recipe's loss as the forward of a module: what several processes can share, whichever part the loss calls."""
 
     def __init__(self, recipe: Recipe, model: nn.Module):
@@ -164,7 +168,7 @@ class Asked(nn.Module):
         return self.recipe.loss(self.model, *batch)
 
 
-def agreed(value: float, accelerator: Accelerator) -> float:
+def broadcast_from_main(value: float, accelerator: Accelerator) -> float:
     """The main process's number in all processes: clocks differ, and what they decide must not."""
     if accelerator.num_processes == 1:
         return value
@@ -206,7 +210,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     decay = getattr(recipe, "weight_decay", 0.01)
     optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=decay, betas=(0.9, 0.99),
                                   fused=True)                  # one pass over the weights: a fifth of the time
-    average, progress = Average(raw), Progress()
+    average, progress = EMA(raw), Progress()
     file = folder / f"{recipe.name}-state.pt"
     if (state := load_state(file)) is not None:
         load_weights(raw, state["model"])
@@ -224,11 +228,11 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
     averaged, decay_share = (progress.step, 1.0) if anneal else (0, recipe.decay_share)
     if anneal:
-        average = Average(raw)
+        average = EMA(raw)
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else device.type == "cuda":
         raw.compile()
-    model, optimiser = accelerator.prepare(Asked(recipe, raw), optimiser)
+    model, optimiser = accelerator.prepare(LossModule(recipe, raw), optimiser)
 
     def save():
         if main:
@@ -245,7 +249,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
             return (span[1] - progress.seconds) / (span[1] - span[0])
         return 1.0 - (clock - start) / (60 * minutes)
 
-    while (share := agreed(left(), accelerator)) > 0:           # of the budget
+    while (share := broadcast_from_main(left(), accelerator)) > 0:           # of the budget
         rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
         if decay_share:
             rate *= min(1.0, share / decay_share)

@@ -25,7 +25,7 @@ from .control import HINTS, ControlRecipe
 from .inpaint import InpaintRecipe
 from .loop import load_state, load_weights, save_state
 from .unet import UNetRecipe
-from .vae import VAERecipe, measure_scaling
+from .vae import VAERecipe, measure_scaling_factor
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stage:
         return spans
 
 
-def trained_seconds(run: Path, stage: str) -> float | None:
+def read_trained_seconds(run: Path, stage: str) -> float | None:
     """How long a stage has been trained in a run, None for not at all. The main process reads it for all of them, as
     what follows from it must be the same in all."""
     state = load_state(run / f"{stage}-state.pt") if PartialState().is_main_process else None
@@ -76,7 +76,7 @@ def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> T
     return Tokenizer.load(folder)
 
 
-def averaged(module, run: Path, stage: str):
+def load_averaged(module, run: Path, stage: str):
     """`module` with the averaged weights of an earlier stage."""
     state = load_state(run / f"{stage}-state.pt")
     if state is None:
@@ -85,13 +85,13 @@ def averaged(module, run: Path, stage: str):
     return module.eval().requires_grad_(False)
 
 
-def trained_vae(config: ModelConfig, run: Path) -> VAE:
+def load_trained_vae(config: ModelConfig, run: Path) -> VAE:
     """The run's autoencoder; its scaling factor is measured at the first call and kept beside the state."""
     file = run / "scaling_factor.txt"
     if not file.exists():
-        file.write_text(f"{measure_scaling(averaged(VAE(config.vae), run, 'vae')):.5f}")
+        file.write_text(f"{measure_scaling_factor(load_averaged(VAE(config.vae), run, 'vae')):.5f}")
     factor = float(file.read_text())
-    return averaged(VAE(replace(config.vae, scaling_factor=factor)), run, "vae")
+    return load_averaged(VAE(replace(config.vae, scaling_factor=factor)), run, "vae")
 
 
 def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> list[str]:
@@ -111,7 +111,7 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
     filled = []
     modules = {"vae": parts.vae, "clip": parts.clip}
     if config is None or config.unet == parts.config.unet:
-        modules |= {"unet": parts.unet, **trained_on_top(folder)}
+        modules |= {"unet": parts.unet, **load_adapters(folder)}
     for stage, module in modules.items():
         if not (file := run / f"{stage}-state.pt").exists():
             weights = module.state_dict()
@@ -122,7 +122,7 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
     return filled
 
 
-def trained_on_top(folder: Path) -> dict[str, nn.Module]:
+def load_adapters(folder: Path) -> dict[str, nn.Module]:
     """The ControlNets and the inpainting U-Net of a model folder, by stage."""
     modules = {name: load_shipped_control(folder, name) for name in shipped_controls(folder) if name in HINTS}
     if (folder / INPAINT / DIFFERENCE_FILE).exists():
@@ -138,31 +138,31 @@ def make_clip(config: ModelConfig, run: Path, **options) -> CLIPRecipe:
     return CLIPRecipe(config, train_tokenizer(config, run), **options)
 
 
-def frozen(config: ModelConfig, run: Path) -> tuple[VAE, TextEncoder, Tokenizer, Path]:
+def load_frozen_parts(config: ModelConfig, run: Path) -> tuple[VAE, TextEncoder, Tokenizer, Path]:
     """What the stages on latents take from the ones before, on the device where they will make the latents."""
     device = PartialState().device
-    text = averaged(CLIP(config.text, config.vision), run, "clip").text_model.to(device)
-    return trained_vae(config, run).to(device), text, train_tokenizer(config, run), run
+    text = load_averaged(CLIP(config.text, config.vision), run, "clip").text_model.to(device)
+    return load_trained_vae(config, run).to(device), text, train_tokenizer(config, run), run
 
 
-def trained_unet(config: ModelConfig, run: Path) -> UNet:
-    return averaged(UNet(config.unet), run, "unet").to(PartialState().device)
+def load_trained_unet(config: ModelConfig, run: Path) -> UNet:
+    return load_averaged(UNet(config.unet), run, "unet").to(PartialState().device)
 
 
 def make_unet(config: ModelConfig, run: Path, **options) -> UNetRecipe:
-    return UNetRecipe(config, *frozen(config, run), **options)
+    return UNetRecipe(config, *load_frozen_parts(config, run), **options)
 
 
 def make_control(config: ModelConfig, run: Path, *, hint: str, **options) -> ControlRecipe:
-    return ControlRecipe(config, trained_unet(config, run), *frozen(config, run), hint=hint, **options)
+    return ControlRecipe(config, load_trained_unet(config, run), *load_frozen_parts(config, run), hint=hint, **options)
 
 
 def make_inpaint(config: ModelConfig, run: Path, **options) -> InpaintRecipe:
-    return InpaintRecipe(config, trained_unet(config, run), *frozen(config, run), **options)
+    return InpaintRecipe(config, load_trained_unet(config, run), *load_frozen_parts(config, run), **options)
 
 
 def make_concept(config: ModelConfig, run: Path, *, kind: type[ConceptRecipe], **options) -> ConceptRecipe:
-    return kind(config, trained_unet(config, run), *frozen(config, run), **options)
+    return kind(config, load_trained_unet(config, run), *load_frozen_parts(config, run), **options)
 
 
 CONCEPTS = {kind.name: kind for kind in (WordRecipe, LoRARecipe)}

@@ -33,13 +33,14 @@ SHOWN = 24                      # prompts on the sheet of samples
 FIRST_PROMPT = "a red apple to the left of a cat on a yellow background"
 
 
-def fixed_prompts(count: int, world: World = CORE) -> list[str]:
+def validation_prompts(count: int, world: World = CORE) -> list[str]:
     """Captions of unseen scenes, the same at every call: what progress is watched on."""
     return [FIRST_PROMPT, *(scene(seed, "test", world).caption for seed in range(count - 1))]
 
 
 @torch.no_grad()
-def encoded(drawn: list[Scene], vae: VAE, text: TextEncoder, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_scenes(drawn: list[Scene], vae: VAE, text: TextEncoder,
+                  tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (B, C, h, w) and text features (B, L, D) of scenes."""
     device = next(vae.parameters()).device
     latents = torch.cat([vae.to_latent(to_tensor([s.image for s in drawn[i:i + 32]]).to(device))
@@ -47,7 +48,7 @@ def encoded(drawn: list[Scene], vae: VAE, text: TextEncoder, tokenizer: Tokenize
     return latents, text(tokenizer([s.caption for s in drawn]).to(device)).hidden
 
 
-def noised(latents: torch.Tensor, step: int, schedule: NoiseSchedule) -> tuple[torch.Tensor, ...]:
+def make_training_batch(latents: torch.Tensor, step: int, schedule: NoiseSchedule) -> tuple[torch.Tensor, ...]:
     """Latents with noise at one timestep, that timestep for each, and what a network should say of them. The noise
     is the same at every call, so that figures can be compared."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
@@ -56,21 +57,22 @@ def noised(latents: torch.Tensor, step: int, schedule: NoiseSchedule) -> tuple[t
 
 
 @torch.no_grad()
-def listening(unet, schedule: NoiseSchedule, latents: torch.Tensor, contexts: torch.Tensor) -> dict[str, float]:
+def shuffled_caption_losses(unet, schedule: NoiseSchedule, latents: torch.Tensor,
+                            contexts: torch.Tensor) -> dict[str, float]:
     """The loss at two timesteps with the right captions and with the captions of other scenes.
 
     The gap between the two says whether the prompt is heard, long before an image shows it.
     """
     figures = {}
     for step in (999, 700):
-        noisy, t, target = noised(latents, step, schedule)
+        noisy, t, target = make_training_batch(latents, step, schedule)
         for name, context in (("right", contexts), ("wrong", contexts.roll(1, dims=0))):
             figures[f"{name}@{step}"] = float(F.mse_loss(unet(noisy, t, context), target))
     return figures
 
 
 @torch.no_grad()
-def sampled(network: Callable, context: torch.Tensor, empty: torch.Tensor, shape: tuple[int, ...],
+def sample_images(network: Callable, context: torch.Tensor, empty: torch.Tensor, shape: tuple[int, ...],
             schedule: NoiseSchedule, vae: VAE, *, guidance: float, steps: int, first: int = 0) -> torch.Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] of texts (B, L, D) by DDIM, from latents of `shape` (C, h, w); image i is of
     the seed first + i. empty (1, L, D): the text "", for guidance."""
@@ -135,7 +137,7 @@ class LatentCache:
             return
         drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
-        latents, contexts = encoded(drawn, self.vae, self.text_encoder, self.tokenizer)
+        latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
         self.arrays["latents"][rows] = latents.cpu().numpy()
         self.arrays["contexts"][rows] = contexts.cpu().numpy()
         self.meta["made"] += count
@@ -162,7 +164,7 @@ class LatentCache:
         return self.take(self.draw(size, generator))
 
 
-def timesteps_for(count: int, steps: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+def draw_shifted_timesteps(count: int, steps: int, shift: float, generator: torch.Generator) -> torch.Tensor:
     """(count,) timesteps of 0...steps - 1, rising: one from each of `count` equally likely parts of the schedule, so
     that the loss is less noisy than with timesteps drawn one by one.
 
@@ -188,7 +190,7 @@ class LatentRecipe:
                  folder: Path, *, world: World = CORE, batch_size: int = 32, learning_rate: float = 5e-4,
                  dropout: float = 0.1, fresh: int = 2, guidance: float = 3.0, shift: float = 1.0, **cache):
         """`dropout`: share of captions replaced by the empty one; `fresh`: new scenes at every step; `shift`: of the
-        timesteps to the noisy end, see `timesteps_for`."""
+        timesteps to the noisy end, see `draw_shifted_timesteps`."""
         self.model = model.to(memory_format=torch.channels_last)                 # some 8 % faster, on a CPU too
         self.schedule, self.tokenizer, self.text_encoder, self.vae = NoiseSchedule(config.noise), tokenizer, text, vae
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
@@ -205,7 +207,7 @@ class LatentRecipe:
         latents, contexts = self.cache.take(rows)
         dropped = torch.rand(self.batch_size, generator=generator) < self.dropout
         contexts[dropped] = self.empty.cpu()
-        t = timesteps_for(self.batch_size, self.schedule.steps, self.shift, generator)
+        t = draw_shifted_timesteps(self.batch_size, self.schedule.steps, self.shift, generator)
         return latents, contexts, t, torch.randn(latents.shape, generator=generator), *self.beside(rows)
 
     def draw(self, generator: torch.Generator) -> np.ndarray:
@@ -229,14 +231,14 @@ class LatentRecipe:
         """Images of prompts, uint8 (B, H, W, 3), one seed for each place in the list."""
         context = self.text_encoder(self.tokenizer(prompts).to(self.empty.device)).hidden
         shape = self.cache.arrays["latents"].shape[1:]
-        return to_images(sampled(network, context, self.empty, shape, self.schedule, self.vae, guidance=self.guidance,
-                                 steps=steps))
+        return to_images(sample_images(network, context, self.empty, shape, self.schedule, self.vae,
+                                       guidance=self.guidance, steps=steps))
 
     @torch.no_grad()
     def probe(self, drawn: list[Scene], step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of scenes: latents with noise at a timestep, that timestep, text features, and what the model should say."""
-        latents, contexts = encoded(drawn, self.vae, self.text_encoder, self.tokenizer)
-        noisy, t, target = noised(latents, step, self.schedule)
+        latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
+        noisy, t, target = make_training_batch(latents, step, self.schedule)
         return noisy, t, contexts, target
 
 
@@ -249,11 +251,12 @@ class UNetRecipe(LatentRecipe):
 
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
-        prompts = fixed_prompts(SHOWN, self.world)
+        prompts = validation_prompts(SHOWN, self.world)
         images = self.sample(averaged, prompts)
         save_sheet(contact_sheet(images, prompts), folder / f"{self.name}-{step:07d}.png")
         return self.listening(averaged)
 
     def listening(self, unet, count: int = 128) -> dict[str, float]:
         drawn = [scene(seed, "test", self.world) for seed in range(count)]
-        return listening(unet, self.schedule, *encoded(drawn, self.vae, self.text_encoder, self.tokenizer))
+        latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
+        return shuffled_caption_losses(unet, self.schedule, latents, contexts)

@@ -41,7 +41,7 @@ def deviation_imbalance(latents: torch.Tensor) -> torch.Tensor:
     return (deviations / deviations.mean()).clamp(min=1e-6).log().square().mean()
 
 
-def fresh_vae(config: ModelConfig) -> VAE:
+def init_vae(config: ModelConfig) -> VAE:
     """An autoencoder to train from nothing: convolutions that keep the variance of what they pass on,
     and a posterior that starts narrow (standard deviation e^-3), so that the decoder sees the encoder
     and not its noise from the first step."""
@@ -76,7 +76,7 @@ class VAERecipe:
         units of the latents' own deviation; generated latents are about as far from encoded ones. `decoder_only`
         freezes the encoder, so that latents already computed stay valid.
         """
-        self.model = fresh_vae(config)
+        self.model = init_vae(config)
         self.worlds = (CORE, FULL) if world is None else (world,)
         self.batch_size, self.learning_rate, self.kl_weight = batch_size, learning_rate, kl_weight
         self.latent_noise, self.decoder_only = latent_noise, decoder_only
@@ -167,7 +167,7 @@ def reconstruction_under_noise(vae: VAE, noises: tuple[float, ...] = (0.0, 0.1, 
 
 
 @torch.no_grad()
-def measure_scaling(vae: VAE, count: int = 256, world: World = FULL) -> float:
+def measure_scaling_factor(vae: VAE, count: int = 256, world: World = FULL) -> float:
     """One over the standard deviation of the latents of `count` scenes: SD's scaling factor, for this autoencoder."""
     latents = [vae.encode(to_tensor([scene(seed, world=world).image for seed in range(i, i + 16)])).mode()
                for i in range(0, count, 16)]

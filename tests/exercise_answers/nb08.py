@@ -268,9 +268,9 @@ for words, answer in [
     wrong("repaint", words)(answer)
 
 
-# --- widened ------------------------------------------------------------------------------------------
+# --- widen_unet ------------------------------------------------------------------------------------------
 
-@right("widened")
+@right("widen_unet")
 def by_state(unet):
     wide = UNet(replace(unet.config, in_channels=2 * unet.config.out_channels + 1))
     state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
@@ -280,7 +280,7 @@ def by_state(unet):
     return wide
 
 
-@right("widened")
+@right("widen_unet")
 def by_padding(unet):
     wide = copy.deepcopy(unet).requires_grad_(True)
     wide.config = replace(unet.config, in_channels=9)
@@ -293,7 +293,7 @@ def by_padding(unet):
 
 
 def wide_of(columns, config=True, copied=True, bias=True, others=True):
-    def widened(unet):
+    def widen_unet(unet):
         wide = copy.deepcopy(unet) if copied else copy.copy(unet)
         if not copied:
             wide._modules = dict(unet._modules)
@@ -310,7 +310,7 @@ def wide_of(columns, config=True, copied=True, bias=True, others=True):
                 conv.bias.copy_(unet.conv_in.bias)
         wide.conv_in = conv.requires_grad_(False)
         return wide
-    return widened
+    return widen_unet
 
 
 def nothing(old, count=5):
@@ -335,10 +335,10 @@ for words, answer in [
     ("It shares weights with the base", wide_of(base_first, copied=False)),
     ("has shape (8, 4, 3, 3)", lambda unet: copy.deepcopy(unet)),
 ]:
-    wrong("widened", words)(answer)
+    wrong("widen_unet", words)(answer)
 
 
-@wrong("widened", "The base itself was widened")
+@wrong("widen_unet", "The base itself was widened")
 def the_base_itself(unet):
     conv = nn.Conv2d(9, unet.conv_in.out_channels, 3, padding=1)
     conv.weight.data = base_first(unet.conv_in.weight)
@@ -347,7 +347,7 @@ def the_base_itself(unet):
     return unet
 
 
-@wrong("widened", "only `conv_in.weight` was taken from the base")
+@wrong("widen_unet", "only `conv_in.weight` was taken from the base")
 def a_fresh_unet(unet):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -356,26 +356,26 @@ def a_fresh_unet(unet):
     return wide
 
 
-@wrong("widened", "The base's output has changed")
+@wrong("widen_unet", "The base's output has changed")
 def the_base_loses_a_layer(unet):
     wide = by_state(unet)
     unet.conv_out.weight.data.zero_()
     return wide
 
 
-@wrong("widened", "No gradient reaches some of the new channels")
+@wrong("widen_unet", "No gradient reaches some of the new channels")
 def which_reads_four(unet):
     wide = by_state(unet)
     wide.conv_in.forward = lambda x: F.conv2d(x[:, :4], wide.conv_in.weight[:, :4], wide.conv_in.bias, padding=1)
     return wide
 
 
-@wrong("widened", "It must return a U-Net")
+@wrong("widen_unet", "It must return a U-Net")
 def weights_alone(unet):
     return by_state(unet).state_dict()
 
 
-@wrong("widened", "The base's output has changed")
+@wrong("widen_unet", "The base's output has changed")
 def the_base_is_scaled_in_place(unet):
     wide = by_state(unet)
     unet.conv_in.weight.data.mul_(4 / 9)

@@ -9,17 +9,17 @@ from torch import nn
 from exercise_answers import right, wrong
 from sdlearn.finetune import diffusion_losses, lora_delta
 
-# --- exchanged ----------------------------------------------------------------------------------------
+# --- replace_token_embedding ----------------------------------------------------------------------------------------
 
 
-@right("exchanged")
+@right("replace_token_embedding")
 def in_a_loop(vectors, tokens, ids, rows):
     for one, row in zip(ids, rows, strict=True):
         vectors = torch.where((tokens == one).unsqueeze(-1), row, vectors)
     return vectors
 
 
-@right("exchanged")
+@right("replace_token_embedding")
 def by_index(vectors, tokens, ids, rows):
     made = vectors.clone()
     for k in range(len(ids)):
@@ -27,18 +27,18 @@ def by_index(vectors, tokens, ids, rows):
     return made
 
 
-@right("exchanged")
+@right("replace_token_embedding")
 def by_product(vectors, tokens, ids, rows):
     same = (tokens[..., None] == ids).float()                                       # B M n
     return vectors * (1 - same.sum(dim=-1, keepdim=True)) + same @ rows
 
 
 def looped(mask=lambda tokens, one: tokens == one, new=lambda row, vectors: row, rows_of=lambda rows: rows):
-    def exchanged(vectors, tokens, ids, rows):
+    def replace_token_embedding(vectors, tokens, ids, rows):
         for one, row in zip(ids, rows_of(rows), strict=True):
             vectors = torch.where(mask(tokens, one).unsqueeze(-1), new(row, vectors), vectors)
         return vectors
-    return exchanged
+    return replace_token_embedding
 
 
 def in_place(vectors, tokens, ids, rows):
@@ -65,33 +65,33 @@ for words, answer in [
     ("an id is not a place in the prompt", by_id),
     ("has shape (2, 6, 1)", lambda vectors, tokens, ids, rows: torch.isin(tokens, ids)[..., None].float()),
 ]:
-    wrong("exchanged", words)(answer)
+    wrong("replace_token_embedding", words)(answer)
 
 
-# --- prior_preserved ----------------------------------------------------------------------------------
+# --- prior_preservation_loss ----------------------------------------------------------------------------------
 
-@right("prior_preserved")
+@right("prior_preservation_loss")
 def by_slices(losses, weight):
     n = len(losses) // 2
     return losses[:n].mean() + weight * losses[n:].mean()
 
 
-@right("prior_preserved")
+@right("prior_preservation_loss")
 def by_view(losses, weight):
     thing, kind = losses.view(2, -1).mean(dim=1)
     return thing + kind * weight
 
 
-@right("prior_preserved")
+@right("prior_preservation_loss")
 def by_weights(losses, weight):
     n = len(losses) // 2
     return (losses * torch.tensor([1.0] * n + [weight] * n)).sum() / n
 
 
 def halves(join, reduce=torch.mean, split=lambda losses: losses.chunk(2)):
-    def prior_preserved(losses, weight):
+    def prior_preservation_loss(losses, weight):
         return join(*(reduce(half) for half in split(losses)), weight)
-    return prior_preserved
+    return prior_preservation_loss
 
 
 for words, answer in [
@@ -107,7 +107,7 @@ for words, answer in [
     ("The loss has shape (3,)", halves(lambda a, b, w: a + w * b, reduce=lambda half: half)),
     ("is a float where it must be a tensor", halves(lambda a, b, w: (a + w * b).item())),
 ]:
-    wrong("prior_preserved", words)(answer)
+    wrong("prior_preservation_loss", words)(answer)
 
 
 # --- dreambooth_loss ----------------------------------------------------------------------------------
@@ -318,9 +318,9 @@ class ZeroBelow(Straight):
         nn.init.normal_(self.up)
 
 
-# --- merged_weight ------------------------------------------------------------------------------------
+# --- merge_weight ------------------------------------------------------------------------------------
 
-@right("merged_weight")
+@right("merge_weight")
 def one_by_one(weight, changes):
     total = weight.float()
     for change, strength in changes:
@@ -328,13 +328,13 @@ def one_by_one(weight, changes):
     return total
 
 
-@right("merged_weight")
+@right("merge_weight")
 def in_one_sum(weight, changes):
     deltas = [strength * lora_delta(change.down, change.up, change.alpha) for change, strength in changes]
     return weight.to(torch.float32) + sum(one.view_as(weight) for one in deltas)
 
 
-@right("merged_weight")
+@right("merge_weight")
 def side_by_side(weight, changes):
     """The LoRAs of ranks r1 and r2 as one of rank r1 + r2."""
     total = weight.to(torch.float32)
@@ -346,12 +346,12 @@ def side_by_side(weight, changes):
 
 def sum_of(step=lambda total, d, s: total + s * d, delta=lambda one: one.delta(), which=lambda changes: changes,
            start=lambda weight: weight.float(), end=lambda total, weight, n: total):
-    def merged_weight(weight, changes):
+    def merge_weight(weight, changes):
         total = start(weight)
         for change, strength in which(changes):
             total = step(total, delta(change).reshape(weight.shape), strength)
         return end(total, weight, len(changes))
-    return merged_weight
+    return merge_weight
 
 
 def into_it(weight, changes):
@@ -379,4 +379,4 @@ for words, answer in [
     ("make the sum in float32", in_its_own_precision),
     ("has shape", lambda weight, changes: weight.float() + sum(s * one.delta() for one, s in changes)),
 ]:
-    wrong("merged_weight", words)(answer)
+    wrong("merge_weight", words)(answer)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...config import PRESETS
 from ...inpaint import nine_channels
-from ...training.inpaint import widened
+from ...training.inpaint import widen_unet
 from ...unet import UNet
 from ..testing import randn, require, require_shape
 from . import lesson
@@ -15,8 +15,8 @@ from . import lesson
 # --- 8.5 ----------------------------------------------------------------------------------------------
 
 wide = lesson.exercise(
-    5, widened, grade="supported", minutes=12,
-    asks="Write `widened(unet)`: a new U-Net that reads 9 channels (in general twice the latent's and one) and gives "
+    5, widen_unet, grade="supported", minutes=12,
+    asks="Write `widen_unet(unet)`: a new U-Net that reads 9 channels (in general, twice the latent's and 1) and gives "
          "the base's output whatever is in the new ones. All other weights are copies of the base's.",
     hints=["Only `conv_in.weight` has another shape: (C, 9, 3, 3) in place of (C, 4, 3, 3). What must its five new "
            "columns be, so that they add nothing?",

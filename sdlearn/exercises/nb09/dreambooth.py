@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...config import NoiseConfig
-from ...finetune import diffusion_losses, dreambooth_loss, exchanged, prior_preserved
+from ...finetune import diffusion_losses, dreambooth_loss, prior_preservation_loss, replace_token_embedding
 from ...schedule import NoiseSchedule
 from ..testing import randn, require, require_shape
 from . import lesson
@@ -14,8 +14,9 @@ from . import lesson
 # --- 9.1 ----------------------------------------------------------------------------------------------
 
 rows_of = lesson.exercise(
-    1, exchanged, grade="supported", minutes=10,
-    asks="Write `exchanged(vectors, tokens, ids, rows)`: the token vectors (B, M, D) of `tokens` (B, M), but where a "
+    1, replace_token_embedding, grade="supported", minutes=10,
+    asks="Write `replace_token_embedding(vectors, tokens, ids, rows)`: the token vectors (B, M, D) of `tokens` "
+         "(B, M), but where a "
          "token is ids[k] its vector is rows[k], for every k: a word may be several tokens. Gradients must reach "
          "`rows` (n, D); nothing is changed in place.",
     hints=["Which places hold token ids[k]? `tokens == ids[k]` is a mask (B, M), to be spread over the D channels with "
@@ -102,8 +103,9 @@ for diagnosis, answer in [
 # --- 9.2 ----------------------------------------------------------------------------------------------
 
 prior = lesson.exercise(
-    2, prior_preserved, grade="guided", minutes=4,
-    asks="Write `prior_preserved(losses, weight)`: DreamBooth's loss from those of the images, (2B,): first B of the "
+    2, prior_preservation_loss, grade="guided", minutes=4,
+    asks="Write `prior_preservation_loss(losses, weight)`: DreamBooth's loss from those of the images, (2B,): "
+         "first B of the "
          "thing, then B of its class. The mean of the first half plus `weight` times the mean of the second.",
     hints=["The thing's losses come first, then as many of the class's: `losses.chunk(2)` gives both halves.",
            "The result is one number, to call `backward()` on: a tensor with no dimensions.",
@@ -153,7 +155,7 @@ whole = lesson.exercise(
            "Each prompt belongs to B images in a row: `repeat_interleave` repeats a row at once, `repeat` the whole "
            "list.",
            "`diffusion_losses(network, schedule, batch, each, generator)` gives the losses (B or 2B,); with two kinds "
-           "`prior_preserved` makes one number of them, with one their mean."])
+           "`prior_preservation_loss` makes one number of them, with one their mean."])
 
 SCHEDULE = NoiseSchedule(NoiseConfig())
 THING, KIND = randn(3, 4, 2, 2, seed=3), randn(3, 4, 2, 2, seed=4)                  # (B, C, h, w)
@@ -209,7 +211,7 @@ def weights_of_one_and_none(dreambooth_loss):
 
 
 def composed(spread: Callable = lambda contexts, n: contexts.repeat_interleave(n, dim=0),
-             order: Callable = list, both: Callable = prior_preserved,
+             order: Callable = list, both: Callable = prior_preservation_loss,
              alone: Callable = Tensor.mean) -> Callable:
     def answer(network, schedule, latents, contexts, generator, prior_weight=1.0):
         batch = order(latents)
@@ -224,10 +226,11 @@ for diagnosis, parts in [
     ("all images are shown under the thing's prompt", {
         "spread": lambda contexts, n: contexts[:1].repeat(n * len(contexts), 1, 1)}),
     ("the prompts have changed places", {"spread": lambda contexts, n: contexts.flip(0).repeat_interleave(n, dim=0)}),
-    ("`prior_weight` is not used", {"both": lambda losses, weight: prior_preserved(losses, 1.0)}),
+    ("`prior_weight` is not used", {"both": lambda losses, weight: prior_preservation_loss(losses, 1.0)}),
     ("the mean over all images is taken: the class's half has a weight of its own",
      {"both": lambda losses, weight: losses.mean()}),
-    ("the weight is on the thing's half", {"both": lambda losses, weight: prior_preserved(losses.flip(0), weight)}),
+    ("the weight is on the thing's half",
+     {"both": lambda losses, weight: prior_preservation_loss(losses.flip(0), weight)}),
     ("the class's part is missing", {"both": lambda losses, weight: losses.chunk(2)[0].mean()}),
     ("there is one kind of image only: its loss is the mean of all of them", {
         "alone": lambda losses: losses[:2].mean() + losses[2:].mean()}),

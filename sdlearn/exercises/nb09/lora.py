@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...finetune import LoRALinear, LowRank, lora_delta, merged_weight
+from ...finetune import LoRALinear, LowRank, lora_delta, merge_weight
 from ..testing import randn, require, require_shape, with_weights
 from . import lesson
 
@@ -207,8 +207,8 @@ for diagnosis, parts in [
 # --- 9.6 ----------------------------------------------------------------------------------------------
 
 several = lesson.exercise(
-    6, merged_weight, grade="on your own", minutes=10,
-    asks="Write `merged_weight(weight, changes)`: a layer's weight with several LoRAs in it. `changes` holds pairs of "
+    6, merge_weight, grade="on your own", minutes=10,
+    asks="Write `merge_weight(weight, changes)`: a layer's weight with several LoRAs in it. `changes` holds pairs of "
          "a `LowRank` and its strength; `.delta()` of a LowRank is alpha / r * up @ down, for convolutions as well. "
          "The weight may be in half precision, the sum is made in float32; the result has the weight's shape.",
     hints=["Start from `weight.float()`, and add `strength * change.delta()` for each pair.",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
-from sdlearn.finetune.lora import attached
-from sdlearn.finetune.swap import READERS, word_swap
+from sdlearn.finetune.concept_edit import CROSS_ATTENTION_LAYERS, edit_concept
+from sdlearn.finetune.lora import attach_lora
 from sdlearn.pipeline import StableDiffusion
 
 OLD, NEW, OTHERS = ["a red apple"], ["a blue apple"], ["a green cat", ""]
@@ -18,28 +18,28 @@ def model():
 
 def read(model, texts, lora=None):
     """What the first layer that reads text makes of them."""
-    name = next(name for name, _ in model.unet.named_modules() if name.endswith(READERS))
-    with torch.no_grad(), attached(model.unet, {} if lora is None else lora.unet):
+    name = next(name for name, _ in model.unet.named_modules() if name.endswith(CROSS_ATTENTION_LAYERS))
+    with torch.no_grad(), attach_lora(model.unet, {} if lora is None else lora.unet):
         return model.unet.get_submodule(name)(model.encode(texts))
 
 
 def test_one_word_is_read_as_another_and_the_rest_as_before(model):
     rank, before = model.config.text.dim, read(model, OLD)
-    free, held = (word_swap(model, OLD, NEW, others, rank=rank, ridge=1e-9) for others in ([], OTHERS))
+    free, held = (edit_concept(model, OLD, NEW, others, rank=rank, ridge=1e-9) for others in ([], OTHERS))
 
     def off(texts, lora, wanted):
         return (read(model, texts, lora) - read(model, wanted)).abs().mean().item()
     start = off(OLD, None, NEW)
     assert off(OLD, free, NEW) < 0.5 * start and off(OLD, held, NEW) < 0.7 * start
     assert off(OTHERS, held, OTHERS) < 0.5 * off(OTHERS, free, OTHERS)
-    weak = word_swap(model, OLD, NEW, OTHERS, rank=rank, ridge=1e6)
+    weak = edit_concept(model, OLD, NEW, OTHERS, rank=rank, ridge=1e6)
     assert (read(model, OLD, weak) - before).abs().max() < 1e-3, "held back, it changes nothing"
 
 
 def test_each_of_the_other_texts_is_read_as_before(model):
     """With several of them none is left out: each is held by all together as well as by itself alone."""
     others, rank = ["", "two small green cars", "a large blue star above a tree"], model.config.text.dim
-    together, none, *alone = (word_swap(model, OLD, NEW, some, rank=rank, ridge=1e-9)
+    together, none, *alone = (edit_concept(model, OLD, NEW, some, rank=rank, ridge=1e-9)
                               for some in (others, [], *([one] for one in others)))
 
     def moved(text, lora):
@@ -52,8 +52,8 @@ def test_each_of_the_other_texts_is_read_as_before(model):
 
 
 def test_it_changes_what_reads_the_text_and_has_the_rank(model):
-    lora = word_swap(model, OLD, NEW, [], rank=3)
-    assert lora.unet and not lora.text_encoder and all(name.endswith(READERS) for name in lora.unet)
+    lora = edit_concept(model, OLD, NEW, [], rank=3)
+    assert lora.unet and not lora.text_encoder and all(name.endswith(CROSS_ATTENTION_LAYERS) for name in lora.unet)
     assert {change.rank for change in lora.unet.values()} == {3}
 
 
@@ -62,4 +62,4 @@ def test_it_changes_what_reads_the_text_and_has_the_rank(model):
 def test_what_cannot_be_is_told(model, given, words):
     old, new, others, *rank = given
     with pytest.raises(ValueError, match=words):
-        word_swap(model, old, new, others, **({"rank": rank[0]} if rank else {}))
+        edit_concept(model, old, new, others, **({"rank": rank[0]} if rank else {}))

@@ -1,9 +1,9 @@
 """Training of a small U-Net from nothing, in minutes, on the autoencoder and the encoders of a finished model.
 
-    material = prepare(model.parts)
-    for lesson in learn(model.parts, material, minutes=5):
-        ...                                             # lesson.loss, lesson.samples; an image whenever one is wanted:
-    StableDiffusion(lesson.parts).text2img("a red star on a blue background", guidance_scale=3)
+    scenes = prepare_latents(model.parts)
+    for state in train_small_unet(model.parts, scenes, minutes=5):
+        ...                                             # state.loss, state.samples; an image between two steps:
+    StableDiffusion(state.parts).text2img("a red star on a blue background", guidance_scale=3)
 
 All is in memory, and nothing is left behind. The recipe is that of `training.unet` with a smaller network, a
 smaller world, and a learning rate that falls to zero within the lesson.
@@ -21,15 +21,15 @@ from ..checkpoint import Parts
 from ..config import CLASSROOM as CONFIG
 from ..data import World, scene
 from ..data.world import CLASSROOM as WORLD
-from ..finetune.loop import Diverged, diffusion_loss, draw_rows
+from ..finetune.loop import Diverged, diffusion_loss, draw_indices
 from ..schedule import NoiseSchedule
 from ..unet import UNet
-from .loop import Average
-from .unet import encoded, listening
+from .loop import EMA
+from .unet import encode_scenes, shuffled_caption_losses
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class EncodedScenes:
     """What is learnt from: latents (N, C, h, w) and text features (N, L, D) of scenes."""
 
     latents: torch.Tensor
@@ -37,7 +37,7 @@ class Material:
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class TrainState:
     """How far it is. `parts` is the whole model with the averaged U-Net, which goes on changing."""
 
     step: int
@@ -47,17 +47,18 @@ class Lesson:
     parts: Parts
 
 
-def prepare(parts: Parts, count: int = 1500, *, split: str = "train", world: World = WORLD) -> Material:
+def prepare_latents(parts: Parts, count: int = 1500, *, split: str = "train", world: World = WORLD) -> EncodedScenes:
     """Encode the first `count` scenes of a split: some 70 a second on two CPU cores."""
     found = []
     for first in tqdm(range(0, count, 50), desc="scenes", unit="scene", unit_scale=50):
         drawn = [scene(seed, split, world) for seed in range(first, min(first + 50, count))]
-        found.append(encoded(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
-    return Material(*(torch.cat(part) for part in zip(*found, strict=True)))
+        found.append(encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
+    return EncodedScenes(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
-def learn(parts: Parts, material: Material, *, minutes: float = 5.0, steps: int | None = None, batch_size: int = 32,
-          learning_rate: float = 1.5e-3, dropout: float = 0.1, seed: int = 0) -> Iterator[Lesson]:
+def train_small_unet(parts: Parts, material: EncodedScenes, *, minutes: float = 5.0, steps: int | None = None,
+                     batch_size: int = 32, learning_rate: float = 1.5e-3, dropout: float = 0.1,
+                     seed: int = 0) -> Iterator[TrainState]:
     """Train a fresh U-Net of the preset `classroom` for so many minutes, or steps where they are given.
 
     dropout: the share of captions replaced by the empty one, for guidance. Raises ValueError for a budget,
@@ -77,7 +78,7 @@ def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, s
     with torch.random.fork_rng(devices=[]):                     # the first weights are the seed's, too
         torch.manual_seed(seed)
         unet = UNet(config).to(material.latents.device, memory_format=torch.channels_last)
-    average, schedule = Average(unet, decay=0.995), NoiseSchedule(parts.config.noise)
+    average, schedule = EMA(unet, decay=0.995), NoiseSchedule(parts.config.noise)
     whole = replace(parts, unet=average.model, config=replace(parts.config, name=CONFIG.name, unet=config))
     with torch.no_grad():
         empty = parts.text_encoder(parts.tokenizer("").to(material.contexts.device)).hidden                     # 1 L D
@@ -89,7 +90,7 @@ def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, s
         share = step / steps if steps else seconds / budget
         for group in optimiser.param_groups:                    # a short rise, then the half of a cosine to zero
             group["lr"] = learning_rate * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * share))
-        rows = draw_rows(len(material.latents), batch_size, generator)
+        rows = draw_indices(len(material.latents), batch_size, generator)
         dropped = torch.rand(len(rows), generator=generator) < dropout
         contexts = torch.where(dropped[:, None, None].to(empty.device), empty, material.contexts[rows])
         with torch.enable_grad():
@@ -104,9 +105,10 @@ def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, s
         average.update(unet, step)
         mean = value if step == 1 else mean + (value - mean) * 0.02
         seconds += time.perf_counter() - start
-        yield Lesson(step, step * batch_size, seconds, mean, whole)
+        yield TrainState(step, step * batch_size, seconds, mean, whole)
 
 
-def heard(lesson: Lesson, material: Material) -> dict[str, float]:
+def shuffled_losses_of(lesson: TrainState, material: EncodedScenes) -> dict[str, float]:
     """The loss on scenes (unseen ones, if `material` was prepared from them) with right and with wrong captions."""
-    return listening(lesson.parts.unet, NoiseSchedule(lesson.parts.config.noise), material.latents, material.contexts)
+    schedule = NoiseSchedule(lesson.parts.config.noise)
+    return shuffled_caption_losses(lesson.parts.unet, schedule, material.latents, material.contexts)
