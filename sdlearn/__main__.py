@@ -46,13 +46,13 @@ def run(argv: list[str]) -> int:
             import_module(f".{module}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
 
-    from .checkpoint import CheckpointError, sentence
+    from .checkpoint import CheckpointError, first_line
     from .pipeline import SettingsError
 
     try:
         import_module(f".{COMMANDS[args.command][1]}", __package__).run(args)
     except (CheckpointError, SettingsError, FloatingPointError, MemoryError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

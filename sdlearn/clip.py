@@ -114,11 +114,11 @@ class TextEmbeddings(nn.Module):
 
 
 class TextOutput(NamedTuple):
-    """What the text encoder says. `raw` is `hidden` before the last LayerNorm."""
+    """The text encoder's output; transformers' names are last_hidden_state (with layer=-1) and pooler_output."""
 
-    hidden: Tensor                  # (B, L, D), what the U-Net attends to
-    pooled: Tensor                  # (B, D), hidden at the end token: the whole sentence
-    raw: Tensor                     # (B, L, D)
+    hidden: Tensor                  # (B, L, D), after the final LayerNorm: the U-Net's context
+    pooled: Tensor                  # (B, D), hidden at the end token, which summarises the text
+    pre_norm: Tensor                     # (B, L, D)
 
 
 class TextEncoder(nn.Module):

@@ -25,7 +25,7 @@ from .clip import TextEncoder
 from .tokenizer import LENGTH, Tokenizer
 
 MAX_WEIGHT = 10.0
-NO_MEAN = 0.02                  # share of the standard deviation below which a mean of hidden states is noise
+MIN_MEAN_TO_STD = 0.02                  # share of the standard deviation below which a mean of hidden states is noise
 LONG = ("cut", "chunks")        # what becomes of a prompt past the encoder's places
 MARKS = re.compile(r"""
     (?P<plain> \\[()] )
@@ -35,14 +35,14 @@ MARKS = re.compile(r"""
     """, re.VERBOSE | re.IGNORECASE | re.ASCII)
 
 
-class Piece(NamedTuple):
+class WeightedText(NamedTuple):
     """A part of a prompt and how much it is to be heard."""
 
     text: str
     weight: float
 
 
-class Word(NamedTuple):
+class WeightedWord(NamedTuple):
     """A word as the tokenizer cuts it, its ids, and how much it is to be heard."""
 
     text: str
@@ -50,7 +50,7 @@ class Word(NamedTuple):
     weight: float
 
 
-def parse(text: str) -> list[Piece]:
+def parse_weights(text: str) -> list[WeightedText]:
     r"""The pieces of a prompt, neighbours of different weight; one of weight 1 for a prompt without any.
 
     `(words:1.3)` gives the words the weight 1.3; nested weights multiply. `\(` and `\)` are plain
@@ -69,8 +69,9 @@ def parse(text: str) -> list[Piece]:
             around.pop()
         elif part:
             runs.append((part, around[-1]))
-    pieces = [Piece("".join(part for part, _ in same), weight) for weight, same in groupby(runs, key=itemgetter(1))]
-    return pieces or [Piece("", 1.0)]
+    pieces = [WeightedText("".join(part for part, _ in same), weight)
+              for weight, same in groupby(runs, key=itemgetter(1))]
+    return pieces or [WeightedText("", 1.0)]
 
 
 def _groups(text: str) -> tuple[list[str], dict[int, re.Match], set[int]]:
@@ -102,26 +103,26 @@ def _product(around: float, mark: re.Match) -> float:
     return product
 
 
-def plain(text: str) -> str:
-    """The words of a prompt alone, without weights and backslashes. Errors as in `parse`."""
-    return "".join(piece.text for piece in parse(text))
+def remove_weights(text: str) -> str:
+    """The words of a prompt alone, without weights and backslashes. Errors as in `parse_weights`."""
+    return "".join(piece.text for piece in parse_weights(text))
 
 
-def weigh(text: str, tokenizer: Tokenizer) -> list[Word]:
-    """The words of a prompt, with their ids and weights. Errors as in `parse` and of the tokenizer.
+def split_weighted_words(text: str, tokenizer: Tokenizer) -> list[WeightedWord]:
+    """The words of a prompt, with their ids and weights. Errors as in `parse_weights` and of the tokenizer.
 
     The ids are always those of `tokenizer.encode(plain(text))`: a weight never makes another token of a
     word. So a word in which a piece ends is not cut there; it has the weight that it begins with.
     """
-    pieces = parse(text)
-    words = tokenizer.words("".join(piece.text for piece in pieces))
+    pieces = parse_weights(text)
+    words = tokenizer.split_words("".join(piece.text for piece in pieces))
     weights, so_far = [], ""
     for piece in pieces[:-1]:
         so_far += piece.text
-        begun = _begun(tokenizer.words(so_far), words)
+        begun = _begun(tokenizer.split_words(so_far), words)
         weights += [piece.weight] * (begun - len(weights))
     weights += [pieces[-1].weight] * (len(words) - len(weights))
-    return [Word(word, list(tokenizer._encode_word(word)), weight)
+    return [WeightedWord(word, list(tokenizer._encode_word(word)), weight)
             for word, weight in zip(words, weights, strict=True)]
 
 
@@ -134,15 +135,16 @@ def _begun(part: list[str], whole: list[str]) -> int:
     return same + (same < min(len(part), len(whole)))
 
 
-def lost(text: str, tokenizer: Tokenizer, length: int = LENGTH) -> str:
+def get_truncated_text(text: str, tokenizer: Tokenizer, length: int = LENGTH) -> str:
     """The end of a prompt that a row of `length` tokens does not hold, cleaned; "" if all of it fits.
 
-    That is what `encode` leaves out with "cut". Errors as in `weigh`.
+    That is what `encode_prompts` leaves out with "cut". Errors as in `split_weighted_words`.
     """
-    return tokenizer.truncated(plain(text), length)
+    return tokenizer.get_truncated_text(remove_weights(text), length)
 
 
-def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) -> list[tuple[list[int], list[float]]]:
+def make_token_rows(words: Sequence[WeightedWord], tokenizer: Tokenizer, length: int,
+                    long: str) -> list[tuple[list[int], list[float]]]:
     """Rows of `length` ids for the text encoder, and the weight of each place: start, words, end, padding.
 
     With "cut" one row, as `tokenizer(text, length)` makes it. With "chunks" as many as the words need, at
@@ -166,13 +168,13 @@ def rows(words: Sequence[Word], tokenizer: Tokenizer, length: int, long: str) ->
     return made
 
 
-def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, encoder: TextEncoder, *, long: str = "cut",
+def encode_prompts(prompts: str | Sequence[str], tokenizer: Tokenizer, encoder: TextEncoder, *, long: str = "cut",
            restore_mean: bool = True) -> Tensor:
     """What the U-Net attends to: the encoder's hidden states of a prompt or several, (B, M, T), on its device.
 
-    long: "cut" leaves out what L places do not hold, so M = L (`lost` says what that is). "chunks" encodes
+    long: "cut" leaves out what L places do not hold, so M = L (see `get_truncated_text`). "chunks" encodes
     every 75 tokens in a row of their own, with start, end and padding; shorter prompts of the same call
-    get rows of the empty prompt, so that all have the same M = K * L. restore_mean: see `weighted`.
+    get rows of the empty prompt, so that all have the same M = K * L. restore_mean: see `apply_weights`.
     Without weights, or with none but 1, "cut" gives exactly `encoder(tokenizer(prompts, L)).hidden`.
 
     Raises ValueError for another `long`, no prompts, a weight out of range, and a word whose id is past
@@ -186,29 +188,29 @@ def encode(prompts: str | Sequence[str], tokenizer: Tokenizer, encoder: TextEnco
     length, known = encoder.config.length, encoder.embeddings.token_embedding.num_embeddings
     sheets = []
     for text in texts:
-        words = weigh(text, tokenizer)
+        words = split_weighted_words(text, tokenizer)
         if strange := [word.text for word in words if max(word.ids) >= known]:
             raise ValueError(f"the text encoder knows {known} ids, and '{strange[0]}' has one past them: add its "
                              "embedding to the encoder, or take the tokenizer that belongs to it")
-        sheets.append(rows(words, tokenizer, length, long))
+        sheets.append(make_token_rows(words, tokenizer, length, long))
     most = max(map(len, sheets))
-    empty = rows([], tokenizer, length, long)
+    empty = make_token_rows([], tokenizer, length, long)
     flat = [row for sheet in sheets for row in sheet + empty * (most - len(sheet))]
     device = encoder.embeddings.token_embedding.weight.device
     hidden = encoder(torch.tensor([ids for ids, _ in flat]).to(device)).hidden                 # (B K, L, T)
     if any(weight != 1 for _, weights in flat for weight in weights):
         weights = torch.tensor([weights for _, weights in flat], dtype=hidden.dtype)         # (B K, L)
-        hidden = weighted(hidden, weights.to(device), restore_mean=restore_mean)
+        hidden = apply_weights(hidden, weights.to(device), restore_mean=restore_mean)
     return hidden.reshape(len(texts), most * length, -1)                                     # (B, M, T)
 
 
-def weighted(hidden: Tensor, weights: Tensor, *, restore_mean: bool = True) -> Tensor:
+def apply_weights(hidden: Tensor, weights: Tensor, *, restore_mean: bool = True) -> Tensor:
     """Hidden states (B, L, T) times the weight (B, L) of their token.
 
     Then, unless `restore_mean` is off, all of a row times one factor that gives it the mean it had, as
     AUTOMATIC1111's web UI does it. That factor is a quotient of two means, and says something only where they
     are well away from 0, as they are with OpenAI's CLIP (about -0.1, with a standard deviation near 1): a row
-    whose mean is below `NO_MEAN` of its standard deviation keeps its weights as they are. A row of weights 1
+    whose mean is below `MIN_MEAN_TO_STD` of its standard deviation keeps its weights as they are. A row of weights 1
     stays as it is, bit by bit.
     """
     scaled = hidden * weights[:, :, None].to(hidden.dtype)
@@ -216,6 +218,6 @@ def weighted(hidden: Tensor, weights: Tensor, *, restore_mean: bool = True) -> T
         return scaled
     exact = torch.promote_types(hidden.dtype, torch.float32)
     before, after = (each.mean(dim=(1, 2), keepdim=True, dtype=exact) for each in (hidden, scaled))  # (B, 1, 1)
-    least = NO_MEAN * hidden.to(exact).std(dim=(1, 2), keepdim=True)
+    least = MIN_MEAN_TO_STD * hidden.to(exact).std(dim=(1, 2), keepdim=True)
     factor = torch.where(torch.minimum(before.abs(), after.abs()) > least, before / after, 1.0)
     return (scaled * factor).to(hidden.dtype)

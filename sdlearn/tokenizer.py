@@ -174,7 +174,7 @@ def learn_merges(words: Counter) -> Iterator[Pair]:
             spelled[i] = after
 
 
-def vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
+def build_vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
     """Id of each symbol in CLIP's order: 256 bytes, 256 bytes at a word's end, merges, start and end."""
     symbols = list(SYMBOL_OF.values())
     symbols += [symbol + WORD_END for symbol in symbols]
@@ -182,12 +182,12 @@ def vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
     return {symbol: i for i, symbol in enumerate([*symbols, START, END])}
 
 
-def check(vocab: dict[str, int], merges: list[Pair]) -> None:
+def check_vocabulary(vocab: dict[str, int], merges: list[Pair]) -> None:
     """Raise ValueError unless any text has ids and each symbol can be reached."""
     ids = [i for i in vocab.values() if isinstance(i, int)]
     if len(ids) < len(vocab) or sorted(ids) != list(range(len(vocab))):
         raise ValueError(f"the ids of its {len(vocab)} symbols are not 0 to {len(vocab) - 1}, each once")
-    basic = set(vocabulary([]))
+    basic = set(build_vocabulary([]))
     if missing := basic - set(vocab):
         raise ValueError(f"{len(missing)} of the bytes, start and end are not in the vocabulary, "
                          f"{min(missing)!r} for one")
@@ -201,7 +201,7 @@ def check(vocab: dict[str, int], merges: list[Pair]) -> None:
 
 # ---------------------------------------------------------------------------- the tokenizer
 
-class Work(NamedTuple):
+class EncodingSteps(NamedTuple):
     """What happened to one word: its `merge_steps`, none for a word that is kept whole, and its ids."""
 
     word: str
@@ -233,9 +233,9 @@ class Tokenizer:
     def __init__(self, merges: Iterable[Pair], vocab: dict[str, int] | None = None,
                  pad_with_end: bool = True):
         self.merges = [tuple(pair) for pair in merges]
-        self.vocab = vocabulary(self.merges) if vocab is None else dict(vocab)
+        self.vocab = build_vocabulary(self.merges) if vocab is None else dict(vocab)
         self.pad_with_end = pad_with_end
-        check(self.vocab, self.merges)
+        check_vocabulary(self.vocab, self.merges)
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.symbols = sorted(self.vocab, key=self.vocab.get)      # symbol of each id
         self.start, self.end = self.vocab[START], self.vocab[END]
@@ -247,7 +247,7 @@ class Tokenizer:
         """Learn the merges from texts. Fewer than `vocab_size` ids if the texts run out of pairs."""
         if isinstance(texts, str):
             raise TypeError("Tokenizer.train takes many texts: give a list of strings, not one string.")
-        free = vocab_size - len(vocabulary([]))
+        free = vocab_size - len(build_vocabulary([]))
         if free < 0:
             raise ValueError(f"A vocabulary of {vocab_size} is too small: bytes, start and end alone "
                              "take 514 ids, so ask for 514 or more.")
@@ -267,7 +267,7 @@ class Tokenizer:
         """The id that fills up a row."""
         return self.end if self.pad_with_end else 0
 
-    def words(self, text: str) -> list[str]:
+    def split_words(self, text: str) -> list[str]:
         """The words of a text, cleaned; added tokens and written-out start and end tokens stay whole."""
         if not isinstance(text, str):
             raise TypeError(f"A text must be a string, not {type(text).__name__}.")
@@ -294,7 +294,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end. Raises ValueError for half a surrogate pair."""
-        return [i for word in self.words(text) for i in self._encode_word(word)]
+        return [i for word in self.split_words(text) for i in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
         if word not in self._ids:
@@ -306,7 +306,7 @@ class Tokenizer:
         """Rows of ids for the text encoder: start, the text, end, padding.
 
         Returns (B, length) of int64, B the number of texts (1 for a string). A longer text is cut so that
-        start and end stay; `truncated` says what is lost.
+        start and end stay; `get_truncated_text` returns what is lost.
         """
         room, rows = _room(length), []
         for text in [texts] if isinstance(texts, str) else texts:
@@ -314,7 +314,7 @@ class Tokenizer:
             rows.append(row + [self.pad] * (length - len(row)))
         return torch.tensor(rows, dtype=torch.long).reshape(-1, length)
 
-    def truncated(self, text: str, length: int = LENGTH) -> str:
+    def get_truncated_text(self, text: str, length: int = LENGTH) -> str:
         """The part of a text that a row of `length` tokens does not hold, cleaned; "" if all of it fits."""
         return self._text(self.encode(text)[_room(length):])
 
@@ -333,7 +333,7 @@ class Tokenizer:
 
     def _text(self, ids: list[int]) -> str:
         text = b""
-        for symbol in self.tokens(ids):
+        for symbol in self.convert_ids_to_tokens(ids):
             if self._is_whole(symbol):
                 text += symbol.encode("utf-8") + b" "
             else:
@@ -341,7 +341,7 @@ class Tokenizer:
                 text += b" " if symbol.endswith(WORD_END) else b""
         return text.decode("utf-8", errors="replace").strip(" ")
 
-    def tokens(self, ids: Iterable[int]) -> list[str]:
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
         """The vocabulary's symbol for each id, such as "cat</w>"."""
         symbols = []
         for i in map(int, ids):
@@ -350,12 +350,12 @@ class Tokenizer:
             symbols.append(self.symbols[i])
         return symbols
 
-    def show_work(self, text: str) -> list[Work]:
+    def show_work(self, text: str) -> list[EncodingSteps]:
         """`encode`, merge by merge: prints what happens to each word and returns it."""
         works = []
-        for word in self.words(text):
+        for word in self.split_words(text):
             steps = [] if self._is_whole(word) else list(merge_steps(to_symbols(word), self.ranks))
-            works.append(Work(word, steps, list(self._encode_word(word))))
+            works.append(EncodingSteps(word, steps, list(self._encode_word(word))))
             print(works[-1])
         return works
 

@@ -22,14 +22,14 @@ from .config import VAEConfig
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class DiagonalGaussian:
     """A normal distribution for every number of a latent: mean and logvar, each (B, Z, h, w)."""
 
     mean: Tensor
     logvar: Tensor                  # natural logarithm of the variance
 
     @classmethod
-    def from_moments(cls, moments: Tensor) -> "Gaussian":
+    def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
         """Split (B, 2Z, h, w) into mean and logvar, the latter kept in -30...20.
 
         Beyond that range exp would reach 0 or overflow float16 on the way to the sample.
@@ -136,7 +136,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def resblocks(inputs: int, outputs: int, count: int, groups: int) -> nn.ModuleList:
+def make_resblocks(inputs: int, outputs: int, count: int, groups: int) -> nn.ModuleList:
     """`count` ResBlocks in a row, the first of which changes the width."""
     return nn.ModuleList([ResBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(count)])
 
@@ -146,7 +146,7 @@ class DownBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool):
         super().__init__()
-        self.resnets = resblocks(inputs, outputs, layers, groups)
+        self.resnets = make_resblocks(inputs, outputs, layers, groups)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool):
         super().__init__()
-        self.resnets = resblocks(inputs, outputs, layers, groups)
+        self.resnets = make_resblocks(inputs, outputs, layers, groups)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,14 +234,14 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def encode(self, pixels: Tensor) -> Gaussian:
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:
         """Pixels (B, 3, H, W) in [-1, 1] to a Gaussian over unscaled latents, (B, Z, H/f, W/f).
 
         f is `config.factor`, 8 in Stable Diffusion. Raises ValueError if H or W is not a
         multiple of it, or the tensor is not a batch of floating-point images.
         """
         self._check_pixels(pixels)
-        return Gaussian.from_moments(self.quant_conv(self.encoder(pixels)))
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, latent: Tensor, *, at_once: int | None = None) -> Tensor:
         """Unscaled latents (B, Z, h, w) to pixels (B, 3, f*h, f*w), near [-1, 1] but not clamped.
@@ -255,7 +255,7 @@ class VAE(nn.Module):
         parts = latent.split(at_once or len(latent)) if len(latent) else (latent,)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
-    def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Gaussian]:
+    def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """What training needs: pixels through a sampled latent and back, and the Gaussian."""
         posterior = self.encode(pixels)
         return self.decode(posterior.sample(generator)), posterior

@@ -23,11 +23,11 @@ from sdlearn.checkpoint import (
     CheckpointError,
     TensorMismatch,
     configs,
+    first_line,
     load_folder,
     load_single,
     save_folder,
     save_single,
-    sentence,
 )
 from sdlearn.checkpoint import files as checkpoint_files
 from sdlearn.clip import CLIP
@@ -443,8 +443,8 @@ def test_every_wrong_tensor_is_named(folder):
     assert error.unexpected == ["another.weight"]
     assert error.misshaped == [("conv_out.bias", (7,), (4,))]
     told = str(error)
-    assert "2 missing, 1 unexpected, 1 of another shape" in sentence(error)
-    assert UNET in sentence(error).replace("\\", "/")
+    assert "2 missing, 1 unexpected, 1 of another shape" in first_line(error)
+    assert UNET in first_line(error).replace("\\", "/")
     for name in ("conv_in.weight", "time_embedding.linear_1.bias", "another.weight"):
         assert f": {name}" in told
     assert "conv_out.bias is [7], the config asks for [4]" in told

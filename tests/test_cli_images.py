@@ -19,7 +19,7 @@ from test_cli import refused, run, written  # noqa: F401
 from test_learned import lora_for, toy
 
 from sdlearn.checkpoint import load_single
-from sdlearn.checkpoint.control import load_controlnet, save_controlnet
+from sdlearn.checkpoint.control import load_controlnet_folder, save_controlnet
 from sdlearn.checkpoint.embedding import save_embedding
 from sdlearn.checkpoint.lora import save_lora
 from sdlearn.controlnet import ControlNet
@@ -66,7 +66,7 @@ def test_generate_does_all_that_the_pipeline_does(run, written, files):  # noqa:
     model = StableDiffusion.load(written, device="cpu")
     model.add_lora(files / "lora.safetensors", 0.5)
     model.add_embedding(files / "toy.safetensors")
-    net = load_controlnet(files / "net", device="cpu", dtype=torch.float32)
+    net = load_controlnet_folder(files / "net", device="cpu", dtype=torch.float32)
     image = Image.open(files / "in.png")
     [wanted] = model.inpaint("a <toy> cat", image, Image.open(files / "mask.png"), strength=0.75,
                              num_inference_steps=4, resample=2,

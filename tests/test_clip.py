@@ -111,7 +111,7 @@ def test_text_encoder_equal_to_transformers(name, length):
     assert difference(last.pooled, expected.pooler_output) < 1e-5
     assert difference(ours(ids, end=config.vocab_size - 1).pooled, expected.pooler_output) < 1e-5
     before = ours(ids, layer=-2)
-    assert difference(before.raw, expected.hidden_states[-2]) < 1e-5
+    assert difference(before.pre_norm, expected.hidden_states[-2]) < 1e-5
     assert difference(before.hidden, theirs.final_layer_norm(expected.hidden_states[-2])) < 1e-5
 
 
@@ -260,7 +260,7 @@ def test_layers_behind_the_chosen_one_are_not_run():
         parameter.fill_(float("nan"))
     torch.testing.assert_close(encoder(ids, layer=-2), expected)
     assert encoder(ids).hidden.isnan().all()
-    torch.testing.assert_close(expected.hidden, encoder.final_layer_norm(expected.raw))
+    torch.testing.assert_close(expected.hidden, encoder.final_layer_norm(expected.pre_norm))
 
 
 def test_text_encoder_takes_both_integer_types_and_refuses_others(encoder):

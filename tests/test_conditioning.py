@@ -46,7 +46,7 @@ def shown(widget: PromptReader) -> str:
 def test_the_tokens_are_those_of_the_tokenizer_with_the_weights_of_the_prompt(model):
     tokens = read(PROMPT, model.tokenizer, 77)
     assert [token.id for token in tokens] == model.tokenizer.encode("a red apple, to the left of a café")
-    assert [token.symbol for token in tokens] == model.tokenizer.tokens([token.id for token in tokens])
+    assert [token.symbol for token in tokens] == model.tokenizer.convert_ids_to_tokens([token.id for token in tokens])
     assert {token.weight for token in tokens if token.symbol == "red" + WORD_END} == {1.5}
     assert all(token.kept for token in tokens)
 
@@ -60,7 +60,7 @@ def test_what_the_row_has_no_place_for_is_cut(model, length):
 
 def test_merges_end_in_the_tokens_of_a_word(model):
     for word, steps in merges_of(PROMPT, model.tokenizer):
-        tokens = model.tokenizer.tokens(model.tokenizer.encode(word))
+        tokens = model.tokenizer.convert_ids_to_tokens(model.tokenizer.encode(word))
         assert steps[-1] == " ".join(tokens).replace(WORD_END, "") and len(steps[0].split()) == len(word.encode())
 
 

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetP
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from models import one_thread, randomise  # noqa: F401
 
-from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_control, source
-from sdlearn.checkpoint.control import load_controlnet, save_controlnet
+from sdlearn.checkpoint import CheckpointError, TensorMismatch, configs, load_controlnet, source
+from sdlearn.checkpoint.control import load_controlnet_folder, save_controlnet
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig, UNetConfig
 from sdlearn.controlnet import Control, ControlNet, add_control, check_version, guess_scales, zero_conv_gradients
 from sdlearn.guidance import predict_x0
@@ -546,7 +546,7 @@ def test_what_diffusers_writes_is_opened(name, variant, tmp_path):
     kept.load_state_dict(theirs.state_dict())
     kept.to(torch.float16 if variant else torch.float32).save_pretrained(tmp_path, variant=variant)
     assert (tmp_path / (HALF if variant else FILE)).is_file()
-    again = load_controlnet(tmp_path)
+    again = load_controlnet_folder(tmp_path)
     assert again.control_config == CONFIGS[name] and not again.training
     for key, tensor in again.state_dict().items():
         wanted = ours.state_dict()[key]
@@ -554,9 +554,9 @@ def test_what_diffusers_writes_is_opened(name, variant, tmp_path):
 
 
 def test_what_is_saved_is_loaded_bit_by_bit(folder):
-    ours, again = pair("tiny")[0].state_dict(), load_controlnet(folder).state_dict()
+    ours, again = pair("tiny")[0].state_dict(), load_controlnet_folder(folder).state_dict()
     assert ours.keys() == again.keys() and all(torch.equal(ours[key], again[key]) for key in ours)
-    half = load_controlnet(save_controlnet(folder, pair("tiny")[0], dtype=torch.float16), dtype=torch.bfloat16)
+    half = load_controlnet_folder(save_controlnet(folder, pair("tiny")[0], dtype=torch.float16), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
 
 
@@ -579,7 +579,7 @@ def test_a_half_precision_file_of_before_does_not_stay(folder):
 def test_a_damaged_folder_is_one_sentence(folder, damage, words):
     damage(folder)
     with pytest.raises(CheckpointError, match=words) as told:
-        load_controlnet(folder)
+        load_controlnet_folder(folder)
     assert "\n" not in str(told.value) and str(folder) in str(told.value)
 
 
@@ -587,7 +587,7 @@ def test_tensors_of_another_controlnet_are_told(folder):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"cross_attention_dim": 24}))
     with pytest.raises(TensorMismatch, match="of another shape"):
-        load_controlnet(folder)
+        load_controlnet_folder(folder)
 
 
 def test_a_control_is_loaded_from_a_folder_a_file_or_the_hub(folder, tmp_path, monkeypatch):
@@ -600,11 +600,11 @@ def test_a_control_is_loaded_from_a_folder_a_file_or_the_hub(folder, tmp_path, m
         return folder / file
 
     monkeypatch.setattr(source, "download", download)
-    for net in (load_control(folder), load_control("someone/control", revision="v2")):
+    for net in (load_controlnet(folder), load_controlnet("someone/control", revision="v2")):
         assert all(torch.equal(net.state_dict()[name], wanted[name]) for name in wanted)
     assert asked == [("someone/control", "v2", "config.json"), ("someone/control", "v2", FILE)]
     with pytest.raises(CheckpointError, match="there is no file or folder none"):
-        load_control("none")
+        load_controlnet("none")
     (tmp_path / "net.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="net.safetensors"):       # read as a single file
-        load_control(tmp_path / "net.safetensors")
+        load_controlnet(tmp_path / "net.safetensors")

@@ -13,11 +13,11 @@ from sdlearn.checkpoint import CheckpointError
 from sdlearn.checkpoint.difference import (
     SMALL,
     check_base,
-    difference,
-    fingerprint,
-    fingerprint_of,
+    compute_difference,
+    fingerprint_file,
+    fingerprint_tensors,
     relative_error,
-    restored,
+    restore_tensors,
     write_difference,
 )
 
@@ -36,10 +36,11 @@ ONE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(2, 3)
 ], ids=["a name", "names exchanged", "shape", "dimensions", "type of equal bits", "type", "one bit", "sign",
         "an empty tensor more", "a tensor less"])
 def test_a_fingerprint_depends_on_names_types_shapes_and_values(other, tmp_path):
-    assert fingerprint_of(other.items()) != fingerprint_of(ONE.items())
+    assert fingerprint_tensors(other.items()) != fingerprint_tensors(ONE.items())
     for name, tensors in (("one", ONE), ("other", other)):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name)
-    assert fingerprint(tmp_path / "other") != fingerprint(tmp_path / "one") == fingerprint_of(sorted(ONE.items()))
+    one, other = fingerprint_file(tmp_path / "one"), fingerprint_file(tmp_path / "other")
+    assert other != one == fingerprint_tensors(sorted(ONE.items()))
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
@@ -50,15 +51,15 @@ def test_a_fingerprint_does_not_depend_on_the_order_in_a_file(tmp_path, names):
                          for i, name in enumerate(names)}).encode()
     data = b"".join(values[name].numpy().tobytes() for name in names)
     (tmp_path / "one").write_bytes(struct.pack("<Q", len(header)) + header + data)
-    assert fingerprint(tmp_path / "one") == fingerprint_of(values.items())
+    assert fingerprint_file(tmp_path / "one") == fingerprint_tensors(values.items())
 
 
 def test_a_fingerprint_does_not_depend_on_memory_layout():
     weight = torch.randn(4, 3, 5, 5)
     same = {"contiguous": weight, "channels last": weight.to(memory_format=torch.channels_last),
             "view": torch.cat([weight, weight])[:4], "parameter": nn.Parameter(weight.clone())}
-    assert len({fingerprint_of([("conv", tensor)]) for tensor in same.values()}) == 1
-    assert fingerprint_of([("conv", weight)]) == fingerprint_of([("conv", weight)])
+    assert len({fingerprint_tensors([("conv", tensor)]) for tensor in same.values()}) == 1
+    assert fingerprint_tensors([("conv", weight)]) == fingerprint_tensors([("conv", weight)])
 
 
 # --- differences ------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def test_the_budget_goes_where_it_saves_most_error_for_its_bytes(costly, cheap, 
         """Of the best matrices of these ranks (Eckart and Young)."""
         return sum(float(torch.linalg.svdvals(moved[name])[rank:].square().sum()) for name, rank in ranks.items())
 
-    kept = difference(moved, base, budget)
+    kept = compute_difference(moved, base, budget)
     ranks = {name: kept[f"{name}.up"].shape[1] for name in moved}
     assert tuple(ranks.values()) == wanted
     allowed = [dict(zip(moved, each, strict=True)) for each in product(range(4), range(5))]
@@ -97,7 +98,7 @@ def test_a_budget_is_kept_to_the_byte():
     moved = {"w": low_rank(64, 64, [3.0, 2.0, 1.0], 0)}
     base = {"w": torch.zeros(64, 64)}
     for budget, rank in ((255, 0), (256, 1), (511, 1), (512, 2), (10**6, 3)):
-        kept = difference(moved, base, budget)
+        kept = compute_difference(moved, base, budget)
         assert min(3, kept["w.up"].shape[1]) == rank == min(3, len(kept["w.down"])), budget
 
 
@@ -105,7 +106,7 @@ def test_small_and_new_tensors_are_stored_whole():
     side = int(SMALL**0.5)
     base = {"small": torch.ones(side, side), "large": torch.ones(side, side + 1), "long bias": torch.ones(2 * SMALL),
             "reshaped": torch.ones(4)}
-    kept = difference({name: torch.full_like(one, 3) for name, one in base.items()} | {
+    kept = compute_difference({name: torch.full_like(one, 3) for name, one in base.items()} | {
         "reshaped": torch.full((5,), 3.0), "new": torch.full((3,), 3.0)}, base, 10**6)
     assert set(kept) == {"small.difference", "large.up", "large.down", "long bias.difference", "reshaped", "new"}
     assert all(bool((kept[f"{name}.difference"] == 2).all()) for name in ("small", "long bias"))
@@ -120,10 +121,10 @@ def network(seed):
 def test_a_network_is_restored_from_its_base_and_refused_with_another(tmp_path):
     base, trained = network(0).state_dict(), network(1).state_dict()
     save_file(base, tmp_path / "base")
-    write_difference(tmp_path / "stored", difference(trained, base, 10**6), tmp_path / "base")
+    write_difference(tmp_path / "stored", compute_difference(trained, base, 10**6), tmp_path / "base")
     check_base(tmp_path / "stored", tmp_path / "base")
     with torch.device("meta"):
-        again = restored(tmp_path / "stored", network(0), base)
+        again = restore_tensors(tmp_path / "stored", network(0), base)
     assert again.keys() == trained.keys()
     assert relative_error(trained, again, base) < 2e-3                              # that of float16
     renamed = {name.replace("norm", "other"): tensor for name, tensor in base.items()}

@@ -15,7 +15,7 @@ from PIL import Image
 from sdlearn import evaluation as ev
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import CheckpointError, save_folder
-from sdlearn.checkpoint.shipped import kept_evaluation, model_folder, remove_old_evaluation
+from sdlearn.checkpoint.shipped import find_model_folder, read_evaluation, remove_old_evaluation
 from sdlearn.data import CORE, OBJECTS, scene, scene_of
 from sdlearn.data.world import HELD_OUT_COLOURS, is_held_out
 from sdlearn.evaluation import Detection, Detector, DetectorConfig, Prompt, Seen, Thing, Wanted, metrics, verdict
@@ -805,12 +805,12 @@ def test_the_command(tmp_path, monkeypatch, capsys, tiny):
     assert main([*common, "--guidance", "1", "--out", "figures", "--keep", "--allow-few-prompts"]) == 0
     assert "| overall, of the ceiling |" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
     assert "## What is reached, and what is not" in (folder / "EVALUATION.md").read_text(encoding="utf-8")
-    kept = kept_evaluation(folder)
+    kept = read_evaluation(folder)
     assert "w = 1" in kept["columns"] and "images" not in kept and not remove_old_evaluation(folder)
     tiny.unet.conv_in.weight.data += 1
     save_folder(folder, tiny.parts)                     # other weights: what was measured is not of these
     tiny.unet.conv_in.weight.data -= 1
-    assert kept_evaluation(folder) is None and remove_old_evaluation(folder)
+    assert read_evaluation(folder) is None and remove_old_evaluation(folder)
     assert not (folder / "EVALUATION.md").exists() and not (folder / "evaluation.json").exists()
     capsys.readouterr()
     for wrong, told in ((["--prompts", "0"], "prompts is 0"), (["--sampler", "best"], "no sampler"),
@@ -854,7 +854,7 @@ def test_what_is_not_reached_is_said_and_why():
 
 @shipped
 def test_what_is_aimed_at_are_figures_that_shipping_writes():
-    trained = json.loads((model_folder("mini") / "figures.json").read_text(encoding="utf-8"))
+    trained = json.loads((find_model_folder("mini") / "figures.json").read_text(encoding="utf-8"))
     assert [unit for *_, unit in aims({"columns": {"ceiling": {"tasks": {}}}}, trained)] == [" times"]
 
 

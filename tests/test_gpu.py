@@ -10,7 +10,7 @@ import torch
 
 from sdlearn import StableDiffusion
 from sdlearn.bench import Race, climb, rungs_for
-from sdlearn.checkpoint.shipped import shipped_models
+from sdlearn.checkpoint.shipped import list_shipped_models
 from sdlearn.config import PRESETS
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import blended, repaint
@@ -21,7 +21,7 @@ from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-shipped = pytest.mark.skipif("mini" not in shipped_models(), reason="the shipped weights are not here")
+shipped = pytest.mark.skipif("mini" not in list_shipped_models(), reason="the shipped weights are not here")
 
 
 @contextmanager

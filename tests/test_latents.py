@@ -33,7 +33,7 @@ from sdlearn.explore.latents import (
     written,
 )
 from sdlearn.images import to_images, to_tensor
-from sdlearn.vae import VAE, Gaussian
+from sdlearn.vae import VAE, DiagonalGaussian
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +140,10 @@ def test_kept_bytes_counts_what_the_way_back_needs():
 def test_reach_is_the_field_that_convolutions_see():
     convolutions = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2, padding=1),
                                        torch.nn.Conv2d(4, 4, 3, padding=1))
-    seen = reach(lambda x: Gaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16), (4, 3))
+    seen = reach(lambda x: DiagonalGaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16), (4, 3))
     there = (seen > 1e-8).nonzero()
     assert seen.shape == (16, 16) and seen.max() == 1
-    middle = reach(lambda x: Gaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16))
+    middle = reach(lambda x: DiagonalGaussian(convolutions(x), torch.zeros(())), torch.rand(1, 3, 16, 16))
     assert (middle > 1e-8).nonzero().double().mean(dim=0).tolist() == [8, 8]
     # Cell (4, 3) sees rows 3...5 of the first map, and row i of that 2i - 1 ... 2i + 1 of the image.
     assert there.amin(dim=0).tolist() == [5, 3] and there.amax(dim=0).tolist() == [11, 9]

@@ -23,7 +23,7 @@ from ldm_names import (
 )
 from models import one_thread  # noqa: F401
 
-from sdlearn.checkpoint import CheckpointError, detect, layouts, shapes
+from sdlearn.checkpoint import CheckpointError, detect, get_shapes, layouts
 from sdlearn.clip import TextEncoder
 from sdlearn.config import PRESETS, ControlNetConfig, UNetConfig, VAEConfig
 from sdlearn.unet import UNet
@@ -49,14 +49,14 @@ def placed(places, ours):
 @pytest.mark.parametrize("name", ["sd15", "sd15_inpaint", "sd2_base", "sd21", "sd2_inpaint"])
 def test_every_tensor_of_a_unet_has_its_published_name_and_shape(name):
     config = PRESETS[name].unet
-    ours = shapes(meta(UNet, config))
-    places = layouts.unet_places(ours)
+    ours = get_shapes(meta(UNet, config))
+    places = layouts.map_unet_keys(ours)
     assert {name: place.name for name, place in places.items()} == NAMES["unet"]
     assert placed(places, ours) == unet_shapes(config.context_dim == 1024, config.in_channels)
 
 
 def test_every_tensor_of_a_controlnet_has_its_published_name_and_shape():
-    places = layouts.unet_places(CONTROLNET)
+    places = layouts.map_unet_keys(CONTROLNET)
     assert placed(places, CONTROLNET) == controlnet_shapes()
     own = {name: place.name for name, place in places.items() if name.startswith("controlnet_")}
     assert own == NAMES["controlnet"]
@@ -65,16 +65,16 @@ def test_every_tensor_of_a_controlnet_has_its_published_name_and_shape():
 
 
 def test_every_tensor_of_the_autoencoder_has_its_published_name_and_shape():
-    ours = shapes(meta(Autoencoder, PRESETS["sd15"].vae))
-    places = layouts.vae_places(ours)
+    ours = get_shapes(meta(Autoencoder, PRESETS["sd15"].vae))
+    places = layouts.map_vae_keys(ours)
     assert {name: place.name for name, place in places.items()} == NAMES["vae"]
     assert placed(places, ours) == vae_shapes()
     assert sum(place.pointwise for place in places.values()) == 8
 
 
 def test_every_tensor_of_open_clip_is_covered_once():
-    ours = shapes(meta(TextEncoder, PRESETS["sd2_base"].text))
-    places = layouts.open_clip_places(ours)
+    ours = get_shapes(meta(TextEncoder, PRESETS["sd2_base"].text))
+    places = layouts.map_open_clip_keys(ours)
     found = {}
     for name, place in sorted(places.items(), key=lambda item: item[1].third or 0):
         found.setdefault(place.name, []).append(name)
@@ -85,8 +85,8 @@ def test_every_tensor_of_open_clip_is_covered_once():
 
 
 @pytest.mark.parametrize("rule, name", [
-    (layouts.unet_places, "down_blocks.0.motion_modules.0.weight"), (layouts.unet_places, "class_embedding.weight"),
-    (layouts.open_clip_places, "encoder.pooler.weight")])
+    (layouts.map_unet_keys, "down_blocks.0.motion_modules.0.weight"), (layouts.map_unet_keys, "class_embedding.weight"),
+    (layouts.map_open_clip_keys, "encoder.pooler.weight")])
 def test_a_name_without_a_rule_is_told(rule, name):
     with pytest.raises(ValueError, match=name):
         rule([name])
@@ -105,15 +105,15 @@ def numbered(names):
 def test_unets_of_any_depth_are_named_as_diffusers_reads_them(attention, layers):
     config = UNetConfig(channels=(32,) * len(attention), attention=tuple(attention), layers_per_block=layers,
                         context_dim=8, groups=8)
-    sizes = shapes(meta(UNet, config))
+    sizes = get_shapes(meta(UNet, config))
     ours = numbered(sizes)
-    places = layouts.unet_places(ours)
+    places = layouts.map_unet_keys(ours)
     assert len({place.name for place in places.values()}) == len(ours)
     there = {UNET + place.name: ours[name] for name, place in places.items()}
     values = {"layers_per_block": layers, "class_embed_type": None, "addition_embed_type": None}
     assert theirs.convert_ldm_unet_checkpoint(there, values) == ours
     # And what the names of the file tell is the config again.
-    read = detect.unet_config(Path("x.ckpt"), {place.name: sizes[name] for name, place in places.items()
+    read = detect.detect_unet(Path("x.ckpt"), {place.name: sizes[name] for name, place in places.items()
                                                if "attn2.to_k" not in name and "attn2.to_v" not in name})
     assert (read.channels, read.attention, read.layers_per_block) == (config.channels, config.attention, layers)
 
@@ -122,16 +122,16 @@ def test_unets_of_any_depth_are_named_as_diffusers_reads_them(attention, layers)
 @given(st.integers(2, 6), st.integers(1, 3))
 def test_autoencoders_of_any_depth_are_named_as_diffusers_reads_them(levels, layers):
     config = VAEConfig(channels=tuple(4 * (i + 1) for i in range(levels)), layers_per_block=layers, groups=2)
-    sizes = shapes(meta(Autoencoder, config))
+    sizes = get_shapes(meta(Autoencoder, config))
     ours = {name: torch.full((1,), float(i)) for i, name in enumerate(sizes)}
-    places = layouts.vae_places(ours)
+    places = layouts.map_vae_keys(ours)
     assert len({place.name for place in places.values()}) == len(ours)
     there = {VAE + place.name: ours[name][:, None, None, None] if place.pointwise else ours[name]
              for name, place in places.items()}
     kinds = {"down_block_types": [""] * levels, "up_block_types": [""] * levels}
     read = theirs.convert_ldm_vae_checkpoint(there, kinds)
     assert {name: tensor.flatten() for name, tensor in read.items()} == ours
-    found = detect.vae_config({place.name: sizes[name] for name, place in places.items()})
+    found = detect.detect_vae({place.name: sizes[name] for name, place in places.items()})
     assert replace(found, groups=2) == config
 
 
@@ -139,8 +139,8 @@ def test_open_clip_s_thirds_are_those_that_diffusers_takes():
     config = replace(PRESETS["tiny"].text, layers=3)
     encoder = TextEncoder(config)
     ours = encoder.state_dict()
-    places = layouts.open_clip_places(ours)
-    there = layouts.single_tensors(ours, places)
+    places = layouts.map_open_clip_keys(ours)
+    there = layouts.to_single_file(ours, places)
     assert {f"x.{name}": tensor.shape for name, tensor in there.items()} == {
         name: tensor.shape for name, tensor in ldm_open_clip(ours, 3, "x.").items()}
     settings = type("", (), {"config": type("", (), {"hidden_size": config.dim})})
@@ -152,8 +152,8 @@ def test_open_clip_s_thirds_are_those_that_diffusers_takes():
 
 
 def test_a_pointwise_convolution_is_a_linear_layer_in_both_forms():
-    place, linear = layouts.Place("q", pointwise=True), torch.randn(4, 4)
-    [there] = layouts.single_tensors({"to_q": linear}, {"to_q": place}).values()
+    place, linear = layouts.KeyMapping("q", pointwise=True), torch.randn(4, 4)
+    [there] = layouts.to_single_file({"to_q": linear}, {"to_q": place}).values()
     assert there.shape == place.shape((4, 4)) == (4, 4, 1, 1)
     assert torch.equal(place.ours(there), linear) and torch.equal(place.ours(linear), linear)
 
@@ -161,9 +161,9 @@ def test_a_pointwise_convolution_is_a_linear_layer_in_both_forms():
 def test_early_spellings_of_the_autoencoder_are_ours():
     attention = "encoder.mid_block.attentions.0."
     for old, ours in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        assert layouts.vae_name(f"{attention}{old}.weight") == f"{attention}{ours}.weight"
+        assert layouts.rename_vae_key(f"{attention}{old}.weight") == f"{attention}{ours}.weight"
     for name, _ in OURS["vae"]:
-        assert layouts.vae_name(name) == name
+        assert layouts.rename_vae_key(name) == name
 
 
 # --- what shapes tell -------------------------------------------------------------------------------
@@ -184,43 +184,43 @@ def full_size(newer=False, in_channels=4):
     ("sd15", False, 4, None), ("sd15", False, 4, "epsilon"), ("sd15_inpaint", False, 9, None),
     ("sd2_base", True, 4, "epsilon"), ("sd21", True, 4, "v_prediction"), ("sd2_inpaint", True, 9, "epsilon")])
 def test_full_size_files_are_told_by_their_shapes(name, newer, in_channels, prediction):
-    found = detect.read_config(Path("model.safetensors"), full_size(newer, in_channels), prediction)
+    found = detect.detect_config(Path("model.safetensors"), full_size(newer, in_channels), prediction)
     wanted = replace(PRESETS[name], name="model", vision=None)
     assert found == wanted
 
 
 def test_a_controlnet_s_shapes_tell_its_config():
-    assert detect.controlnet_config(Path("x"), controlnet_shapes()) == ControlNetConfig(PRESETS["sd15"].unet)
+    assert detect.detect_controlnet(Path("x"), controlnet_shapes()) == ControlNetConfig(PRESETS["sd15"].unet)
 
 
 def test_one_damaged_tensor_does_not_change_what_is_read():
     there = full_size()
-    wanted = detect.read_config(Path("model.ckpt"), there)
+    wanted = detect.detect_config(Path("model.ckpt"), there)
     for name in list(there)[::60]:
         changed = {key: shape for key, shape in there.items() if key != name}
-        assert detect.read_config(Path("model.ckpt"), changed) == wanted, name
-        assert detect.read_config(Path("model.ckpt"), there | {name: (7, 7)}) == wanted, name
+        assert detect.detect_config(Path("model.ckpt"), changed) == wanted, name
+        assert detect.detect_config(Path("model.ckpt"), there | {name: (7, 7)}) == wanted, name
 
 
 @pytest.mark.parametrize("in_channels", [4, 9])
 def test_what_an_sd_2_predicts_must_be_given(in_channels):
     with pytest.raises(CheckpointError, match='prediction="epsilon" for 2.0-base.*inpainting, "v_prediction" for'):
-        detect.read_config(Path("model.ckpt"), full_size(True, in_channels))
+        detect.detect_config(Path("model.ckpt"), full_size(True, in_channels))
 
 
 def test_parts_that_do_not_fit_together_are_told():
     mixed = full_size() | {name: shape for name, shape in full_size(True).items() if name.startswith(UNET)}
     with pytest.raises(CheckpointError, match="1024 wide.*768 wide"):
-        detect.read_config(Path("model.ckpt"), mixed, "epsilon")
+        detect.detect_config(Path("model.ckpt"), mixed, "epsilon")
     depth = full_size(True, 5)
     with pytest.raises(CheckpointError, match="5 input channels"):
-        detect.read_config(Path("model.ckpt"), depth, "epsilon")
+        detect.detect_config(Path("model.ckpt"), depth, "epsilon")
     narrow = {name: shape for name, shape in full_size().items() if not name.startswith(UNET)}
-    ours = shapes(meta(UNet, PRESETS["mini"].unet))
+    ours = get_shapes(meta(UNet, PRESETS["mini"].unet))
     narrow |= placed({name: place._replace(name=UNET + place.name)
-                      for name, place in layouts.unet_places(ours).items()}, ours)
+                      for name, place in layouts.map_unet_keys(ours).items()}, ours)
     with pytest.raises(CheckpointError, match="192 wide"):
-        detect.read_config(Path("model.ckpt"), narrow)
+        detect.detect_config(Path("model.ckpt"), narrow)
 
 
 @pytest.mark.parametrize("names, told", [
@@ -234,7 +234,7 @@ def test_parts_that_do_not_fit_together_are_told():
 ])
 def test_files_of_other_kinds_are_told_what_they_are(names, told):
     with pytest.raises(CheckpointError, match=f"model.ckpt .*{told}") as caught:
-        detect.read_config(Path("model.ckpt"), dict.fromkeys(names, (1,)))
+        detect.detect_config(Path("model.ckpt"), dict.fromkeys(names, (1,)))
     assert "\n" not in str(caught.value)
 
 

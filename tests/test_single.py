@@ -26,13 +26,13 @@ from sdlearn.checkpoint import (
     CheckpointError,
     TensorMismatch,
     TensorsNotFinite,
+    first_line,
     load,
     load_folder,
     load_single,
     load_single_controlnet,
     save_folder,
     save_single,
-    sentence,
 )
 from sdlearn.checkpoint import single as single_module
 from sdlearn.config import PRESETS, NoiseConfig
@@ -222,11 +222,11 @@ def test_modules_take_the_tensors_as_they_were_read(old_file, words, monkeypatch
     read = []
 
     def watched(file, tensors, device, dtype):
-        read.append(copied(file, tensors, device, dtype))
+        read.append(copy_tensors(file, tensors, device, dtype))
         return read[0]
 
-    copied = single_module.copied
-    monkeypatch.setattr(single_module, "copied", watched)
+    copy_tensors = single_module.copy_tensors
+    monkeypatch.setattr(single_module, "copy_tensors", watched)
     parts = load_single(old_file, tokenizer=words)
     mine = {(part, name): one.data_ptr() for part in PARTS for name, one in getattr(parts, part).state_dict().items()}
     assert mine == {key: one.data_ptr() for key, one in read[0].items()}
@@ -458,8 +458,8 @@ def test_every_wrong_tensor_is_named(own, older, tiny_file, words, tmp_path):
     assert sorted(error.unexpected) == [f"{VAE_PREFIX}another.weight", "stray"]
     assert [name for name, _, _ in error.misshaped] == [f"{VAE_PREFIX}decoder.mid.attn_1.k.weight",
                                                         f"{UNET}out.2.bias"]
-    assert "3 missing, 2 unexpected, 2 of another shape" in sentence(error) and str(file) in sentence(error)
-    assert "config.json" not in sentence(error)
+    assert "3 missing, 2 unexpected, 2 of another shape" in first_line(error) and str(file) in first_line(error)
+    assert "config.json" not in first_line(error)
     assert all(f": {name}" in str(error) for name in gone)
 
 
@@ -492,7 +492,7 @@ def test_every_tensor_that_is_not_finite_is_named(older, newer, words, tmp_path,
     with pytest.raises(TensorsNotFinite) as caught:
         load_single(file, prediction="epsilon", tokenizer=words)
     assert sorted(caught.value.names) == sorted([name, stacked])
-    assert str(file) in sentence(caught.value) and f"not finite: {name}" in str(caught.value)
+    assert str(file) in first_line(caught.value) and f"not finite: {name}" in str(caught.value)
 
 
 def test_what_a_narrower_type_cannot_hold_is_named(older, words, tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sdlearn
-from sdlearn.tokenizer import END, START, Tokenizer, clean, learn_merges, merge, split, to_symbols, vocabulary
+from sdlearn.tokenizer import END, START, Tokenizer, build_vocabulary, clean, learn_merges, merge, split, to_symbols
 
 ENGLISH = Path(sdlearn.__file__).parent / "data" / "english.txt"
 CLASSES = sorted({transformers.CLIPTokenizer, transformers.CLIPTokenizerFast}, key=lambda c: c.__name__)
@@ -253,10 +253,10 @@ def test_training_does_not_depend_on_the_order_of_texts(mini):
 
 
 def test_a_trained_vocabulary_has_every_byte_and_the_size_asked_for(mini):
-    assert mini.vocab_size == 1200 and mini.vocab == vocabulary(mini.merges)
-    assert mini.symbols[:512] == list(vocabulary([]))[:512] and len(set(mini.symbols)) == 1200
+    assert mini.vocab_size == 1200 and mini.vocab == build_vocabulary(mini.merges)
+    assert mini.symbols[:512] == list(build_vocabulary([]))[:512] and len(set(mini.symbols)) == 1200
     assert (mini.start, mini.end, mini.pad) == (1198, 1199, 1199)
-    assert mini.tokens(mini.encode("A red cat!")) == ["a</w>", "red</w>", "cat</w>", "!</w>"]
+    assert mini.convert_ids_to_tokens(mini.encode("A red cat!")) == ["a</w>", "red</w>", "cat</w>", "!</w>"]
     assert Tokenizer.train(["ab"], 5000).vocab_size == 515       # one pair, and then no more
     assert Tokenizer.train([], 514).encode("ab") == [64, 256 + 65]
 
@@ -285,7 +285,7 @@ def test_work_shown_ends_in_the_ids(mini, text):
     for work in works:
         for (_, before), (rank, after) in pairwise(work.steps):
             assert after == merge(before, mini.merges[rank]) and len(after) < len(before)
-        assert not work.steps or work.steps[-1][1] == mini.tokens(work.ids)
+        assert not work.steps or work.steps[-1][1] == mini.convert_ids_to_tokens(work.ids)
 
 
 def test_work_is_printed_merge_by_merge(clip, capsys):
@@ -308,11 +308,11 @@ def test_rows_are_cut_to_77_and_padded(clip):
 
 
 def test_truncated_is_what_a_row_does_not_hold(clip):
-    assert clip.truncated("") == clip.truncated("cat " * 75) == ""
-    assert clip.truncated("cat " * 75 + "Dog on a mat") == "dog on a mat"
+    assert clip.get_truncated_text("") == clip.get_truncated_text("cat " * 75) == ""
+    assert clip.get_truncated_text("cat " * 75 + "Dog on a mat") == "dog on a mat"
     text = " ".join(ENGLISH.read_text(encoding="utf-8").split()[:500])
-    assert f"{clip.decode(clip(text)[0])} {clip.truncated(text)}".replace(" ", "") == text.replace(" ", "")
-    assert clip.truncated("a red cat", length=4) == "cat"
+    assert f"{clip.decode(clip(text)[0])} {clip.get_truncated_text(text)}".replace(" ", "") == text.replace(" ", "")
+    assert clip.get_truncated_text("a red cat", length=4) == "cat"
 
 
 @pytest.mark.parametrize("text", [
@@ -330,10 +330,11 @@ def test_half_a_character_is_decoded_as_the_replacement_character(mini):
 
 def test_the_smallest_row_and_the_smallest_vocabulary(mini):
     """Start and end alone, and the bytes, start and end without any merge."""
-    assert mini("a cat", length=2).tolist() == [[mini.start, mini.end]] and mini.truncated("a cat", 2) == "a cat"
+    assert mini("a cat", length=2).tolist() == [[mini.start, mini.end]]
+    assert mini.get_truncated_text("a cat", 2) == "a cat"
     bytes_only = Tokenizer.train(["a cat"], 514)
     assert bytes_only.vocab_size == 514 and bytes_only.merges == []
-    assert bytes_only.tokens(bytes_only.encode("a cat")) == ["a</w>", "c", "a", "t</w>"]
+    assert bytes_only.convert_ids_to_tokens(bytes_only.encode("a cat")) == ["a</w>", "c", "a", "t</w>"]
 
 
 # ---------------------------------------------------------------------------- added tokens
@@ -542,7 +543,7 @@ def test_a_save_that_fails_leaves_what_was_there(mini, tmp_path, monkeypatch):
     (lambda t: t.encode(None), TypeError, "must be a string, not NoneType"),
     (lambda t: t(["a", 5]), TypeError, "must be a string, not int"),
     (lambda t: t("a", length=1), ValueError, "2 or more"),
-    (lambda t: t.truncated("a", length=1), ValueError, "2 or more"),
+    (lambda t: t.get_truncated_text("a", length=1), ValueError, "2 or more"),
     (lambda t: t.decode(t("a")), ValueError, "row by row"),
     (lambda t: t.decode([1200]), ValueError, "no token with id 1200: ids go from 0 to 1199"),
     (lambda t: t.decode([-1]), ValueError, "no token with id -1"),

@@ -46,7 +46,7 @@ from sdlearn.training.loop import (
 )
 from sdlearn.training.unet import LatentCache, UNetRecipe, draw_shifted_timesteps, validation_prompts
 from sdlearn.training.vae import VAERecipe, gradient_loss, init_vae, measure_scaling_factor
-from sdlearn.vae import VAE, Gaussian
+from sdlearn.vae import VAE, DiagonalGaussian
 
 MINUTE = 1 / 60
 
@@ -420,7 +420,7 @@ def test_the_autoencoders_errors_are_told_by_size():
 
     class Paler:
         def encode(self, pixels):
-            return Gaussian(0.8 * pixels, torch.zeros_like(pixels))
+            return DiagonalGaussian(0.8 * pixels, torch.zeros_like(pixels))
 
         def decode(self, latent):
             return latent + 0.2

@@ -11,7 +11,7 @@ from models import one_thread  # noqa: F401
 from recipes import scene_config, untrained_base
 
 from sdlearn.checkpoint import CheckpointError, Parts, load_folder, save_folder
-from sdlearn.checkpoint.shipped import CONCEPT, LORA_FILE, TOLD_FILE, WORD_FILE, Concept, load_concept, save_concept
+from sdlearn.checkpoint.shipped import CONCEPT, INFO_FILE, LORA_FILE, WORD_FILE, Concept, load_concept, save_concept
 from sdlearn.finetune import Embedding, new_lora
 from sdlearn.images import to_tensor
 from sdlearn.pipeline import StableDiffusion
@@ -161,7 +161,7 @@ def test_a_run_ships_what_it_taught_and_a_fresh_model_can_use_it(config, run, mo
     assert found.lora.unet.keys() == learnt["lora"].unet.keys() and not found.lora.text_encoder
     for name, change in learnt["lora"].unet.items():
         torch.testing.assert_close(found.lora.unet[name].delta(), change.delta())
-    assert found.told["thing"] == concept.THING and found.told["lora"]["training"]["step"] == 2
+    assert found.info["thing"] == concept.THING and found.info["lora"]["training"]["step"] == 2
     assert figures["lora"]["numbers"] == sum(one.numel() for one in found.lora.tensors())
     assert (model / CONCEPT / adapters.SHEET_FILE).exists()
     text = "\n".join(adapters.card_section(figures))
@@ -191,7 +191,7 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
     with pytest.raises(CheckpointError, match="has been taught nothing new; train the stages word and lora"):
         load_concept(model)
     save_concept(model, a_concept(model))
-    assert adapters.package_adapters(config, run, model, count=1) == {} and load_concept(model).told["thing"] == "alien"
+    assert adapters.package_adapters(config, run, model, count=1) == {} and load_concept(model).info["thing"] == "alien"
     for part in ("unet", "text_encoder"):
         save_concept(model, a_concept(model))
         parts = load_folder(model)
@@ -208,13 +208,13 @@ def test_it_belongs_to_one_base_and_goes_with_it(config, run, model, capsys):
 def test_damage_is_told_in_a_sentence(model):
     save_concept(model, a_concept(model))
     place = model / CONCEPT
-    for name, words in ((WORD_FILE, "word.safetensors"), (LORA_FILE, "lora.safetensors"), (TOLD_FILE, "told.json")):
+    for name, words in ((WORD_FILE, "word.safetensors"), (LORA_FILE, "lora.safetensors"), (INFO_FILE, "told.json")):
         whole = (place / name).read_bytes()
         (place / name).write_bytes(whole[:len(whole) // 2])
         with pytest.raises(CheckpointError, match=words):
             load_concept(model)
         (place / name).write_bytes(whole)
-    (place / TOLD_FILE).write_text(json.dumps(["no", "object"]))
+    (place / INFO_FILE).write_text(json.dumps(["no", "object"]))
     with pytest.raises(CheckpointError, match="told.json"):
         load_concept(model)
     (place / WORD_FILE).unlink()

@@ -17,19 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from sdlearn.checkpoint import CheckpointError, Parts, TensorMismatch, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
-from sdlearn.checkpoint.difference import difference, fingerprint, relative_error
+from sdlearn.checkpoint.difference import compute_difference, fingerprint_file, relative_error
 from sdlearn.checkpoint.shipped import (
     DIFFERENCE_FILE,
-    base_file,
-    base_tensors,
-    load_inpaint,
+    find_base_file,
+    list_shipped_controlnets,
+    list_shipped_models,
     load_shipped,
-    load_shipped_control,
-    remove_strangers,
-    save_control,
-    save_inpaint,
-    shipped_controls,
-    shipped_models,
+    load_shipped_controlnet,
+    load_shipped_inpaint,
+    read_base_tensors,
+    remove_incompatible,
+    save_shipped_controlnet,
+    save_shipped_inpaint,
 )
 from sdlearn.clip import CLIP
 from sdlearn.config import PRESETS
@@ -415,7 +415,7 @@ def test_low_rank_is_the_best_for_its_bytes_and_keeps_the_budget():
            "flat": base["flat"] + 0.001 * torch.randn(128, 80, generator=generator), "bias": base["bias"] + 1,
            "same": base["same"], "new": torch.randn(3, 3, generator=generator)}
     for budget in (8_000, 20_000, 60_000):
-        kept = difference(net, base, budget)
+        kept = compute_difference(net, base, budget)
         assert sum(2 * tensor.numel() for tensor in kept.values()) <= budget
         assert torch.equal(kept["new"], net["new"]) and torch.allclose(kept["bias.difference"], torch.ones(96))
         assert kept["same.up"].shape == (96, 0) and kept["same.down"].shape == (0, 96)
@@ -424,7 +424,7 @@ def test_low_rank_is_the_best_for_its_bytes_and_keeps_the_budget():
         if budget > 8_000:
             torch.testing.assert_close(near["big"], net["big"], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="a budget of 100 bytes is too small by 110"):
-        difference(net, base, 100)
+        compute_difference(net, base, 100)
 
 
 def test_what_inputs_never_contain_costs_nothing():
@@ -437,7 +437,7 @@ def test_what_inputs_never_contain_costs_nothing():
     wanted = inputs @ (net["w"] - base["w"]).T
     errors = []
     for moments in (None, {"w": inputs.T @ inputs / 500}):
-        kept = difference(net, base, budget, moments)
+        kept = compute_difference(net, base, budget, moments)
         assert kept["w.up"].shape == (48, 8)
         errors.append(float((inputs @ (kept["w.up"] @ kept["w.down"]).T - wanted).norm() / wanted.norm()))
     assert errors[1] < 0.02 < 0.3 < errors[0]
@@ -474,11 +474,11 @@ def test_moments_are_those_of_every_layers_inputs(config, run, stage):
 
 
 def test_a_control_comes_back_whole_with_room_and_nearly_without(folder, config):
-    net, base = a_control(folder, config), base_tensors(folder)
+    net, base = a_control(folder, config), read_base_tensors(folder)
     errors = {}
     for budget in (10**7, 280_000):
-        save_control(folder, "edges", net, budget=budget)
-        again = load_shipped_control(folder, "edges")
+        save_shipped_controlnet(folder, "edges", net, budget=budget)
+        again = load_shipped_controlnet(folder, "edges")
         assert type(again) is ControlNet and again.control_config == net.control_config and not again.training
         errors[budget] = relative_error(net.state_dict(), again.state_dict(), base)
         for name, value in again.state_dict().items():
@@ -486,14 +486,14 @@ def test_a_control_comes_back_whole_with_room_and_nearly_without(folder, config)
                 assert torch.equal(value, net.state_dict()[name].half().float()), name
     assert errors[10**7] < 0.001 and 0.01 < errors[280_000] < 1
     assert (folder / "control-edges" / DIFFERENCE_FILE).stat().st_size < 280_000 + 20_000, "names take some, too"
-    assert shipped_controls(folder) == ["edges"]
-    assert load_shipped_control(folder, "edges", dtype=torch.bfloat16).conv_in.weight.dtype == torch.bfloat16
+    assert list_shipped_controlnets(folder) == ["edges"]
+    assert load_shipped_controlnet(folder, "edges", dtype=torch.bfloat16).conv_in.weight.dtype == torch.bfloat16
 
 
 def test_an_inpainting_unet_comes_back_and_the_pipeline_takes_it(folder, config):
     wide = moved(widen_unet(load_folder(folder).unet))
-    save_inpaint(folder, wide, budget=10**7)
-    parts = load_inpaint(folder)
+    save_shipped_inpaint(folder, wide, budget=10**7)
+    parts = load_shipped_inpaint(folder)
     for name, value in parts.unet.state_dict().items():
         torch.testing.assert_close(value, wide.state_dict()[name], atol=2e-4, rtol=2e-3)
     assert parts.config.name == "small-inpaint" and parts.config.unet.in_channels == 9
@@ -515,35 +515,35 @@ def test_widening_changes_no_output(model):
 
 
 def test_another_base_is_told_and_its_adapters_go(folder, config, capsys):
-    save_control(folder, "edges", a_control(folder, config), budget=10**7)
-    save_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
-    assert remove_strangers(folder) == []
+    save_shipped_controlnet(folder, "edges", a_control(folder, config), budget=10**7)
+    save_shipped_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
+    assert remove_incompatible(folder) == []
     parts = load_folder(folder)
     moved(parts.unet, far=1e-3)
     save_folder(folder, parts, dtype=torch.float16)
-    for load in (lambda: load_shipped_control(folder, "edges"), lambda: load_inpaint(folder)):
+    for load in (lambda: load_shipped_controlnet(folder, "edges"), lambda: load_shipped_inpaint(folder)):
         with pytest.raises(CheckpointError, match="difference.safetensors belongs to another base than .*unet.*, whose "
                                                   "weights have changed"):
             load()
-    save_control(folder, "depth", a_control(folder, config), budget=10**7)
-    assert remove_strangers(folder) == ["control-edges", "inpaint"] and shipped_controls(folder) == ["depth"]
+    save_shipped_controlnet(folder, "depth", a_control(folder, config), budget=10**7)
+    assert remove_incompatible(folder) == ["control-edges", "inpaint"] and list_shipped_controlnets(folder) == ["depth"]
     assert load_folder(folder).unet.config.in_channels == 4
 
 
 def test_the_fingerprint_is_of_values_alone(folder, tmp_path):
-    file = base_file(folder)
+    file = find_base_file(folder)
     tensors = load_file(file)
     other = tmp_path / "other.safetensors"
     save_file(dict(reversed(tensors.items())), other, metadata={"format": "pt", "more": "words"})
-    assert fingerprint(other) == fingerprint(file)
+    assert fingerprint_file(other) == fingerprint_file(file)
     name = next(iter(tensors))
     for change in (tensors[name] + 0.01, tensors[name].float()):
         save_file({**tensors, name: change}, other)
-        assert fingerprint(other) != fingerprint(file)
+        assert fingerprint_file(other) != fingerprint_file(file)
 
 
 def damage(file, change, **metadata):
-    with_base = {"base": fingerprint(base_file(file.parent.parent)), **metadata}
+    with_base = {"base": fingerprint_file(find_base_file(file.parent.parent)), **metadata}
     save_file(change(load_file(file)), file, metadata=with_base)
 
 
@@ -552,7 +552,7 @@ def without(*names):
 
 
 def test_damage_is_told_in_a_sentence(folder, config):
-    save_control(folder, "edges", a_control(folder, config), budget=10**7)
+    save_shipped_controlnet(folder, "edges", a_control(folder, config), budget=10**7)
     file = folder / "control-edges" / DIFFERENCE_FILE
     whole = file.read_bytes()
     up = next(name for name in load_file(file) if name.endswith(".up"))
@@ -569,32 +569,32 @@ def test_damage_is_told_in_a_sentence(folder, config):
         file.write_bytes(whole)
         damage(file, change)
         with pytest.raises(error, match=words):
-            load_shipped_control(folder, "edges")
+            load_shipped_controlnet(folder, "edges")
     for broken, words in ((whole[:len(whole) // 2], "truncated or not a safetensors file"), (b"", "truncated")):
         file.write_bytes(broken)
         with pytest.raises(CheckpointError, match=words):
-            load_shipped_control(folder, "edges")
+            load_shipped_controlnet(folder, "edges")
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match="does not say which base it belongs to"):
-        load_shipped_control(folder, "edges")
+        load_shipped_controlnet(folder, "edges")
 
 
 def test_what_is_not_there_is_told(folder):
     with pytest.raises(CheckpointError, match="has no ControlNet 'edges'; it has none"):
-        load_shipped_control(folder, "edges")
+        load_shipped_controlnet(folder, "edges")
     with pytest.raises(CheckpointError, match="has no U-Net for inpainting; ask for the model itself"):
-        load_inpaint(folder)
+        load_shipped_inpaint(folder)
     with pytest.raises(CheckpointError, match="there is no model 'nothing'; give a shipped one"):
-        load_shipped_control("nothing", "edges")
+        load_shipped_controlnet("nothing", "edges")
     with pytest.raises(CheckpointError, match="there is no shipped model 'nothing'; there are"):
         load_shipped("nothing")
 
 
 def test_shipped_models_are_found_by_name(folder, monkeypatch):
     monkeypatch.setattr(shipped_room, "SHIPPED", folder.parent)
-    assert shipped_models() == ["small"]
-    save_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
-    assert shipped_models() == ["small", "small-inpaint"]
+    assert list_shipped_models() == ["small"]
+    save_shipped_inpaint(folder, widen_unet(load_folder(folder).unet), budget=10**7)
+    assert list_shipped_models() == ["small", "small-inpaint"]
     assert load_shipped("small-inpaint").config.unet.in_channels == 9
     assert load_shipped("small").config.unet.in_channels == 4
 
@@ -609,7 +609,7 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
     monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=4))
     recipes = {stage: trained(stage, config, run) for stage in SMALL}
     out = card.package_weights(config, run, tmp_path / "model", count=2)
-    assert shipped_controls(out) == ["depth", "edges"]
+    assert list_shipped_controlnets(out) == ["depth", "edges"]
     figures, text = json.loads((out / "figures.json").read_text()), (out / "MODEL_CARD.md").read_text()
     for stage in SMALL:
         told = figures["on top"][stage]
@@ -623,7 +623,7 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
     sampled = StableDiffusion(load_folder(out))
     one = scene(0, "test", CORE)
     free, = sampled.text2img(one.caption, num_inference_steps=3)
-    led, = sampled.control(one.caption, load_shipped_control(out, "edges"), np.stack([one.edge_map] * 3, 2),
+    led, = sampled.control(one.caption, load_shipped_controlnet(out, "edges"), np.stack([one.edge_map] * 3, 2),
                            num_inference_steps=3)
     assert free.size == led.size == (128, 128) and np.asarray(free).tobytes() != np.asarray(led).tobytes()
 
@@ -651,7 +651,7 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
     figures = adapters.package_adapter(recipe, whole.state_dict(), folder, 2)
 
     drawn = [scene(seed, "test", CORE) for seed in range(2)]
-    stored = load_shipped_control(folder, "edges") if stage == "edges" else load_inpaint(folder).unet
+    stored = load_shipped_controlnet(folder, "edges") if stage == "edges" else load_shipped_inpaint(folder).unet
     recipe.unet = base
 
     def measured(network):
@@ -685,14 +685,14 @@ def test_reshipping_a_base_removes_what_belonged_to_another(config, run, tmp_pat
                   stages.load_trained_unet(config, run))
     save_folder(parts_folder, parts, dtype=torch.float16)
     assert adapters.package_adapters(config, run, parts_folder, count=1) == {} and adapters.card_section({}) == []
-    assert shipped_controls(parts_folder) == [] and not (parts_folder / "inpaint").exists()
-    save_control(parts_folder, "edges", a_control(parts_folder, config), budget=10**7)
+    assert list_shipped_controlnets(parts_folder) == [] and not (parts_folder / "inpaint").exists()
+    save_shipped_controlnet(parts_folder, "edges", a_control(parts_folder, config), budget=10**7)
     assert adapters.package_adapters(config, run, parts_folder, count=1) == {}
-    assert shipped_controls(parts_folder) == ["edges"], "of the same base: nothing changes"
+    assert list_shipped_controlnets(parts_folder) == ["edges"], "of the same base: nothing changes"
     moved(parts.unet)
     save_folder(parts_folder, parts, dtype=torch.float16)
     assert adapters.package_adapters(config, run, parts_folder, count=1) == {}
-    assert shipped_controls(parts_folder) == []
+    assert list_shipped_controlnets(parts_folder) == []
     assert "control-edges, which belongs to another base than the one that is shipped now" in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from sdlearn.training.vae import (
     gradient_loss,
     reconstruction_under_noise,
 )
-from sdlearn.vae import Gaussian
+from sdlearn.vae import DiagonalGaussian
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_reconstruction_gets_worse_with_noise_and_is_the_same_each_time(config):
 
         def encode(self, pixels):
             mean = torch.nn.functional.avg_pool2d(pixels, 8)
-            return Gaussian(mean, mean)
+            return DiagonalGaussian(mean, mean)
 
         def decode(self, latents):
             return torch.nn.functional.interpolate(latents, scale_factor=8.0)

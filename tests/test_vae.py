@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlearn.config import PRESETS, VAEConfig
-from sdlearn.vae import VAE, Gaussian
+from sdlearn.vae import VAE, DiagonalGaussian
 
 KEYS = json.loads((Path(__file__).parent / "data" / "keys_vae_text.json").read_text())
 
@@ -132,24 +132,24 @@ def test_kl_is_that_of_torch_distributions(mean, logvar, count):
     normal = torch.distributions.Normal(means.double(), (logvars.double() / 2).exp())
     standard = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
     expected = torch.distributions.kl_divergence(normal, standard).sum(dim=(1, 2, 3))
-    torch.testing.assert_close(Gaussian(means, logvars).kl().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(DiagonalGaussian(means, logvars).kl().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kl_of_the_standard_normal_is_zero():
     zeros = torch.zeros(2, 4, 3, 3)
-    assert Gaussian(zeros, zeros).kl().tolist() == [0, 0]
+    assert DiagonalGaussian(zeros, zeros).kl().tolist() == [0, 0]
 
 
 def test_logvar_is_clamped_and_stays_finite():
     moments = torch.cat([torch.zeros(1, 4, 1, 2), torch.tensor([-1000.0, 1000.0]).expand(1, 4, 1, 2)], dim=1)
-    posterior = Gaussian.from_moments(moments)
+    posterior = DiagonalGaussian.from_moments(moments)
     assert posterior.logvar.unique().tolist() == [-30, 20]
     assert posterior.sample().isfinite().all() and posterior.kl().isfinite().all()
     assert posterior.std.half().isfinite().all()
 
 
 def test_sample_repeats_with_its_generator():
-    posterior = Gaussian(torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5))
+    posterior = DiagonalGaussian(torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5))
     first = posterior.sample(torch.Generator().manual_seed(1))
     torch.manual_seed(99)                                               # not the source of the noise
     assert torch.equal(first, posterior.sample(torch.Generator().manual_seed(1)))
@@ -162,16 +162,16 @@ def test_sample_repeats_with_its_generator():
 
 def test_sample_has_the_mean_and_the_spread():
     mean, logvar = torch.full((1, 4, 200, 200), 3.0), torch.full((1, 4, 200, 200), 2.0).log() * 2
-    drawn = Gaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
+    drawn = DiagonalGaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
     assert drawn.mean().item() == pytest.approx(3, abs=0.02)
     assert drawn.std().item() == pytest.approx(2, abs=0.02)
-    assert torch.equal(Gaussian(mean, logvar).mode(), mean)
+    assert torch.equal(DiagonalGaussian(mean, logvar).mode(), mean)
 
 
 def test_sample_is_differentiable_in_mean_and_logvar():
     mean = torch.zeros(1, 4, 2, 2, requires_grad=True)
     logvar = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    drawn = Gaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
+    drawn = DiagonalGaussian(mean, logvar).sample(torch.Generator().manual_seed(0))
     drawn.sum().backward()
     assert torch.equal(mean.grad, torch.ones_like(mean))
     torch.testing.assert_close(logvar.grad, drawn.detach() / 2)         # d std / d logvar = std / 2

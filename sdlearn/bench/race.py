@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from ..checkpoint import Parts, load_folder, save_folder
-from ..checkpoint.shipped import SHIPPED, shipped_models
+from ..checkpoint.shipped import SHIPPED, list_shipped_models
 from ..clip import TextEncoder
 from ..config import PRESETS
 from ..diagnostics.costs import step_flops
@@ -81,7 +81,7 @@ class Race:
 
 def weights(race: Race, folder: Path) -> Path:
     """A model folder of the preset in `folder`: the shipped weights where there are some, else random ones."""
-    if race.preset in shipped_models():
+    if race.preset in list_shipped_models():
         parts = load_folder(SHIPPED / race.preset)
     else:
         torch.manual_seed(0)

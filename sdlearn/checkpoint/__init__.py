@@ -2,15 +2,15 @@
 
 from .control import save_controlnet
 from .embedding import load_embedding, save_embedding
-from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, sentence
-from .files import read_json, read_tensors, shapes, write_json, write_tensors
+from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, first_line
+from .files import get_shapes, read_json, read_tensors, write_json, write_tensors
 from .folder import Parts, load_folder, save_folder
 from .hub import download
 from .lora import load_lora, save_lora
 from .single import load_single, load_single_controlnet, save_single
-from .source import load, load_control
+from .source import load, load_controlnet
 
-__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_control",
+__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_controlnet",
            "load_embedding", "load_folder", "load_lora", "load_single", "load_single_controlnet", "read_json",
-           "read_tensors", "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "sentence",
-           "shapes", "write_json", "write_tensors"]
+           "read_tensors", "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "first_line",
+           "get_shapes", "write_json", "write_tensors"]

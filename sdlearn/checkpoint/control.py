@@ -14,12 +14,12 @@ from ..files import write_atomically
 from .configs import controlnet_from_dict, controlnet_to_dict
 from .errors import CheckpointError
 from .files import write_json, write_tensors
-from .folder import DIFFUSERS_FILE, _read, load_module
+from .folder import DIFFUSERS_FILE, load_module, read_part_config
 
 HALF_FILE = "diffusion_pytorch_model.fp16.safetensors"
 
 
-def load_controlnet(folder: str | Path, *, device: str | torch.device = "cpu",
+def load_controlnet_folder(folder: str | Path, *, device: str | torch.device = "cpu",
                     dtype: torch.dtype = torch.float32) -> ControlNet:
     """The ControlNet of a folder, on `device`; a file of any precision is cast to `dtype`.
 
@@ -30,14 +30,14 @@ def load_controlnet(folder: str | Path, *, device: str | torch.device = "cpu",
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not the folder of a ControlNet: it has no config.json; "
                               "give one that diffusers or sdlearn has written.")
-    config = _read(folder / "config.json", controlnet_from_dict)
+    config = read_part_config(folder / "config.json", controlnet_from_dict)
     whole, half = folder / DIFFUSERS_FILE, folder / HALF_FILE
     file = half if half.is_file() and not whole.exists() else whole
     return load_module(lambda: ControlNet(config), file, device=device, dtype=dtype)
 
 
 def save_controlnet(folder: str | Path, net: ControlNet, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a folder that `load_controlnet` and diffusers open; floating-point tensors in `dtype`.
+    """Write a folder that `load_controlnet_folder` and diffusers open; floating-point tensors in `dtype`.
 
     It is written beside and then renamed; other files in a folder that exists stay. Raises
     CheckpointError when it cannot be written.

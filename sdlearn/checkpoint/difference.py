@@ -21,20 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .files import check_shapes, copied, shapes, stored, write_tensors
+from .files import check_shapes, copy_tensors, get_shapes, open_tensors, write_tensors
 
 Tensors = dict[str, Tensor]
 STORED = torch.float16
 SMALL = 1024            # numbers; what has fewer is stored whole
 
 
-def fingerprint(file: Path) -> str:
+def fingerprint_file(file: Path) -> str:
     """Of the tensors of a file, as they are stored: 16 hexadecimal digits, the same wherever they are equal."""
-    with stored(file) as there:
-        return fingerprint_of((name, there.read(name)) for name in sorted(there.shapes))
+    with open_tensors(file) as there:
+        return fingerprint_tensors((name, there.read(name)) for name in sorted(there.shapes))
 
 
-def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Of named tensors, in the order in which they come: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -43,8 +43,8 @@ def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def difference(tensors: Tensors, base: Tensors, budget: int, moments: Tensors | None = None) -> Tensors:
-    """What to store of `tensors` so that `restored` gives them back nearly: at most about `budget` bytes of it.
+def compute_difference(tensors: Tensors, base: Tensors, budget: int, moments: Tensors | None = None) -> Tensors:
+    """What to store of `tensors` so that `restore_tensors` gives them back nearly: at most about `budget` bytes of it.
 
     What is stored whole costs what it costs. The rest of the budget goes to singular values, the largest
     square for its bytes first, over all matrices: so the sum of all squared errors is as small as it can
@@ -106,31 +106,31 @@ def _ranks(triples: dict[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> di
 
 def write_difference(file: Path, kept: Tensors, base_file: Path):
     """Not atomic by itself: for use inside `write_atomically`."""
-    write_tensors(file, kept, STORED, metadata={"base": fingerprint(base_file)})
+    write_tensors(file, kept, STORED, metadata={"base": fingerprint_file(base_file)})
 
 
 def check_base(file: Path, base_file: Path):
     """Raise CheckpointError unless the differences in `file` were taken from the tensors in `base_file`."""
-    with stored(file) as there:
+    with open_tensors(file) as there:
         wanted = there.metadata.get("base")
     if wanted is None:
         raise CheckpointError(f"{file} does not say which base it belongs to; write it again with `train ship`.")
-    if fingerprint(base_file) != wanted:
+    if fingerprint_file(base_file) != wanted:
         raise CheckpointError(f"{file} belongs to another base than {base_file}, whose weights have changed since; "
                               "train and ship it again with this base, or take both from one model.")
 
 
-def restored(file: Path, module: nn.Module, base: Tensors) -> Tensors:
+def restore_tensors(file: Path, module: nn.Module, base: Tensors) -> Tensors:
     """All tensors of `module`, which may be on the meta device, in float32: the base's plus the differences in `file`.
 
     `check_base` has said that it is the right base. Raises CheckpointError for a file that is missing or
     damaged, TensorMismatch for one that does not fit the module.
     """
-    wanted = shapes(module)
-    with stored(file) as there:
+    wanted = get_shapes(module)
+    with open_tensors(file) as there:
         forms = dict(_forms(there.shapes, wanted))
         check_shapes(file, {name: shape for name, (_, shape) in forms.items()}, wanted)
-        kept = copied(file, ((name, name, there.read(name)) for name in there.shapes), "cpu", torch.float32)
+        kept = copy_tensors(file, ((name, name, there.read(name)) for name in there.shapes), "cpu", torch.float32)
     whole = {}
     for name, (form, shape) in forms.items():
         if form == "":

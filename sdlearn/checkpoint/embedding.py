@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..finetune import Embedding
-from .errors import CheckpointError, sentence
-from .files import PICKLES, check_archive, stored, write_tensors
+from .errors import CheckpointError, first_line
+from .files import PICKLES, check_archive, open_tensors, write_tensors
 
 SAFE = ".safetensors"
 
@@ -75,7 +75,7 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
     with write_atomically(file) as beside:
         match file.suffix:
             case ".safetensors":
-                write_tensors(beside, {embedding.token: vectors}, told=file.name)
+                write_tensors(beside, {embedding.token: vectors}, source=file.name)
             case ".bin":
                 torch.save({embedding.token: vectors}, beside)
             case ".pt":
@@ -88,9 +88,9 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
 
 def _read(file: Path) -> dict:
     """What a .safetensors file or a pickle holds, nested as it is, in memory. Raises CheckpointError."""
-    check_small(file)
+    check_file(file)
     if file.suffix == SAFE:
-        with stored(file) as there:
+        with open_tensors(file) as there:
             return {name: there.read(name).clone() for name in there.shapes}
     check_archive(file)
     try:
@@ -99,14 +99,14 @@ def _read(file: Path) -> dict:
         raise CheckpointError(f"{file} holds more than tensors, numbers and names, and was not opened, since that "
                               "may run code on this machine; use a .safetensors file.") from error
     except Exception as error:          # PyTorch raises whatever a made-up pickle leads it to
-        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {sentence(error)}); "
+        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {first_line(error)}); "
                               "copy or download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__} where tensors by name are needed.")
     return content
 
 
-def check_small(file: Path):
+def check_file(file: Path):
     """Raises CheckpointError unless there is a file with an ending that can be read."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing or no file; give the path of a .safetensors, .pt or .bin file.")

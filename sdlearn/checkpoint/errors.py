@@ -43,6 +43,6 @@ class TensorsNotFinite(CheckpointError):
         super().__init__("\n".join([*lines, *(f"  not finite: {name}" for name in names)]))
 
 
-def sentence(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message: the sentence without the list of tensors."""
     return (str(error).splitlines() or [type(error).__name__])[0]

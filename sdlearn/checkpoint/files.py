@@ -18,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, sentence
+from .errors import CheckpointError, TensorMismatch, TensorsNotFinite, first_line
 
 Shape = tuple[int, ...]
 Key = Hashable
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")      # what torch.save wrote goes by these names
 # Left in the files of the first Stable Diffusions by the code that trained them.
-INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
+IGNORED_CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
          "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
 
 
@@ -33,7 +33,7 @@ def read_json(file: Path) -> dict:
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise missing_file(file) from None
+        raise missing_file_error(file) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:         # broken JSON or broken UTF-8
@@ -43,7 +43,7 @@ def read_json(file: Path) -> dict:
     return values
 
 
-def missing_file(file: Path) -> CheckpointError:
+def missing_file_error(file: Path) -> CheckpointError:
     return CheckpointError(f"{file} is missing; the model folder is not whole, copy or save it again.")
 
 
@@ -54,16 +54,16 @@ def write_json(file: Path, values: dict):
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32, *,
-                  metadata: dict[str, str] | None = None, told: str | None = None):
+                  metadata: dict[str, str] | None = None, source: str | None = None):
     """A safetensors file as transformers and diffusers read it; floating-point tensors become `dtype`.
 
-    `metadata` is written into its header; `told` is what errors call it, its folder's name by default.
+    `metadata` is written into its header; `source` is its name in errors, its folder's name by default.
     """
     file = Path(file)
     cast = {name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
             for name, tensor in tensors.items()}
     if bad := [name for name, tensor in cast.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"nothing was saved: '{bad[0]}' of {told or file.parent.name} is not finite in "
+        raise CheckpointError(f"nothing was saved: '{bad[0]}' of {source or file.parent.name} is not finite in "
                               f"{dtype}; save in float32, or take weights from before the training diverged.")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
@@ -85,10 +85,10 @@ def read_tensors(file: Path, wanted: dict[str, Shape], *, dtype: torch.dtype = t
     Raises CheckpointError for a missing, truncated or corrupt file and for one with NaN or infinity,
     TensorMismatch for other tensors.
     """
-    with stored(file) as there:
+    with open_tensors(file) as there:
         names = {ours: theirs for theirs in there.shapes if (ours := rename(theirs)) is not None}
         check_shapes(file, {ours: there.shapes[theirs] for ours, theirs in names.items()}, wanted)
-        return copied(file, ((ours, theirs, there.read(theirs)) for ours, theirs in names.items()), device, dtype)
+        return copy_tensors(file, ((ours, theirs, there.read(theirs)) for ours, theirs in names.items()), device, dtype)
 
 
 def check_shapes(file: Path, found: dict[str, Shape], wanted: dict[str, Shape], **told: str):
@@ -100,7 +100,7 @@ def check_shapes(file: Path, found: dict[str, Shape], wanted: dict[str, Shape], 
         raise TensorMismatch(file, missing, unexpected, misshaped, **told)
 
 
-def copied(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str | torch.device,
+def copy_tensors(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str | torch.device,
            dtype: torch.dtype) -> dict[Key, Tensor]:
     """(key, name in the file, tensor) as they are read, one by one copied to `device` as `dtype`.
 
@@ -120,7 +120,7 @@ def copied(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str |
     return copies
 
 
-def shapes(module: nn.Module) -> dict[str, Shape]:
+def get_shapes(module: nn.Module) -> dict[str, Shape]:
     """Name and shape of every tensor of a module, which may be on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
@@ -128,7 +128,7 @@ def shapes(module: nn.Module) -> dict[str, Shape]:
 # --- files of tensors, open -------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Stored:
+class TensorFile:
     """The tensors of an open file: their shapes, `read` that gives one by name, and the header's texts."""
 
     shapes: dict[str, Shape]
@@ -137,17 +137,17 @@ class Stored:
 
 
 @contextmanager
-def stored(file: Path):
+def open_tensors(file: Path):
     """A file of tensors, open for reading: safetensors, or a pickle by its suffix. Errors are sentences."""
     if Path(file).suffix.lower() in PICKLES:
-        yield unpickled(file)
+        yield open_pickle(file)
         return
     try:
         with safe_open(file, framework="pt") as tensors:
             sizes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-            yield Stored(sizes, tensors.get_tensor, tensors.metadata() or {})
+            yield TensorFile(sizes, tensors.get_tensor, tensors.metadata() or {})
     except FileNotFoundError:
-        raise missing_file(file) from None
+        raise missing_file_error(file) from None
     except SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); "
                               "copy or download it again.") from error
@@ -155,7 +155,7 @@ def stored(file: Path):
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
-class Inert:
+class IgnoredObject:
     """Stands for what old training code left beside the weights in a pickle; it does nothing."""
 
     def __init__(self, *_):
@@ -165,23 +165,23 @@ class Inert:
         pass
 
 
-def unpickled(file: Path) -> Stored:
+def open_pickle(file: Path) -> TensorFile:
     """The tensors of a file that torch.save wrote, mapped into memory, so that nothing is read yet."""
     check_archive(file)
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+        with torch.serialization.safe_globals([(IgnoredObject, name) for name in IGNORED_CLASSES]):
             tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{file} holds more than tensors and was not opened, since that may run code on "
                               f"this machine{_culprit(error)}; use a .safetensors file of the model.") from error
     except Exception as error:      # PyTorch raises whatever a made-up pickle leads it to
-        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {sentence(error)}); "
+        raise CheckpointError(f"{file} cannot be read as tensors ({type(error).__name__}: {first_line(error)}); "
                               "use another copy, or a .safetensors file of the model.") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
         raise CheckpointError(f"{file} holds no table of tensors; give a file with the weights of a model.")
-    return Stored({str(name): tuple(one.shape) for name, one in tensors.items()}, tensors.__getitem__)
+    return TensorFile({str(name): tuple(one.shape) for name, one in tensors.items()}, tensors.__getitem__)
 
 
 def check_archive(file: Path):
@@ -191,7 +191,7 @@ def check_archive(file: Path):
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             damaged = packed[0] if packed else archive.testzip()
     except FileNotFoundError:
-        raise missing_file(file) from None
+        raise missing_file_error(file) from None
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{file} is truncated or not a file that torch.save wrote ({error}); "
                               "copy or download it again.") from error

@@ -29,8 +29,8 @@ from ..unet import UNet
 from ..vae import VAE
 from . import configs
 from .errors import CheckpointError
-from .files import missing_file, read_json, read_tensors, shapes, write_json, write_tensors
-from .layouts import text_name, vae_name
+from .files import get_shapes, missing_file_error, read_json, read_tensors, write_json, write_tensors
+from .layouts import rename_text_key, rename_vae_key
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 SAMPLING_FILE = "sampling.json"
@@ -71,11 +71,11 @@ def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer:
     check_prediction(folder, config.noise.prediction, prediction)
     place = {"device": device, "dtype": dtype}
     for part, file in PARTS.items():
-        weights_file(folder / part / file)          # one that is missing is told before any is read
+        find_weights_file(folder / part / file)          # one that is missing is told before any is read
     text = load_module(lambda: TextEncoder(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
-                       rename=text_name, **place)
+                       rename=rename_text_key, **place)
     vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE,
-                      rename=vae_name, **place)
+                      rename=rename_vae_key, **place)
     unet = load_module(lambda: UNet(config.unet), folder / "unet" / DIFFUSERS_FILE, **place)
     clip = load_clip(config, text, folder / "vision" / TRANSFORMERS_FILE, **place) if config.vision else None
     return Parts(config, tokenizer, text, vae, unet, clip, read_world(folder))
@@ -96,7 +96,7 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
         text = {f"text_model.{name}": tensor for name, tensor in parts.text_encoder.state_dict().items()}
         write_tensors(beside / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
         if parts.clip is not None:
-            write_tensors(beside / "vision" / TRANSFORMERS_FILE, beside_text(parts.clip.state_dict()), dtype)
+            write_tensors(beside / "vision" / TRANSFORMERS_FILE, without_text_encoder(parts.clip.state_dict()), dtype)
         parts.tokenizer.save(beside / "tokenizer")
         written = {path.relative_to(beside) for path in beside.rglob("*") if path.is_file()}
     for name in OPTIONAL:
@@ -108,7 +108,7 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
 def _write_configs(folder: Path, parts: Parts):
     config, tokenizer = parts.config, parts.tokenizer
     noise = configs.noise_to_dict(config.noise)
-    write_json(folder / "model_index.json", model_index(noise["_class_name"], config.unet.in_channels == 9))
+    write_json(folder / "model_index.json", make_model_index(noise["_class_name"], config.unet.in_channels == 9))
     write_json(folder / "scheduler" / "scheduler_config.json", noise)
     write_json(folder / "unet" / "config.json", configs.unet_to_dict(config.unet, config.latent_size))
     write_json(folder / "vae" / "config.json", configs.vae_to_dict(config.vae, config.image_size))
@@ -125,20 +125,22 @@ def _write_configs(folder: Path, parts: Parts):
 
 def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     """The configs of all parts, as one; the name is the folder's."""
-    noise = _read(folder / "scheduler" / "scheduler_config.json", configs.noise_from_dict)
-    vae = _read(folder / "vae" / "config.json", configs.vae_from_dict)
+    noise = read_part_config(folder / "scheduler" / "scheduler_config.json", configs.noise_from_dict)
+    vae = read_part_config(folder / "vae" / "config.json", configs.vae_from_dict)
     unet_file, text_file = folder / "unet" / "config.json", folder / "text_encoder" / "config.json"
-    unet = _read(unet_file, configs.unet_from_dict)
-    text = _read(text_file, lambda values: configs.text_from_dict(values, tokenizer.pad_with_end))
+    unet = read_part_config(unet_file, configs.unet_from_dict)
+    text = read_part_config(text_file, lambda values: configs.text_from_dict(values, tokenizer.pad_with_end))
     vision_file = folder / "vision" / "config.json"
-    vision = _read(vision_file, configs.vision_from_dict) if vision_file.exists() else None
+    vision = read_part_config(vision_file, configs.vision_from_dict) if vision_file.exists() else None
     if unet.context_dim != text.dim:
         raise CheckpointError(f"{unet_file} asks for text {unet.context_dim} wide, but the text encoder "
                               f"beside it is {text.dim} wide; the parts must come from one model.")
     check_vocabulary(text_file, text, tokenizer)
-    side = _read(unet_file, lambda values: int(values["sample_size"])) * vae.factor
+    side = read_part_config(unet_file, lambda values: int(values["sample_size"])) * vae.factor
     sampling_file = folder / SAMPLING_FILE
-    sampling = _read(sampling_file, configs.sampling_from_dict) if sampling_file.exists() else SamplingConfig()
+    sampling = SamplingConfig()
+    if sampling_file.exists():
+        sampling = read_part_config(sampling_file, configs.sampling_from_dict)
     return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side, sampling)
 
 
@@ -181,7 +183,7 @@ def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name
     """A module without its random first weights (it is made on the meta device), filled from a file."""
     with torch.device("meta"):
         module = make()
-    tensors = read_tensors(weights_file(file), shapes(module), rename=rename, **place)
+    tensors = read_tensors(find_weights_file(file), get_shapes(module), rename=rename, **place)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
@@ -190,18 +192,18 @@ def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **place) -> CL
     """CLIP around a text encoder that is there already."""
     with torch.device("meta"):
         clip = CLIP(config.text, config.vision)
-    rest = read_tensors(file, beside_text(shapes(clip)), **place)
+    rest = read_tensors(file, without_text_encoder(get_shapes(clip)), **place)
     clip.text_model = text
     clip.load_state_dict({**clip.state_dict(keep_vars=True), **rest}, strict=True, assign=True)
     return clip.eval()
 
 
-def beside_text(tensors: dict) -> dict:
+def without_text_encoder(tensors: dict) -> dict:
     """What CLIP has beside its text encoder."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("text_model.")}
 
 
-def weights_file(file: Path) -> Path:
+def find_weights_file(file: Path) -> Path:
     """`file`, or its half-precision variant where a folder of the hub holds only that."""
     variant = file.with_suffix(f".fp16{file.suffix}")
     if file.exists() or variant.exists():
@@ -210,10 +212,10 @@ def weights_file(file: Path) -> Path:
     if pickles:
         raise CheckpointError(f"{file} is missing: of the {file.parent.name} there is only {pickles[0]}, a pickle; "
                               "get the model's safetensors files, or save it as such with diffusers.")
-    raise missing_file(file)
+    raise missing_file_error(file)
 
 
-def model_index(scheduler: str, inpaint: bool = False) -> dict:
+def make_model_index(scheduler: str, inpaint: bool = False) -> dict:
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -229,7 +231,7 @@ def model_index(scheduler: str, inpaint: bool = False) -> dict:
     }
 
 
-def _read(file: Path, read: Callable):
+def read_part_config(file: Path, read: Callable):
     """A config file through one of `configs`' functions; its errors name the file."""
     values = read_json(file)
     try:

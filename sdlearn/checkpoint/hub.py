@@ -27,10 +27,10 @@ def download(repo_id: str, *, revision: str | None = None, file: str | None = No
     import huggingface_hub as hf  # takes a while, and most models are at hand
 
     if file is not None:
-        return Path(asked(lambda: hf.hf_hub_download(repo_id, file, revision=revision), repo_id, revision, file))
+        return Path(request_hub(lambda: hf.hf_hub_download(repo_id, file, revision=revision), repo_id, revision, file))
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(asked(lambda: hf.snapshot_download(repo_id, revision=revision, allow_patterns=patterns),
+        return Path(request_hub(lambda: hf.snapshot_download(repo_id, revision=revision, allow_patterns=patterns),
                           repo_id, revision))
 
     folder = fetch([*CONFIGS, *(f"{part}/{name}" for part, name in PARTS.items())])
@@ -48,7 +48,7 @@ def download(repo_id: str, *, revision: str | None = None, file: str | None = No
     return folder
 
 
-def asked(ask: Callable[[], str], repo_id: str, revision: str | None, file: str | None = None) -> str:
+def request_hub(ask: Callable[[], str], repo_id: str, revision: str | None, file: str | None = None) -> str:
     """The answer of huggingface_hub; its errors become sentences."""
     from huggingface_hub import errors
 

@@ -28,7 +28,7 @@ OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"
 STACKED = ("q_proj", "k_proj", "v_proj")
 
 
-class Place(NamedTuple):
+class KeyMapping(NamedTuple):
     """Where a tensor of ours lies in a single file, and in which form."""
 
     name: str
@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return there[:, :, 0, 0] if self.pointwise and there.ndim == 4 else there
 
 
-def single_tensors(tensors: Mapping[Key, Tensor], places: Mapping[Key, Place]) -> dict[str, Tensor]:
+def to_single_file(tensors: Mapping[Key, Tensor], places: Mapping[Key, KeyMapping]) -> dict[str, Tensor]:
     """Our tensors under the names and in the forms of a single file. Nothing is copied but what is stacked."""
     there: dict[str, list[Tensor]] = {}
     for key, place in sorted(places.items(), key=lambda item: (item[1].name, item[1].third or 0)):
@@ -59,12 +59,12 @@ def single_tensors(tensors: Mapping[Key, Tensor], places: Mapping[Key, Place]) -
 
 # --- the rules --------------------------------------------------------------------------------------
 
-def unet_places(names: Iterable[str]) -> dict[str, Place]:
+def map_unet_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     """Of a U-Net or a ControlNet with any number of levels and layers."""
     names = list(names)
-    layers = count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
+    layers = count_numbers(names, r"down_blocks\.0\.resnets\.(\d+)\.")
     attending = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
-    hints = count(names, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
+    hints = count_numbers(names, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
 
     def place(name: str) -> str:
         match [int(part) if part.isdigit() else part for part in name.split(".")]:
@@ -77,17 +77,17 @@ def unet_places(names: Iterable[str]) -> dict[str, Place]:
             case ["down_blocks", b, "resnets", j, layer, kind]:
                 return f"input_blocks.{1 + b * (layers + 1) + j}.0.{UNET_RESNET[layer]}.{kind}"
             case ["down_blocks", b, "attentions", j, *_]:
-                return f"input_blocks.{1 + b * (layers + 1) + j}.1.{after(name, 4)}"
+                return f"input_blocks.{1 + b * (layers + 1) + j}.1.{drop_parts(name, 4)}"
             case ["down_blocks", b, "downsamplers", 0, "conv", kind]:
                 return f"input_blocks.{(b + 1) * (layers + 1)}.0.op.{kind}"
             case ["mid_block", "resnets", j, layer, kind]:
                 return f"middle_block.{2 * j}.{UNET_RESNET[layer]}.{kind}"
             case ["mid_block", "attentions", 0, *_]:
-                return f"middle_block.1.{after(name, 3)}"
+                return f"middle_block.1.{drop_parts(name, 3)}"
             case ["up_blocks", b, "resnets", j, layer, kind]:
                 return f"output_blocks.{b * (layers + 1) + j}.0.{UNET_RESNET[layer]}.{kind}"
             case ["up_blocks", b, "attentions", j, *_]:
-                return f"output_blocks.{b * (layers + 1) + j}.1.{after(name, 4)}"
+                return f"output_blocks.{b * (layers + 1) + j}.1.{drop_parts(name, 4)}"
             case ["up_blocks", b, "upsamplers", 0, "conv", kind]:       # behind the attention, where there is one
                 return f"output_blocks.{b * (layers + 1) + layers}.{2 if b in attending else 1}.conv.{kind}"
             case ["controlnet_cond_embedding", "conv_in", kind]:
@@ -102,27 +102,27 @@ def unet_places(names: Iterable[str]) -> dict[str, Place]:
                 return f"middle_block_out.0.{kind}"
         raise ValueError(f"there is no rule for a tensor '{name}' of a U-Net")
 
-    return {name: Place(place(name)) for name in names}
+    return {name: KeyMapping(place(name)) for name in names}
 
 
-def vae_places(names: Iterable[str]) -> dict[str, Place]:
+def map_vae_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     """Of an autoencoder; its decoder's levels are counted from the finest there, from the coarsest here."""
     names = list(names)
-    levels = count(names, r"decoder\.up_blocks\.(\d+)\.")
+    levels = count_numbers(names, r"decoder\.up_blocks\.(\d+)\.")
 
-    def place(name: str) -> Place:
+    def place(name: str) -> KeyMapping:
         half, *rest = name.split(".")
         match rest:
             case ["down_blocks" | "up_blocks" as way, i, "resnets", j, *layer]:
-                return Place(f"{half}.{level(way, i)}.block.{j}.{resnet(layer)}")
+                return KeyMapping(f"{half}.{level(way, i)}.block.{j}.{resnet(layer)}")
             case ["down_blocks" | "up_blocks" as way, i, "downsamplers" | "upsamplers" as sampler, "0", *layer]:
-                return Place(f"{half}.{level(way, i)}.{sampler.removesuffix('rs')}.{'.'.join(layer)}")
+                return KeyMapping(f"{half}.{level(way, i)}.{sampler.removesuffix('rs')}.{'.'.join(layer)}")
             case ["mid_block", "resnets", j, *layer]:
-                return Place(f"{half}.mid.block_{int(j) + 1}.{resnet(layer)}")
+                return KeyMapping(f"{half}.mid.block_{int(j) + 1}.{resnet(layer)}")
             case ["mid_block", "attentions", "0", layer, *_, kind]:
                 pointwise = layer != "group_norm" and kind == "weight"
-                return Place(f"{half}.mid.attn_1.{VAE_ATTENTION[layer]}.{kind}", pointwise=pointwise)
-        return Place(name.replace("conv_norm_out", "norm_out"))
+                return KeyMapping(f"{half}.mid.attn_1.{VAE_ATTENTION[layer]}.{kind}", pointwise=pointwise)
+        return KeyMapping(name.replace("conv_norm_out", "norm_out"))
 
     def level(way: str, i: str) -> str:
         return f"down.{i}" if way == "down_blocks" else f"up.{levels - 1 - int(i)}"
@@ -133,20 +133,20 @@ def vae_places(names: Iterable[str]) -> dict[str, Place]:
     return {name: place(name) for name in names}
 
 
-def open_clip_places(names: Iterable[str]) -> dict[str, Place]:
+def map_open_clip_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     """Of SD 2.x' text encoder, where queries, keys and values are stacked in one tensor."""
-    def place(name: str) -> Place:
+    def place(name: str) -> KeyMapping:
         match name.split("."):
             case ["embeddings", "position_embedding", "weight"]:
-                return Place("positional_embedding")
+                return KeyMapping("positional_embedding")
             case ["embeddings", "token_embedding", kind]:
-                return Place(f"token_embedding.{kind}")
+                return KeyMapping(f"token_embedding.{kind}")
             case ["final_layer_norm", kind]:
-                return Place(f"ln_final.{kind}")
+                return KeyMapping(f"ln_final.{kind}")
             case ["encoder", "layers", i, "self_attn", proj, kind] if proj in STACKED:
-                return Place(f"transformer.resblocks.{i}.attn.in_proj_{kind}", third=STACKED.index(proj))
+                return KeyMapping(f"transformer.resblocks.{i}.attn.in_proj_{kind}", third=STACKED.index(proj))
             case ["encoder", "layers", i, *layer, kind]:
-                return Place(f"transformer.resblocks.{i}.{OPEN_CLIP['.'.join(layer)]}.{kind}")
+                return KeyMapping(f"transformer.resblocks.{i}.{OPEN_CLIP['.'.join(layer)]}.{kind}")
         raise ValueError(f"there is no rule for a tensor '{name}' of a text encoder")
 
     return {name: place(name) for name in names}
@@ -154,22 +154,22 @@ def open_clip_places(names: Iterable[str]) -> dict[str, Place]:
 
 # --- spellings in model folders -----------------------------------------------------------------------
 
-def vae_name(name: str) -> str:
+def rename_vae_key(name: str) -> str:
     """Our name of an autoencoder's tensor as early diffusers wrote it: `query` for `to_q` and so on."""
     head, attention, layer = name.rpartition("mid_block.attentions.0.")
     old, _, kind = layer.rpartition(".")
     return f"{head}{attention}{OLD_VAE_ATTENTION.get(old, old)}.{kind}" if attention else name
 
 
-def text_name(name: str) -> str | None:
+def rename_text_key(name: str) -> str | None:
     """transformers wrote text encoders with and without a prefix, and old ones with their positions 0...76."""
     return None if name.endswith("embeddings.position_ids") else name.removeprefix("text_model.")
 
 
-def count(names: Iterable[str], pattern: str) -> int:
+def count_numbers(names: Iterable[str], pattern: str) -> int:
     """How many different numbers `pattern` finds at the start of names."""
     return len({found[1] for name in names if (found := re.match(pattern, name))})
 
 
-def after(name: str, parts: int) -> str:
+def drop_parts(name: str, parts: int) -> str:
     return ".".join(name.split(".")[parts:])

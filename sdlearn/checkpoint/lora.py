@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..files import write_atomically
 from ..finetune.lora import LoRA, LowRank, check_fit, find_lora_layers
-from .embedding import check_small
+from .embedding import check_file
 from .errors import CheckpointError
-from .files import stored, write_tensors
+from .files import open_tensors, write_tensors
 
 SPELLINGS = ("diffusers", "kohya", "peft")
 # What a key ends with: the layer before it, and which of down, up and alpha the tensor is.
@@ -46,9 +46,9 @@ def load_lora(file: str | Path, unet: nn.Module, text: nn.Module) -> LoRA:
     this model does not have, and shapes that do not fit.
     """
     file = Path(file)
-    check_small(file)
+    check_file(file)
     modules = {"unet": unet, "text_encoder": text}
-    with stored(file) as there:
+    with open_tensors(file) as there:
         keys = _understood(file, list(there.shapes), modules)
         tensors = {key: _copied(file, key, there.read(key), what) for key, (_, _, what) in keys.items()}
         settings = _settings(file, there.metadata)
@@ -171,7 +171,7 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
         raise CheckpointError(f"{file} was not written: the LoRA has no layers.")
     with write_atomically(file) as beside:
         # Clones, since safetensors refuses tensors that share memory.
-        write_tensors(beside, {key: tensor.detach().clone() for key, tensor in tensors.items()}, told=file.name)
+        write_tensors(beside, {key: tensor.detach().clone() for key, tensor in tensors.items()}, source=file.name)
     return file
 
 

@@ -22,70 +22,70 @@ from ..files import write_atomically
 from ..finetune import Embedding, LoRA
 from ..unet import UNet
 from .configs import controlnet_from_dict, controlnet_to_dict, text_from_dict, unet_from_dict, unet_to_dict
-from .difference import Tensors, check_base, difference, fingerprint, restored, write_difference
+from .difference import Tensors, check_base, compute_difference, fingerprint_file, restore_tensors, write_difference
 from .embedding import load_embedding, save_embedding
 from .errors import CheckpointError
-from .files import read_tensors, shapes, write_json
-from .folder import DIFFUSERS_FILE, TRANSFORMERS_FILE, Parts, _read, load_folder, weights_file
+from .files import get_shapes, read_tensors, write_json
+from .folder import DIFFUSERS_FILE, TRANSFORMERS_FILE, Parts, find_weights_file, load_folder, read_part_config
 from .lora import load_lora, save_lora
 
 SHIPPED = Path(__file__).parents[1] / "weights"
-CONCEPT, WORD_FILE, LORA_FILE, TOLD_FILE = "concept", "word.safetensors", "lora.safetensors", "told.json"
+CONCEPT, WORD_FILE, LORA_FILE, INFO_FILE = "concept", "word.safetensors", "lora.safetensors", "told.json"
 CONTROL, INPAINT = "control-", "inpaint"        # folders; the second is also what an inpainting model's name ends in
 DIFFERENCE_FILE = "difference.safetensors"
 EVALUATION, EVALUATION_TEXT = "evaluation.json", "EVALUATION.md"
 
 
-def shipped_models() -> list[str]:
+def list_shipped_models() -> list[str]:
     """Names that `load_shipped` takes: "mini", and "mini-inpaint" where the model has one for inpainting."""
     folders = sorted(file.parent for file in SHIPPED.glob("*/model_index.json"))
     return [name for folder in folders for name in
             [folder.name, *([f"{folder.name}-{INPAINT}"] if (folder / INPAINT / DIFFERENCE_FILE).exists() else [])]]
 
 
-def shipped_controls(model: str | Path = "mini") -> list[str]:
-    """Names of a model's ControlNets, as `load_shipped_control` takes them."""
+def list_shipped_controlnets(model: str | Path = "mini") -> list[str]:
+    """Names of a model's ControlNets, as `load_shipped_controlnet` takes them."""
     return sorted(file.parent.name.removeprefix(CONTROL)
-                  for file in model_folder(model).glob(f"{CONTROL}*/{DIFFERENCE_FILE}"))
+                  for file in find_model_folder(model).glob(f"{CONTROL}*/{DIFFERENCE_FILE}"))
 
 
 def load_shipped(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
-    """Every part of a shipped model. Raises CheckpointError for a name that is none of `shipped_models`."""
-    if name not in shipped_models():
-        known = ", ".join(shipped_models()) or "none: the package was installed without its weights"
+    """Every part of a shipped model. Raises CheckpointError for a name that is none of `list_shipped_models`."""
+    if name not in list_shipped_models():
+        known = ", ".join(list_shipped_models()) or "none: the package was installed without its weights"
         raise CheckpointError(f"there is no shipped model '{name}'; there are {known}.")
     if (SHIPPED / name).is_dir():
         return load_folder(SHIPPED / name, device=device, dtype=dtype)
-    return load_inpaint(name.removesuffix(f"-{INPAINT}"), device=device, dtype=dtype)
+    return load_shipped_inpaint(name.removesuffix(f"-{INPAINT}"), device=device, dtype=dtype)
 
 
-def load_shipped_control(model: str | Path, name: str, *, device: str | torch.device = "cpu",
+def load_shipped_controlnet(model: str | Path, name: str, *, device: str | torch.device = "cpu",
                          dtype: torch.dtype = torch.float32) -> ControlNet:
     """A ControlNet of a model, by the name of its hint: load_shipped_control("mini", "edges").
 
     Raises CheckpointError, in a sentence, for one that the model does not have, that is damaged, or that
     belongs to another base.
     """
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     place = folder / f"{CONTROL}{name}"
     if not (place / DIFFERENCE_FILE).exists():
-        known = ", ".join(shipped_controls(model)) or "none"
+        known = ", ".join(list_shipped_controlnets(model)) or "none"
         raise CheckpointError(f"{folder} has no ControlNet '{name}'; it has {known}.")
-    config = _read(place / "config.json", controlnet_from_dict)
+    config = read_part_config(place / "config.json", controlnet_from_dict)
     with torch.device("meta"):
         net = ControlNet(config)
     return _filled(net, place, folder).to(device, dtype)
 
 
-def load_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
+def load_shipped_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.float32) -> Parts:
-    """A model with its nine-channel U-Net in the place of the base's. Errors as in `load_shipped_control`."""
-    folder = model_folder(model)
+    """A model with its nine-channel U-Net in the place of the base's. Errors as in `load_shipped_controlnet`."""
+    folder = find_model_folder(model)
     place = folder / INPAINT
     if not (place / DIFFERENCE_FILE).exists():
         raise CheckpointError(f"{folder} has no U-Net for inpainting; ask for the model itself, which inpaints by "
                               "blending.")
-    config = _read(place / "config.json", unet_from_dict)
+    config = read_part_config(place / "config.json", unet_from_dict)
     with torch.device("meta"):
         unet = UNet(config)
     unet = _filled(unet, place, folder).to(device, dtype)
@@ -93,19 +93,20 @@ def load_inpaint(model: str | Path, *, device: str | torch.device = "cpu",
     return replace(parts, unet=unet, config=replace(parts.config, name=f"{folder.name}-{INPAINT}", unet=config))
 
 
-def save_control(model: Path, name: str, net: ControlNet, *, budget: int, moments: Tensors | None = None) -> Path:
+def save_shipped_controlnet(model: Path, name: str, net: ControlNet, *, budget: int,
+                            moments: Tensors | None = None) -> Path:
     """Store a ControlNet as its difference to the U-Net of a model folder, in about `budget` bytes.
 
-    moments: see `difference`. Raises OSError when it cannot be written, ValueError for a budget that is
+    moments: see `compute_difference`. Raises OSError when it cannot be written, ValueError for a budget that is
     too small.
     """
     return _save(model, f"{CONTROL}{name}", net.state_dict(), controlnet_to_dict(net.control_config), budget,
                  moments)
 
 
-def save_inpaint(model: Path, unet: UNet, *, budget: int, moments: Tensors | None = None) -> Path:
-    """Store a nine-channel U-Net as its difference to that of a model folder; as `save_control`."""
-    side = _read(model / "unet" / "config.json", lambda values: int(values["sample_size"]))
+def save_shipped_inpaint(model: Path, unet: UNet, *, budget: int, moments: Tensors | None = None) -> Path:
+    """Store a nine-channel U-Net as its difference to that of a model folder; as `save_shipped_controlnet`."""
+    side = read_part_config(model / "unet" / "config.json", lambda values: int(values["sample_size"]))
     return _save(model, INPAINT, unet.state_dict(), unet_to_dict(unet.config, side), budget, moments)
 
 
@@ -113,12 +114,12 @@ def save_inpaint(model: Path, unet: UNet, *, budget: int, moments: Tensors | Non
 class Concept:
     """One new thing that a model was taught at full length, in two ways, and what is known about it.
 
-    `told` says what the thing is called in prompts, how long it was trained, and how alike it is drawn.
+    `info` holds what the thing is called in prompts, how long it was trained, and how alike it is drawn.
     """
 
     word: Embedding
     lora: LoRA
-    told: dict
+    info: dict
 
 
 def save_concept(model: Path, concept: Concept) -> Path:
@@ -127,39 +128,39 @@ def save_concept(model: Path, concept: Concept) -> Path:
         beside.mkdir(exist_ok=True)
         save_embedding(beside / WORD_FILE, concept.word)
         save_lora(beside / LORA_FILE, concept.lora)
-        write_json(beside / TOLD_FILE, {**concept.told, **_base_of(Path(model))})
+        write_json(beside / INFO_FILE, {**concept.info, **_base_of(Path(model))})
     return Path(model) / CONCEPT
 
 
 def load_concept(model: str | Path = "mini") -> Concept:
     """What a model has been taught at full length. Raises CheckpointError, in a sentence, where there is nothing, where
     it is damaged, or where it belongs to another base."""
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     place = folder / CONCEPT
-    if not (place / TOLD_FILE).exists():
+    if not (place / INFO_FILE).exists():
         raise CheckpointError(f"{folder} has been taught nothing new; train the stages word and lora, and ship.")
-    told = _read(place / TOLD_FILE, dict)
+    told = read_part_config(place / INFO_FILE, dict)
     if strange := [part for part, mark in _base_of(folder).items() if told.get(part) != mark]:
         raise CheckpointError(f"{place} was taught to another base than the one in {folder}: the {strange[0]} is not "
                               "the same. Train word and lora on this one, and ship again.")
     with torch.device("meta"):
-        unet = UNet(_read(folder / "unet" / "config.json", unet_from_dict))
-        text = TextEncoder(_read(folder / "text_encoder" / "config.json", text_from_dict))
+        unet = UNet(read_part_config(folder / "unet" / "config.json", unet_from_dict))
+        text = TextEncoder(read_part_config(folder / "text_encoder" / "config.json", text_from_dict))
     return Concept(load_embedding(place / WORD_FILE), load_lora(place / LORA_FILE, unet, text), told)
 
 
 def _base_of(model: Path) -> dict[str, str]:
     """What a concept is good with: fingerprints of U-Net and text encoder."""
-    text = weights_file(model / "text_encoder" / TRANSFORMERS_FILE)
-    return {"U-Net": fingerprint(base_file(model)), "text encoder": fingerprint(text)}
+    text = find_weights_file(model / "text_encoder" / TRANSFORMERS_FILE)
+    return {"U-Net": fingerprint_file(find_base_file(model)), "text encoder": fingerprint_file(text)}
 
 
-def remove_strangers(model: Path) -> list[str]:
+def remove_incompatible(model: Path) -> list[str]:
     """Remove what belongs to another base than the U-Net that a model folder holds now; the names of what went."""
     gone = []
     for file in sorted([*model.glob(f"{CONTROL}*/{DIFFERENCE_FILE}"), *model.glob(f"{INPAINT}/{DIFFERENCE_FILE}")]):
         try:
-            check_base(file, base_file(model))
+            check_base(file, find_base_file(model))
         except CheckpointError:
             shutil.rmtree(file.parent)
             gone.append(file.parent.name)
@@ -172,24 +173,24 @@ def remove_strangers(model: Path) -> list[str]:
     return gone
 
 
-def keep_evaluation(model: Path, figures: dict, text: str):
+def write_evaluation(model: Path, figures: dict, text: str):
     """Write an evaluation beside the weights that were measured, with the fingerprint of the U-Net."""
     with write_atomically(model) as beside:
-        write_json(beside / EVALUATION, {**figures, "U-Net": fingerprint(base_file(model))})
+        write_json(beside / EVALUATION, {**figures, "U-Net": fingerprint_file(find_base_file(model))})
         (beside / EVALUATION_TEXT).write_text(text, encoding="utf-8")
 
 
-def kept_evaluation(model: str | Path = "mini") -> dict | None:
+def read_evaluation(model: str | Path = "mini") -> dict | None:
     """The figures of the last evaluation of a model's weights, None where there is none of these weights."""
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     file = folder / EVALUATION
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found if found.get("U-Net") == fingerprint(base_file(folder)) else None
+    return found if found.get("U-Net") == fingerprint_file(find_base_file(folder)) else None
 
 
 def remove_old_evaluation(model: Path) -> bool:
     """Remove the evaluation of other weights than a model folder holds now; whether there was one."""
-    if not (model / EVALUATION).exists() or kept_evaluation(model) is not None:
+    if not (model / EVALUATION).exists() or read_evaluation(model) is not None:
         return False
     for name in (EVALUATION, EVALUATION_TEXT):
         (model / name).unlink(missing_ok=True)
@@ -198,38 +199,38 @@ def remove_old_evaluation(model: Path) -> bool:
 
 # --- where things are -------------------------------------------------------------------------------
 
-def model_folder(model: str | Path) -> Path:
+def find_model_folder(model: str | Path) -> Path:
     """The folder of a shipped model, by name, or of any other, by path."""
     for folder in (SHIPPED / model, Path(model)):
         if (folder / "model_index.json").is_file():
             return folder
-    raise CheckpointError(f"there is no model '{model}'; give a shipped one ({', '.join(shipped_models()) or 'none'}) "
-                          "or the path of a model folder.")
+    raise CheckpointError(f"there is no model '{model}'; give a shipped one "
+                          f"({', '.join(list_shipped_models()) or 'none'}) or the path of a model folder.")
 
 
-def base_file(model: Path) -> Path:
-    return weights_file(model / "unet" / DIFFUSERS_FILE)
+def find_base_file(model: Path) -> Path:
+    return find_weights_file(model / "unet" / DIFFUSERS_FILE)
 
 
-def base_tensors(model: Path) -> Tensors:
+def read_base_tensors(model: Path) -> Tensors:
     """The U-Net's tensors as they are stored, in float32."""
     with torch.device("meta"):
-        unet = UNet(_read(model / "unet" / "config.json", unet_from_dict))
-    return read_tensors(base_file(model), shapes(unet))
+        unet = UNet(read_part_config(model / "unet" / "config.json", unet_from_dict))
+    return read_tensors(find_base_file(model), get_shapes(unet))
 
 
 def _filled(module: torch.nn.Module, place: Path, model: Path):
     """A module on the meta device, filled with the base's tensors plus the differences in `place`."""
     file = place / DIFFERENCE_FILE
-    check_base(file, base_file(model))                          # before the base is read
-    tensors = restored(file, module, base_tensors(model))
+    check_base(file, find_base_file(model))                          # before the base is read
+    tensors = restore_tensors(file, module, read_base_tensors(model))
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
 
 def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int, moments: Tensors | None) -> Path:
-    kept = difference(tensors, base_tensors(model), budget, moments)
+    kept = compute_difference(tensors, read_base_tensors(model), budget, moments)
     with write_atomically(Path(model).absolute() / name) as beside:
         write_json(beside / "config.json", config)
-        write_difference(beside / DIFFERENCE_FILE, kept, base_file(model))
+        write_difference(beside / DIFFERENCE_FILE, kept, find_base_file(model))
     return model / name

@@ -25,12 +25,12 @@ from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 from . import detect
-from .errors import CheckpointError, sentence
-from .files import PICKLES, Shape, check_shapes, copied, shapes, stored, write_tensors
-from .folder import Parts, beside_text, check_prediction, check_vocabulary, read_tokenizer
+from .errors import CheckpointError, first_line
+from .files import PICKLES, Shape, check_shapes, copy_tensors, get_shapes, open_tensors, write_tensors
+from .folder import Parts, check_prediction, check_vocabulary, read_tokenizer, without_text_encoder
 from .header import read_header, write_header
 from .hub import download
-from .layouts import Place, open_clip_places, single_tensors, unet_places, vae_places
+from .layouts import KeyMapping, map_open_clip_keys, map_unet_keys, map_vae_keys, to_single_file
 
 SUFFIXES = (".safetensors", *PICKLES)
 VISION = "sdlearn.vision."
@@ -51,18 +51,18 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
     """
     file = Path(file)
     check_arguments(file, prediction)
-    with stored(file) as there:
+    with open_tensors(file) as there:
         header = read_header(file, there.metadata)
-        config, own, world = header or (detect.read_config(file, there.shapes, prediction), None, None)
+        config, own, world = header or (detect.detect_config(file, there.shapes, prediction), None, None)
         check_prediction(file, config.noise.prediction, prediction)
         found = {name: shape for name, shape in there.shapes.items() if header or not detect.IGNORED.match(name)}
-        modules = empty_modules(config)
-        places = places_of(modules, text_prefix(found))
-        compare(file, found, modules, places)
+        modules = make_empty_modules(config)
+        places = map_keys(modules, find_text_prefix(found))
+        check_tensors(file, found, modules, places)
         if own is None or tokenizer is not None:
             own = find_tokenizer(file, tokenizer, config.text.pad_with_end)
             check_vocabulary(file, config.text, own)
-        tensors = copied(file, ((key, place.name, place.ours(there.read(place.name)))
+        tensors = copy_tensors(file, ((key, place.name, place.ours(there.read(place.name)))
                                 for key, place in places.items()), device, dtype)
     for part, module in modules.items():
         mine = {name: tensor for (owner, name), tensor in tensors.items() if owner == part}
@@ -88,11 +88,11 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
     if parts.clip is not None:
         modules["clip"] = parts.clip
     older = text.activation == "quick_gelu" and text.pad_with_end
-    places = places_of(modules, f"{detect.HF_TEXT}text_model." if older else detect.OPEN_CLIP_TEXT)
+    places = map_keys(modules, f"{detect.HF_TEXT}text_model." if older else detect.OPEN_CLIP_TEXT)
     tensors = {(part, name): tensor for part, module in modules.items()
                for name, tensor in module.state_dict().items() if (part, name) in places}
     with write_atomically(file) as beside:
-        write_tensors(beside, single_tensors(tensors, places), dtype, metadata=write_header(parts), told=file.name)
+        write_tensors(beside, to_single_file(tensors, places), dtype, metadata=write_header(parts), source=file.name)
     return file
 
 
@@ -104,15 +104,15 @@ def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cp
     """
     file = Path(file)
     check_arguments(file, None)
-    with stored(file) as there:
+    with open_tensors(file) as there:
         prefix = detect.CONTROL if any(name.startswith(detect.CONTROL) for name in there.shapes) else ""
         with torch.device("meta"):
-            net = ControlNet(detect.controlnet_config(file, detect.part(there.shapes, prefix)))
+            net = ControlNet(detect.detect_controlnet(file, detect.select_part(there.shapes, prefix)))
         found = {name: shape for name, shape in there.shapes.items() if name.startswith(prefix)}
         places = {("controlnet", name): place._replace(name=prefix + place.name)
-                  for name, place in unet_places(net.state_dict()).items()}
-        compare(file, found, {"controlnet": net}, places)
-        tensors = copied(file, ((name, place.name, there.read(place.name))
+                  for name, place in map_unet_keys(net.state_dict()).items()}
+        check_tensors(file, found, {"controlnet": net}, places)
+        tensors = copy_tensors(file, ((name, place.name, there.read(place.name))
                                 for (_, name), place in places.items()), device, dtype)
     net.load_state_dict(tensors, strict=True, assign=True)
     return net.eval()
@@ -120,30 +120,30 @@ def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cp
 
 # --- where the parts lie ----------------------------------------------------------------------------
 
-def empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
+def make_empty_modules(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts without any weights, on the meta device."""
     with torch.device("meta"):
         modules = {"text_encoder": TextEncoder(config.text), "vae": VAE(config.vae), "unet": UNet(config.unet)}
         return modules | ({"clip": CLIP(config.text, config.vision)} if config.vision else {})
 
 
-def places_of(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str], Place]:
+def map_keys(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str], KeyMapping]:
     """The place of each tensor by (part, our name), when the text encoder lies under the prefix `text`."""
     tables = {
-        "unet": (detect.UNET, unet_places), "vae": (detect.VAE, vae_places),
-        "text_encoder": (text, open_clip_places if text == detect.OPEN_CLIP_TEXT else same_places),
-        "clip": (VISION, lambda names: same_places(beside_text(dict.fromkeys(names)))),
+        "unet": (detect.UNET, map_unet_keys), "vae": (detect.VAE, map_vae_keys),
+        "text_encoder": (text, map_open_clip_keys if text == detect.OPEN_CLIP_TEXT else map_same_keys),
+        "clip": (VISION, lambda names: map_same_keys(without_text_encoder(dict.fromkeys(names)))),
     }
     return {(part, name): place._replace(name=tables[part][0] + place.name)
             for part, module in modules.items()
             for name, place in tables[part][1](module.state_dict()).items()}
 
 
-def same_places(names: Iterable[str]) -> dict[str, Place]:
-    return {name: Place(name) for name in names}
+def map_same_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
+    return {name: KeyMapping(name) for name in names}
 
 
-def text_prefix(names: Iterable[str]) -> str:
+def find_text_prefix(names: Iterable[str]) -> str:
     """Told by the names, not by the version: some SD 2.x files have the names of transformers."""
     prefixes = (detect.OPEN_CLIP_TEXT, f"{detect.HF_TEXT}text_model.", detect.HF_TEXT)
     return next((one for one in prefixes if any(name.startswith(one) for name in names)), prefixes[1])
@@ -159,12 +159,12 @@ def check_arguments(file: Path, prediction: str | None):
         raise CheckpointError(f"prediction is '{prediction}'; choose one of {', '.join(detect.PREDICTIONS)}.")
 
 
-def compare(file: Path, found: Mapping[str, Shape], modules: dict[str, nn.Module],
-            places: dict[tuple[str, str], Place]):
+def check_tensors(file: Path, found: Mapping[str, Shape], modules: dict[str, nn.Module],
+            places: dict[tuple[str, str], KeyMapping]):
     """Raises TensorMismatch unless the file has every tensor, in its shape, and none beside."""
     wanted = {}
     for part, module in modules.items():
-        for name, shape in shapes(module).items():
+        for name, shape in get_shapes(module).items():
             if place := places.get((part, name)):
                 flat = place.pointwise and found.get(place.name) == shape       # linear there already
                 wanted[place.name] = shape if flat else place.shape(shape)
@@ -183,5 +183,5 @@ def find_tokenizer(file: Path, source: Source, pad_with_end: bool) -> Tokenizer:
     except CheckpointError as error:
         raise CheckpointError(f"{file} has no tokenizer in it, and CLIP's cannot be had from the hub; give "
                               "tokenizer= a folder with vocab.json and merges.txt, or CLIP's "
-                              f"bpe_simple_vocab_16e6.txt.gz ({sentence(error).rstrip('.')}).") from error
+                              f"bpe_simple_vocab_16e6.txt.gz ({first_line(error).rstrip('.')}).") from error
     return read_tokenizer(folder, pad_with_end)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..controlnet import ControlNet
-from .control import load_controlnet
+from .control import load_controlnet_folder
 from .errors import CheckpointError
 from .folder import DIFFUSERS_FILE, Parts, load_folder, read_tokenizer
 from .hub import download
@@ -29,7 +29,7 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
     place = {"device": device, "dtype": dtype}
     if path.is_file():
         return load_single(path, prediction=prediction, tokenizer=tokenizer, **place)
-    folder = path if path.exists() else from_hub(str(source), revision)
+    folder = path if path.exists() else download_source(str(source), revision)
     if tokenizer is not None:       # padded as the folder's own
         tokenizer = find_tokenizer(folder, tokenizer, read_tokenizer(folder / "tokenizer").pad_with_end)
     parts = load_folder(folder, prediction=prediction, tokenizer=tokenizer, **place)
@@ -38,7 +38,7 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
     return parts
 
 
-def from_hub(source: str, revision: str | None, file: str | None = None) -> Path:
+def download_source(source: str, revision: str | None, file: str | None = None) -> Path:
     if not HUB_NAME.fullmatch(source) or source.lower().endswith(SUFFIXES):
         raise CheckpointError(f"there is no file or folder {source}; give the path of a model folder or of a single "
                               "file, or a repository on the hub as owner/name.")
@@ -48,7 +48,7 @@ def from_hub(source: str, revision: str | None, file: str | None = None) -> Path
         raise CheckpointError(f"there is no file or folder {source} here, and as a name on the hub: {error}") from error
 
 
-def load_control(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu",
+def load_controlnet(source: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.float32) -> ControlNet:
     """A ControlNet: the path of its folder or of a single file, or a repository on the hub, "owner/name".
 
@@ -59,6 +59,6 @@ def load_control(source: str | Path, *, revision: str | None = None, device: str
     if path.is_file():
         return load_single_controlnet(path, **place)
     if not path.exists():
-        path = from_hub(str(source), revision, file="config.json").parent
-        from_hub(str(source), revision, file=DIFFUSERS_FILE)        # into the same folder
-    return load_controlnet(path, **place)
+        path = download_source(str(source), revision, file="config.json").parent
+        download_source(str(source), revision, file=DIFFUSERS_FILE)        # into the same folder
+    return load_controlnet_folder(path, **place)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import load, save_folder, save_single
-from ..checkpoint.shipped import load_shipped, shipped_models
+from ..checkpoint.shipped import list_shipped_models, load_shipped
 from .files import check_target
 from .source import add_source_options, models
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     single = args.to == "single"
     check_target(args.out, single)
-    shipped = args.source in shipped_models()
+    shipped = args.source in list_shipped_models()
     parts = load_shipped(args.source) if shipped else load(args.source, prediction=args.prediction_type,
                                                            tokenizer=args.tokenizer, revision=args.revision)
     save = save_single if single else save_folder

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoint import load_control
-from ..checkpoint.difference import fingerprint_of
+from ..checkpoint.difference import fingerprint_tensors
 from ..pipeline import PromptWarning, Settings, SettingsError, StableDiffusion, make_control
 from ..prompt import LONG
 from ..samplers import SAMPLERS
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace):
     chosen = model.validate(**settings)
     settings |= {"num_inference_steps": chosen.num_inference_steps,     # the PNG holds the model's defaults, too
                  "guidance_scale": chosen.guidance_scale}
-    weights = fingerprint_of(model.unet.state_dict().items())           # of the model itself, before LoRAs change it
+    weights = fingerprint_tensors(model.unet.state_dict().items())     # of the model itself, before LoRAs change it
     add_learned(model, args)
     given = settings | task(model, args)
     others = {name: told_of(getattr(args, name)) for name in ALWAYS + OTHERS if getattr(args, name)}

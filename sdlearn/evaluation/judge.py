@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.files import read_json, read_tensors, shapes, write_json, write_tensors
+from ..checkpoint.files import get_shapes, read_json, read_tensors, write_json, write_tensors
 from ..data import OBJECTS
 from ..files import write_atomically
 from ..images import to_tensor
@@ -115,7 +115,7 @@ def save_judge(folder: Path, detector: Detector, *, dtype: torch.dtype = torch.f
     """Write a detector as a folder: its config, and its tensors as `dtype`."""
     with write_atomically(folder) as beside:
         write_json(beside / CONFIG, detector.config.told())
-        write_tensors(beside / TENSORS, detector.state_dict(), dtype, told="the judge")
+        write_tensors(beside / TENSORS, detector.state_dict(), dtype, source="the judge")
     return Path(folder)
 
 
@@ -134,6 +134,6 @@ def load_judge(folder: str | Path = WEIGHTS, *, device: str | torch.device = "cp
             detector = Detector(config)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not the config of a judge ({error})") from error
-    tensors = read_tensors(folder / TENSORS, shapes(detector), device=device)
+    tensors = read_tensors(folder / TENSORS, get_shapes(detector), device=device)
     detector.load_state_dict(tensors, assign=True)
     return Judge(detector.requires_grad_(False))

@@ -4,7 +4,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from ..checkpoint.shipped import keep_evaluation, model_folder
+from ..checkpoint.shipped import find_model_folder, write_evaluation
 from .command import AUTOENCODER, DEFAULTS, FIGURES, FRECHET
 from .report import percent
 from .tasks import GENEVAL, HELD_OUT
@@ -31,13 +31,13 @@ def keep(out: Path, model: str | Path, *, fewest: int = FEWEST_PROMPTS) -> Path:
     Raises ValueError for figures of fewer than `fewest` prompts a task, CheckpointError for a model that has no
     folder here; nothing is written then.
     """
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     figures = json.loads((out / FIGURES).read_text(encoding="utf-8"))
     check_prompts(figures["settings"]["prompts"], fewest)
     del figures["images"]
     card = folder / "figures.json"
     trained = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
-    keep_evaluation(folder, figures, page(figures, trained))
+    write_evaluation(folder, figures, page(figures, trained))
     return folder
 
 

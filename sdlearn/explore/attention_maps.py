@@ -34,9 +34,10 @@ HOT = matplotlib.colormaps["YlOrRd"]
 
 def places(prompt: str, tokenizer: Tokenizer, length: int = 77) -> list[str]:
     """Names for the places of a prompt in the text: START, its tokens, END, and one for all of the padding."""
-    ids = tokenizer(prompt_room.plain(prompt), length)[0].tolist()
+    ids = tokenizer(prompt_room.remove_weights(prompt), length)[0].tolist()
     end = ids.index(tokenizer.end)
-    return ["START", *(one.removesuffix(WORD_END) for one in tokenizer.tokens(ids[1:end])), "END", "padding"]
+    tokens = tokenizer.convert_ids_to_tokens(ids[1:end])
+    return ["START", *(token.removesuffix(WORD_END) for token in tokens), "END", "padding"]
 
 
 def by_place(weights: Tensor, names: Sequence[str], dim: int = -1) -> Tensor:

@@ -39,16 +39,16 @@ class Token(NamedTuple):
 
 
 def read(text: str, tokenizer: Tokenizer, length: int) -> list[Token]:
-    """The tokens of a prompt, those that a row of `length` has no place for among them; errors of `prompt.weigh`."""
-    words = prompt_room.weigh(text, tokenizer)
+    """The tokens of a prompt, also those past `length`; errors of `prompt.split_weighted_words`."""
+    words = prompt_room.split_weighted_words(text, tokenizer)
     found = [(i, number, word.weight) for number, word in enumerate(words) for i in word.ids]
-    return [Token(tokenizer.tokens([i])[0], i, number, place < length - 2, weight)
+    return [Token(tokenizer.convert_ids_to_tokens([i])[0], i, number, place < length - 2, weight)
             for place, (i, number, weight) in enumerate(found)]
 
 
 def merges_of(text: str, tokenizer: Tokenizer) -> list[tuple[str, list[str]]]:
     """The words of a prompt, each once, with its symbols after every merge: "c a t", "c at", "cat"."""
-    words = dict.fromkeys(tokenizer.words(prompt_room.plain(text)))
+    words = dict.fromkeys(tokenizer.split_words(prompt_room.remove_weights(text)))
     return [(word, [" ".join(symbols).replace(WORD_END, "") for _, symbols in
                     merge_steps(to_symbols(word), tokenizer.ranks)])
             for word in words if not tokenizer._is_whole(word)]
@@ -190,7 +190,7 @@ class PromptReader(WithStill):
     def nearest_to(self, prompt: str) -> list[Scene]:
         """The scenes whose images have the largest cosine with the prompt."""
         tokenizer, length = self.model.tokenizer, self.model.config.text.length
-        ids = tokenizer(prompt_room.plain(prompt), length).to(self.model.device)
+        ids = tokenizer(prompt_room.remove_weights(prompt), length).to(self.model.device)
         text = self.model.clip.encode_text(ids, end=tokenizer.end)                  # (1, S)
         return [self.scenes[i] for i in (self.images @ text[0]).topk(min(NEAREST, len(self.scenes))).indices.tolist()]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data import BACKGROUNDS, SIDE, Scene
 from ..images import psnr, to_images, to_tensor
-from ..vae import VAE, Gaussian
+from ..vae import VAE, DiagonalGaussian
 from .figures import Drawing, _grid, portrait, show_images
 from .widgets import WithStill
 
@@ -90,7 +90,7 @@ def kept_bytes(network: nn.Module, *inputs) -> int:
     return sum(found.values())
 
 
-def reach(encode: Callable[[Tensor], Gaussian], pixels: Tensor, cell: tuple[int, int] | None = None) -> Tensor:
+def reach(encode: Callable[[Tensor], DiagonalGaussian], pixels: Tensor, cell: tuple[int, int] | None = None) -> Tensor:
     """How much a cell of the latent of an image (1, 3, H, W) depends on each pixel, (H, W), 1 where it does most.
 
     cell: its row and column; the middle one by default. The gradient of the cell's squares, its magnitude summed over

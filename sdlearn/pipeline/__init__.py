@@ -1,7 +1,7 @@
 """Stable Diffusion as one object: prompts, images, masks and condition images become images."""
 
 from ..checkpoint.shipped import SHIPPED
-from ..checkpoint.shipped import shipped_models as shipped
+from ..checkpoint.shipped import list_shipped_models as shipped
 from .model import SamplingStep, StableDiffusion
 from .prompt_warnings import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
 from .settings import NotFinite, Settings, SettingsError

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import prompt as prompt_room
 from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_lora
-from ..checkpoint.shipped import load_shipped, shipped_models
+from ..checkpoint.shipped import list_shipped_models, load_shipped
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, MergedLoRAs, add_embedding
 from ..guidance import check_guidance, predict_x0, shared_halves
@@ -111,10 +111,10 @@ class StableDiffusion:
         place = {"device": find_device(device), "dtype": dtype}
         if place["device"].type == "cpu":
             fit_threads()
-        if source in shipped_models():
+        if source in list_shipped_models():
             parts = load_shipped(source, **place)
         elif not Path(source).exists() and "/" not in str(source) and "." not in str(source):
-            known = ", ".join(shipped_models()) or "none: the package was installed without its weights"
+            known = ", ".join(list_shipped_models()) or "none: the package was installed without its weights"
             raise CheckpointError(f"there is no model '{source}'; give the path of a model folder or file, a name on "
                                   f"the hub as owner/name, or the name of a shipped model ({known})")
         else:
@@ -315,7 +315,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: list[str], *, long: str = "cut") -> Tensor:
         """What the U-Net attends to: (B, M, T). long: what becomes of prompts past M tokens, see `Settings`."""
-        return as_settings_error(prompt_room.encode, prompts, self.tokenizer, self.text_encoder, long=long)
+        return as_settings_error(prompt_room.encode_prompts, prompts, self.tokenizer, self.text_encoder, long=long)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
@@ -330,12 +330,12 @@ class StableDiffusion:
     def prompt_warnings(self, *prompts: str, long_prompts: str = "cut") -> Iterator[tuple[type[PromptWarning], str]]:
         """What of the prompts will not be heard: pairs of a warning's kind and its sentence."""
         for prompt in prompts:
-            lost = as_settings_error(prompt_room.lost, prompt, self.tokenizer, self.config.text.length)
+            lost = as_settings_error(prompt_room.get_truncated_text, prompt, self.tokenizer, self.config.text.length)
             if lost and long_prompts == "cut":
                 yield LongPromptWarning, (
                     f"the prompt is longer than {self.config.text.length} tokens; its end is cut off: "
                     f"\"{textwrap.shorten(lost, 200, placeholder=' ...')}\"; long_prompts=\"chunks\" reads all of it")
-        text = " ".join(map(prompt_room.plain, prompts)).lower()
+        text = " ".join(map(prompt_room.remove_weights, prompts)).lower()
         for word in sorted(self.tokenizer.added, key=len, reverse=True):      # learnt since, the longest first
             text = text.replace(word, " ")
         if self.world is not None and (unknown := unknown_words(text, self.world["words"])):

@@ -9,7 +9,7 @@ from ..controlnet import add_control
 from ..inpaint import blended, latent_mask, masked_pixels, nine_channels, paste, repaint
 from ..samplers import SAMPLERS, Denoise, Step
 from ..schedule import Grid
-from ..vae import Gaussian
+from ..vae import DiagonalGaussian
 from .settings import SettingsError
 from .task import PipelineInputs, noise_like
 
@@ -68,6 +68,6 @@ def encode_to_latents(model, pixels: Tensor, generators: list[torch.Generator]) 
     """Scaled latents (B, C, h, w) in float32, each image's sampled with its own generator."""
     posterior = model.vae.encode(pixels.to(model.device, model.dtype))
     rows = [i % len(pixels) for i in range(len(generators))]
-    samples = [Gaussian(posterior.mean[row:row + 1], posterior.logvar[row:row + 1]).sample(generator)
+    samples = [DiagonalGaussian(posterior.mean[row:row + 1], posterior.logvar[row:row + 1]).sample(generator)
                for row, generator in zip(rows, generators, strict=True)]
     return torch.cat(samples).float() * model.config.vae.scaling_factor

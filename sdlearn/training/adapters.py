@@ -13,13 +13,13 @@ from ..checkpoint.shipped import (
     CONCEPT,
     DIFFERENCE_FILE,
     Concept,
-    base_tensors,
-    load_inpaint,
-    load_shipped_control,
-    remove_strangers,
+    load_shipped_controlnet,
+    load_shipped_inpaint,
+    read_base_tensors,
+    remove_incompatible,
     save_concept,
-    save_control,
-    save_inpaint,
+    save_shipped_controlnet,
+    save_shipped_inpaint,
 )
 from ..config import ModelConfig
 from ..controlnet import ControlNet
@@ -52,7 +52,7 @@ def package_adapters(config: ModelConfig, run: Path, folder: Path, count: int = 
         done = state["progress"]
         figures[stage]["training"] = {key: done[key] for key in KEPT if key in done}
     figures |= package_concept(config, run, folder)
-    for name in remove_strangers(folder):
+    for name in remove_incompatible(folder):
         print(f"removed: {folder / name}, which belongs to another base than the one that is shipped now, and which "
               f"{run} has not trained; train it on this base and ship again")
     return figures
@@ -91,17 +91,18 @@ def package_adapter(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder
         whole = ControlNet.from_unet(base, hint_widths=hint_widths(recipe.vae.config.factor))
         whole.load_state_dict(weights)
         recipe.unet = base
-        place = save_control(folder, recipe.name, whole, budget=BUDGETS[recipe.name],
+        place = save_shipped_controlnet(folder, recipe.name, whole, budget=BUDGETS[recipe.name],
                              moments=input_moments(recipe, whole, base))
-        stored = load_shipped_control(folder, recipe.name, device=recipe.empty.device)
+        stored = load_shipped_controlnet(folder, recipe.name, device=recipe.empty.device)
         images, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
         figures = {**recipe.agreement(drawn, images, free), **recipe.listening(stored, count)}
         told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole, count)}
     else:
         whole = widen_unet(base)
         whole.load_state_dict(weights)
-        place = save_inpaint(folder, whole, budget=BUDGETS[recipe.name], moments=input_moments(recipe, whole, base))
-        stored = load_inpaint(folder, device=recipe.empty.device).unet
+        place = save_shipped_inpaint(folder, whole, budget=BUDGETS[recipe.name],
+                                     moments=input_moments(recipe, whole, base))
+        stored = load_shipped_inpaint(folder, device=recipe.empty.device).unet
         images = recipe.filled(stored, drawn)
         figures = {**recipe.kept(drawn, images), **recipe.listening(stored, count)}
         told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole, count)}
@@ -109,7 +110,7 @@ def package_adapter(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder
     sheet.save(place / "samples.png", optimize=True)
     return {**figures, **{f"{name} before storing": value for name, value in told.items() if value != figures[name]},
             "error of the stored difference": relative_error(whole.state_dict(), stored.state_dict(),
-                                                             base_tensors(folder)),
+                                                             read_base_tensors(folder)),
             "error of its effect on the output": effect_error(recipe, base, whole, stored, count),
             "bytes": (place / DIFFERENCE_FILE).stat().st_size}
 

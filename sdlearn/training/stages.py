@@ -12,7 +12,13 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..checkpoint import CheckpointError, load_folder
-from ..checkpoint.shipped import DIFFERENCE_FILE, INPAINT, load_inpaint, load_shipped_control, shipped_controls
+from ..checkpoint.shipped import (
+    DIFFERENCE_FILE,
+    INPAINT,
+    list_shipped_controlnets,
+    load_shipped_controlnet,
+    load_shipped_inpaint,
+)
 from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig
 from ..data import WORLDS, scene
@@ -124,9 +130,10 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
 
 def load_adapters(folder: Path) -> dict[str, nn.Module]:
     """The ControlNets and the inpainting U-Net of a model folder, by stage."""
-    modules = {name: load_shipped_control(folder, name) for name in shipped_controls(folder) if name in HINTS}
+    modules = {name: load_shipped_controlnet(folder, name)
+               for name in list_shipped_controlnets(folder) if name in HINTS}
     if (folder / INPAINT / DIFFERENCE_FILE).exists():
-        modules["inpaint"] = load_inpaint(folder).unet
+        modules["inpaint"] = load_shipped_inpaint(folder).unet
     return modules
 
 

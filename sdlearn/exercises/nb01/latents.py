@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...config import VAEConfig
 from ...images import psnr
-from ...vae import VAE, Gaussian
+from ...vae import VAE, DiagonalGaussian
 from ..testing import randn, require, require_shape
 from . import lesson
 
@@ -79,7 +79,7 @@ for diagnosis, answer in [
 # --- 1.5 ----------------------------------------------------------------------------------------------
 
 reparameterise = lesson.exercise(
-    5, Gaussian.sample, name="reparameterise", grade="guided", minutes=4,
+    5, DiagonalGaussian.sample, name="reparameterise", grade="guided", minutes=4,
     asks="Write `reparameterise(posterior, generator=None)`: a sample (B, Z, h, w) of the Gaussian whose `mean` and "
          "`logvar` the posterior holds, through which gradients reach both. The noise comes from the generator.",
     beyond="In the package it is the method `Gaussian.sample`, and its noise is the same on every device.",
@@ -91,9 +91,9 @@ reparameterise = lesson.exercise(
 MEAN, LOGVAR = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1) - 1                      # (B, Z, h, w)
 
 
-def posterior(mean: Tensor = MEAN, logvar: Tensor = LOGVAR) -> Gaussian:
+def posterior(mean: Tensor = MEAN, logvar: Tensor = LOGVAR) -> DiagonalGaussian:
     """A Gaussian that nobody else holds, so that nobody can spoil it for others."""
-    return Gaussian(mean.detach().clone(), logvar.detach().clone())
+    return DiagonalGaussian(mean.detach().clone(), logvar.detach().clone())
 
 
 def drawn(answer: Callable, seed: int = 3, **given) -> Tensor:
@@ -120,7 +120,7 @@ def of_any_gaussian(reparameterise):
 def gradients_reach_mean_and_logvar(reparameterise):
     def gradients(answer):
         mean, logvar = MEAN.clone().requires_grad_(), LOGVAR.clone().requires_grad_()
-        answer(Gaussian(mean, logvar), torch.Generator().manual_seed(3)).sum().backward()
+        answer(DiagonalGaussian(mean, logvar), torch.Generator().manual_seed(3)).sum().backward()
         return [torch.zeros_like(one) if one.grad is None else one.grad for one in (mean, logvar)]
     reparameterise.agrees(gradients, what="The gradient (of the mean, of logvar)")
 
@@ -166,7 +166,7 @@ for diagnosis, answer in [
     ("the noise does not come from the generator that was given", lambda posterior, generator=None:
      posterior.mean + posterior.std * torch.randn(posterior.mean.shape)),
     ("no gradient reaches the two: what is drawn from the Gaussian is no function of its mean and its logvar",
-     lambda posterior, generator=None: Gaussian(posterior.mean, posterior.logvar).sample(generator).detach()
+     lambda posterior, generator=None: DiagonalGaussian(posterior.mean, posterior.logvar).sample(generator).detach()
      .requires_grad_()),
 ]:
     reparameterise.mistake(diagnosis)(answer)
@@ -175,7 +175,7 @@ for diagnosis, answer in [
 # --- 1.6 ----------------------------------------------------------------------------------------------
 
 divergence = lesson.exercise(
-    6, Gaussian.kl, name="gaussian_kl", grade="supported", minutes=8,
+    6, DiagonalGaussian.kl, name="gaussian_kl", grade="supported", minutes=8,
     asks="Write `gaussian_kl(posterior)`: the Kullback-Leibler divergence of the diagonal Gaussian from the standard "
          "normal, in nats, summed for each image: (B,), in float32 whatever the type of mean and logvar.",
     beyond="In the package it is the method `Gaussian.kl`.",
@@ -317,7 +317,7 @@ def another_factor(to_latent, to_pixels):
     to_pixels.agrees(lambda answer: answer(small_vae(2.0), 9 * LATENT), what="Of a large latent, the image")
 
 
-def chosen(posterior: Gaussian, generator: torch.Generator | None) -> Tensor:
+def chosen(posterior: DiagonalGaussian, generator: torch.Generator | None) -> Tensor:
     return posterior.mode() if generator is None else posterior.sample(generator)
 
 

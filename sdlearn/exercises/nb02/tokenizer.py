@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import islice, pairwise
 
-from ...tokenizer import WORD_END, learn_merges, merge, merge_steps, to_symbols, vocabulary
+from ...tokenizer import WORD_END, build_vocabulary, learn_merges, merge, merge_steps, to_symbols
 from ..testing import require
 from . import lesson
 
@@ -231,7 +231,7 @@ encode = lesson.exercise(
 
 CORPUS = {"cat": 5, "car": 4, "tar": 6, "art": 7, "at": 1, "cart": 3, "scat": 2, "é": 2, "café": 2}
 MERGES = list(learn_merges(CORPUS))
-RANKS, VOCAB = {pair: rank for rank, pair in enumerate(MERGES)}, vocabulary(MERGES)
+RANKS, VOCAB = {pair: rank for rank, pair in enumerate(MERGES)}, build_vocabulary(MERGES)
 REACH = [("b", "c</w>"), ("a", "b"), ("a", "bc</w>")]      # "abc" is one symbol, but not by way of "ab"
 CHAIN = [("b", "c"), ("a", "b"), ("c", "d</w>")]            # of "abcd", what is learnt first spoils the longer pieces
 
@@ -255,7 +255,7 @@ def words_of_the_corpus(encode_word):
 @encode.test("value")
 def what_was_learnt_first_goes_first(encode_word):
     for word, merges in (("abc", REACH), ("abcd", CHAIN)):
-        given = word, {pair: rank for rank, pair in enumerate(merges)}, vocabulary(merges)
+        given = word, {pair: rank for rank, pair in enumerate(merges)}, build_vocabulary(merges)
         encode_word.agrees(lambda answer, given=given: answer(*given), what=f"Of '{word}' the list of ids")
 
 
