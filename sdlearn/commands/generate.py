@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..checkpoint import load_control
+from ..checkpoint import load_controlnet
 from ..checkpoint.difference import fingerprint_tensors
 from ..pipeline import PromptWarning, Settings, SettingsError, StableDiffusion, make_control
 from ..prompt import LONG
@@ -178,7 +178,7 @@ def task(model: StableDiffusion, args: argparse.Namespace) -> dict:
         given["mask"] = opened(args.mask)
     controls = []
     for (folder, hint), strength in (with_number(control, 2, "--control") for control in args.control):
-        net = load_control(folder, device=model.device, dtype=model.dtype)
+        net = load_controlnet(folder, device=model.device, dtype=model.dtype)
         controls.append(make_control(net, opened(Path(hint)), strength=strength))
     return given | {"resample": args.resample, "controls": controls}
 
