@@ -1,4 +1,4 @@
-"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | ladder | export`.
+"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | optimizations | export`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
 imported only when it is the one that runs, so that help comes at once.
@@ -22,14 +22,18 @@ COMMANDS = {
     "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
     "ablate": ("leave one thing out of training or sampling, and keep the figures as data", "commands.ablate"),
     "bench": ("measure how long an image takes, side by side with diffusers", "commands.bench"),
-    "ladder": ("measure what makes sampling fast, one change after the other", "commands.ladder"),
+    "optimizations": ("measure what makes sampling fast, one change after the other", "commands.optimizations"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }
+RENAMED = {"ladder": "optimizations"}           # commands of earlier versions, which still run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; gives the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in RENAMED:
+        print(f"`{argv[0]}` is now called `{RENAMED[argv[0]]}`", file=sys.stderr)
+        argv = [RENAMED[argv[0]], *argv[1:]]
     try:
         return run(argv)
     except KeyboardInterrupt:

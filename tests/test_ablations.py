@@ -17,27 +17,27 @@ from sdlearn.ablations import (
     ABLATIONS,
     RESULTS,
     Base,
+    Measurement,
     Measures,
     Plan,
-    Reading,
     Variant,
     buckets,
-    carry_out,
     concept,
+    default_minutes,
     dropout,
     factor,
     load_ablation,
+    load_or_fit_plan,
     pixels,
-    planned,
-    publish,
+    run_ablation,
     sizes,
     steps,
-    usual_minutes,
+    write_results,
     zero_conv,
 )
-from sdlearn.ablations.contract import early_marks, marks, scenes_of_lesson
+from sdlearn.ablations.ablation import early_evaluation_steps, encode_lesson_scenes, evaluation_steps
 from sdlearn.ablations.drawing import draw, lesson, scaled
-from sdlearn.ablations.running import RECORD, SHEET_BYTES, small_png, smaller, within
+from sdlearn.ablations.running import RECORD, SHEET_BYTES, encode_png, fit_plan, scale_plan
 from sdlearn.checkpoint import CheckpointError, save_folder
 from sdlearn.commands import ablate
 from sdlearn.config import PRESETS, VAEConfig
@@ -91,7 +91,7 @@ def base(config):
 
 def played(variants):
     """Figures of every variant, by its name and the step, without what the clock says."""
-    return {one.name: {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in one.readings()}
+    return {one.name: {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in one.run()}
             for one in variants}
 
 
@@ -99,8 +99,8 @@ def played(variants):
 
 def test_the_table_has_what_was_promised():
     assert list(ABLATIONS) == ["dropout", "factor", "pixels", "zero-conv", "steps", "sizes", "buckets", "concept"]
-    assert 50 <= sum(usual_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 81
-    assert sum(usual_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 13.5
+    assert 50 <= sum(default_minutes(one, torch.device("cpu")) for one in ABLATIONS.values()) <= 81
+    assert sum(default_minutes(one, torch.device("cuda")) for one in ABLATIONS.values()) <= 13.5
     assert {name: one.network for name, one in ABLATIONS.items()} == {
         "dropout": "small", "factor": "small", "pixels": "small", "zero-conv": "full", "steps": "full",
         "sizes": "small", "buckets": "full", "concept": "full"}
@@ -113,7 +113,7 @@ def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
     ablation, plan = ABLATIONS[name], SMALL[name]
     state = torch.get_rng_state()
     seen = {}
-    for variant, reading in carry_out(ablation, base, plan, tmp_path):
+    for variant, reading in run_ablation(ablation, base, plan, tmp_path):
         seen.setdefault(variant.name, []).append(reading)
     assert torch.equal(torch.get_rng_state(), state), "the global random numbers are left alone"
     variants = ablation.variants(base, plan)
@@ -128,7 +128,7 @@ def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
     kept = {r.step: {k: v for k, v in r.figures.items() if k != "seconds"} for r in seen[first.name]}
     assert played([first])[first.name] == kept
 
-    file = publish(ablation, base, plan, tmp_path, tmp_path / "out")
+    file = write_results(ablation, base, plan, tmp_path, tmp_path / "out")
     told = load_ablation(name, tmp_path / "out")
     assert told["status"] == "small" and told["scale"] and told["date"] and told["machine"] and told["versions"]
     assert told["budget"] == {k: v for k, v in asdict(plan).items() if v is not None}
@@ -147,8 +147,10 @@ def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
 
 
 def test_marks():
-    assert marks(800) == {100, 200, 300, 400, 500, 600, 700, 800} and marks(3) == {1, 2, 3} and marks(1) == {1}
-    assert early_marks(250) == {0, 1, 2, 5, 10, 20, 50, 100, 200, 250} and early_marks(1) == {0, 1}
+    assert evaluation_steps(800) == {100, 200, 300, 400, 500, 600, 700, 800}
+    assert evaluation_steps(3) == {1, 2, 3} and evaluation_steps(1) == {1}
+    assert early_evaluation_steps(250) == {0, 1, 2, 5, 10, 20, 50, 100, 200, 250}
+    assert early_evaluation_steps(1) == {0, 1}
 
 
 def test_a_base_must_be_able_to_answer(base):
@@ -173,7 +175,7 @@ def test_drawing_is_the_same_in_batches_and_tells_what_is_not_finite(base, monke
 # --- each of them -----------------------------------------------------------------------------------
 
 def test_dropout_measures_the_empty_prompt(base):
-    unseen = scenes_of_lesson(base, 4, "test")
+    unseen = encode_lesson_scenes(base, 4, "test")
     empty = base.text_encoder(base.tokenizer("")).hidden.detach()
 
     def only_empty(x, t, context):
@@ -191,8 +193,8 @@ def test_dropout_alone_differs(base):
     def weights(share):
         plan = replace(SMALL["dropout"], steps=2)
         found = []
-        for _ in lesson(base.parts, scenes_of_lesson(base, 12), plan, dropout=share, measure=lambda unet: {},
-                        finish=lambda unet: found.append([p.clone() for p in unet.parameters()]) or Reading(2)):
+        for _ in lesson(base.parts, encode_lesson_scenes(base, 12), plan, dropout=share, measure=lambda unet: {},
+                        finish=lambda unet: found.append([p.clone() for p in unet.parameters()]) or Measurement(2)):
             pass
         return found[0]
     a, b, c = weights(0.0), weights(0.0), weights(0.99)
@@ -257,7 +259,7 @@ def test_pixels_are_shrunk_scenes_with_their_captions(base):
     real = to_tensor([scene(2, "train", CLASSROOM).image])
     assert material.latents.shape == (3, 3, 32, 32) and material.latents.abs().max() <= 1
     torch.testing.assert_close(material.latents[2:].mean(), real.mean(), atol=0.01, rtol=0)
-    assert torch.equal(material.contexts, scenes_of_lesson(base, 3).contexts)
+    assert torch.equal(material.contexts, encode_lesson_scenes(base, 3).contexts)
     torch.testing.assert_close(scaled(scaled(torch.full((1, 3, 128, 128), 0.3), 64), 128).mean(), torch.tensor(0.3))
 
 
@@ -288,7 +290,7 @@ def test_the_base_is_left_as_it_was(base):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     flags = [p.requires_grad for p in base.unet.parameters()]
     for variant in zero_conv.variants(base, SMALL["zero-conv"]):
-        next(iter(variant.readings()))
+        next(iter(variant.run()))
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
     assert [p.requires_grad for p in base.unet.parameters()] == flags
 
@@ -299,7 +301,7 @@ def test_more_steps_come_closer_to_the_converged_image(base):
     assert steps.distance(wanted, wanted) == 0
     assert steps.distance(np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)) == 2
     for sampler in ("ddim", "dpmpp_2m"):
-        apart = {reading.step: reading.figures["distance"] for reading in steps.readings(base, plan, sampler)}
+        apart = {reading.step: reading.figures["distance"] for reading in steps.run_variant(base, plan, sampler)}
         assert list(apart) == [1, 2, 3, 5, 8, 12, 20, 30] and apart[30] < 0.5 * apart[3], sampler
     assert {one.name: one.changed["calls of the U-Net a step"] for one in steps.variants(base, plan)}["heun"] == 2
 
@@ -437,7 +439,7 @@ def made_up(names=("one", "two"), steps=3, broken=(), log=None):
             if step == 2 and name in broken:
                 raise Diverged("the loss became nan at step 2: train with a lower learning rate")
             figures = {"loss": 1 / step, "odd": math.nan if step == 1 else 1.0}
-            yield Reading(step, figures, [np.zeros((16, 16, 3), np.uint8)], [name])
+            yield Measurement(step, figures, [np.zeros((16, 16, 3), np.uint8)], [name])
 
     def variants(base, plan):
         return [Variant(name, {"name": name}, plan.steps, lambda name=name: readings(name, plan)) for name in names]
@@ -447,48 +449,48 @@ def made_up(names=("one", "two"), steps=3, broken=(), log=None):
 def test_a_variant_that_is_done_is_not_run_again(base, tmp_path):
     log = []
     ablation = made_up(log=log)
-    for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path):
+    for variant, reading in run_ablation(ablation, base, ablation.plan, tmp_path):
         if variant.name == "two" and reading.step == 2:
             break                               # stopped in the middle of the second
     assert log == ["one", "two"] and not (tmp_path / "made-up" / "two").exists()
     with pytest.raises(CheckpointError, match="'two' of the ablation 'made-up' has not been run"):
-        publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
-    again = [(variant.name, reading.step) for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path)]
+        write_results(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+    again = [(variant.name, reading.step) for variant, reading in run_ablation(ablation, base, ablation.plan, tmp_path)]
     assert again == [("two", 1), ("two", 2), ("two", 3)] and log == ["one", "two", "two"]
-    assert list(carry_out(ablation, base, ablation.plan, tmp_path)) == []
-    file = publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+    assert list(run_ablation(ablation, base, ablation.plan, tmp_path)) == []
+    file = write_results(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
     assert json.loads(file.read_text())["status"] == "full"
-    list(carry_out(ablation, base, replace(ablation.plan, steps=2), tmp_path))
+    list(run_ablation(ablation, base, replace(ablation.plan, steps=2), tmp_path))
     assert log[3:] == ["one", "two"], "another plan is another run"
 
 
 def test_another_model_is_another_run(base, tmp_path):
     ablation = made_up()
-    list(carry_out(ablation, base, ablation.plan, tmp_path))
+    list(run_ablation(ablation, base, ablation.plan, tmp_path))
     other = tiny_parts(config=base.parts.config)
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1
-    assert len(list(carry_out(ablation, Base(other, base.measures), ablation.plan, tmp_path))) == 6
+    assert len(list(run_ablation(ablation, Base(other, base.measures), ablation.plan, tmp_path))) == 6
 
 
 def test_a_variant_that_diverges_is_told_and_the_others_go_on(base, tmp_path):
     ablation = made_up(broken=("one",))
-    seen = [(variant.name, reading.step) for variant, reading in carry_out(ablation, base, ablation.plan, tmp_path)]
+    seen = [(variant.name, reading.step) for variant, reading in run_ablation(ablation, base, ablation.plan, tmp_path)]
     assert seen == [("one", 1), ("two", 1), ("two", 2), ("two", 3)]
-    file = publish(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
+    file = write_results(ablation, base, ablation.plan, tmp_path, tmp_path / "out")
 
     def no_constant(name):
         raise AssertionError(f"{name} is not JSON")
     told = json.loads(file.read_text(), parse_constant=no_constant)["variants"]
     assert "became nan at step 2" in told["one"]["ended"] and told["two"]["ended"] is None
     assert told["one"]["readings"] == [{"step": 1, "loss": 1.0, "odd": None}]
-    assert list(carry_out(ablation, base, ablation.plan, tmp_path)) == [], "it ended, and is not tried for ever"
+    assert list(run_ablation(ablation, base, ablation.plan, tmp_path)) == [], "it ended, and is not tried for ever"
 
 
 def test_a_real_divergence_is_caught(base, tmp_path, monkeypatch):
     """A weight of the base that is infinite: losses on it are not numbers."""
     monkeypatch.setattr(zero_conv, "LEARNING_RATE", 1e30)
-    list(carry_out(ABLATIONS["zero-conv"], base, replace(SMALL["zero-conv"], steps=4), tmp_path))
+    list(run_ablation(ABLATIONS["zero-conv"], base, replace(SMALL["zero-conv"], steps=4), tmp_path))
     records = [json.loads((folder / RECORD).read_text()) for folder in (tmp_path / "zero-conv").iterdir()]
     assert len(records) == 2 and all(one["ended"] for one in records)
     assert all(one["readings"][0]["step"] == 0 for one in records)
@@ -498,32 +500,32 @@ def test_the_plan_is_settled_once(base, tmp_path, monkeypatch):
     ablation = made_up(steps=100)
     ends = iter([40, 7, 9, 5])
     from sdlearn.ablations import running
-    monkeypatch.setattr(running, "within", lambda *_: Plan(steps=next(ends)))
-    assert planned(ablation, base, tmp_path).steps == planned(ablation, base, tmp_path).steps == 40
-    assert planned(ablation, base, tmp_path, 3.0).steps == planned(ablation, base, tmp_path, 3.0).steps == 7
+    monkeypatch.setattr(running, "fit_plan", lambda *_: Plan(steps=next(ends)))
+    assert [load_or_fit_plan(ablation, base, tmp_path).steps for _ in range(2)] == [40, 40]
+    assert [load_or_fit_plan(ablation, base, tmp_path, 3.0).steps for _ in range(2)] == [7, 7]
 
 
 def test_a_plan_is_cut_to_the_minutes(base, monkeypatch):
     from sdlearn.ablations import running
-    monkeypatch.setattr(running, "step_seconds", lambda variant: 0.1)
+    monkeypatch.setattr(running, "time_step", lambda variant: 0.1)
     ablation = replace(made_up(steps=1000), plan=Plan(steps=1000, scenes=1000, prompts=30), minutes=10)
-    plan = within(ablation, base, 2.0)                  # two variants of 1000 steps would take 200 seconds
+    plan = fit_plan(ablation, base, 2.0)                  # two variants of 1000 steps would take 200 seconds
     assert plan == Plan(steps=420, scenes=200, prompts=6)
-    assert within(ablation, base, 10.0) == ablation.plan, "never more than the plan"
-    assert smaller(ablation.plan, 1e-6) == Plan(steps=1000, scenes=64, prompts=4)
+    assert fit_plan(ablation, base, 10.0) == ablation.plan, "never more than the plan"
+    assert scale_plan(ablation.plan, 1e-6) == Plan(steps=1000, scenes=64, prompts=4)
 
 
 def test_a_trial_times_real_steps(base):
-    from sdlearn.ablations.running import step_seconds
+    from sdlearn.ablations.running import time_step
     variant = dropout.variants(base, replace(SMALL["dropout"], steps=100))[0]
-    assert 0 < step_seconds(variant) < 60
-    assert step_seconds(made_up().variants(base, Plan(steps=2))[0]) == 0, "every step is measured there"
+    assert 0 < time_step(variant) < 60
+    assert time_step(made_up().variants(base, Plan(steps=2))[0]) == 0, "every step is measured there"
 
 
 def test_a_sheet_keeps_its_bytes():
     noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), np.uint8)
-    assert len(small_png(Image.fromarray(noise))) <= SHEET_BYTES
-    flat = small_png(Image.fromarray(np.full((64, 64, 3), 7, np.uint8)))
+    assert len(encode_png(Image.fromarray(noise))) <= SHEET_BYTES
+    flat = encode_png(Image.fromarray(np.full((64, 64, 3), 7, np.uint8)))
     assert flat.startswith(b"\x89PNG") and len(flat) < 1000
 
 
@@ -559,9 +561,10 @@ def test_the_command_runs_resumes_and_writes(base, tmp_path, monkeypatch, capsys
 def test_minutes_are_shared_out_among_all_ablations(base, tmp_path, monkeypatch, device, scale):
     """In proportion to what each takes by itself; one alone has all of them, and without a number its own."""
     given = {}
-    monkeypatch.setattr(ablate, "planned", lambda one, base, folder, minutes: given.update({one.name: minutes}))
-    monkeypatch.setattr(ablate, "carry_out", lambda *_: iter(()))
-    monkeypatch.setattr(ablate, "publish", lambda *_: "")
+    monkeypatch.setattr(ablate, "load_or_fit_plan",
+                        lambda one, base, folder, minutes: given.update({one.name: minutes}))
+    monkeypatch.setattr(ablate, "run_ablation", lambda *_: iter(()))
+    monkeypatch.setattr(ablate, "write_results", lambda *_: "")
     monkeypatch.setattr(ablate, "measures", lambda device: base.measures)
     model = SimpleNamespace(parts=base.parts, device=torch.device(device))
     monkeypatch.setattr(ablate.StableDiffusion, "load", lambda *_, **__: model)
@@ -570,7 +573,7 @@ def test_minutes_are_shared_out_among_all_ablations(base, tmp_path, monkeypatch,
     assert set(given) == set(ABLATIONS) and sum(given.values()) == pytest.approx(10)
     own = sum(one.minutes for one in ABLATIONS.values())
     assert given == pytest.approx({name: 10 * one.minutes / own for name, one in ABLATIONS.items()})
-    assert sum(usual_minutes(one, model.device) for one in ABLATIONS.values()) == pytest.approx(scale * own)
+    assert sum(default_minutes(one, model.device) for one in ABLATIONS.values()) == pytest.approx(scale * own)
     given.clear()
     assert main(["ablate", "steps", "--minutes", "10", *args]) == 0 and given == {"steps": pytest.approx(10)}
     assert main(["ablate", "all", *args]) == 0 and set(given.values()) == {None}

@@ -8,7 +8,7 @@ from sdlearn.explore.bench_figures import (
     Estimate,
     EstimateExplorer,
     Point,
-    ladder_figure,
+    optimization_figure,
     roofline_figure,
     stacked,
 )
@@ -40,14 +40,14 @@ def test_a_single_part_needs_no_legend():
     assert stacked({"one": {"a": 1.0}}, "x", title="t").axes[0].get_legend() is None
 
 
-def test_a_ladder_says_what_is_not_measured_and_what_is_not_exact():
-    drawing = ladder_figure([("plain", 4.0, True), ("half", None, True), ("fused", 3.0, True), ("fewer", 1.5, False)],
-                            title="Ladder")
+def test_optimization_steps_that_are_not_measured_or_not_exact_are_marked():
+    steps = [("plain", 4.0, True), ("half", None, True), ("fused", 3.0, True), ("fewer", 1.5, False)]
+    drawing = optimization_figure(steps, title="Steps")
     assert [bar[2] for bar in bars(drawing)] == [4.0, 3.0, 1.5]
     assert [bar[4] for bar in bars(drawing)][:2] == [1, 1] and bars(drawing)[2][4] < 1
     said = texts(drawing)
     assert "not measured here" in said and "fewer (approximate)" in said
-    assert "3   0.75 of the rung before" in said and "1.5   0.50 of the rung before" in said
+    assert "3   0.75 of the previous" in said and "1.5   0.50 of the previous" in said
 
 
 def test_a_roofline_bends_where_both_peaks_meet():
@@ -61,7 +61,8 @@ def test_a_roofline_bends_where_both_peaks_meet():
 
 
 @pytest.mark.parametrize("make", [lambda: stacked({}, "x", title="t"), lambda: stacked({"a": {}}, "x", title="t"),
-                                  lambda: ladder_figure([], title="t"), lambda: roofline_figure({}, {}, title="t")])
+                                  lambda: optimization_figure([], title="t"),
+                                  lambda: roofline_figure({}, {}, title="t")])
 def test_nothing_to_draw_is_told(make):
     with pytest.raises(ValueError, match="give"):
         make()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdlearn import StableDiffusion
-from sdlearn.bench import Race, climb, rungs_for
+from sdlearn.bench import Benchmark, list_steps, run_steps
 from sdlearn.checkpoint.shipped import list_shipped_models
 from sdlearn.config import PRESETS
 from sdlearn.guidance import predict_x0
@@ -88,10 +88,11 @@ def test_compiled_it_is_the_same_network(graphs):
             torch.testing.assert_close(compiled(x, t, context), unet(x, t, context), rtol=1e-3, atol=1e-3)
 
 
-def test_every_exact_rung_paints_the_same_image():
-    told = climb(Race(preset="tiny", device="cuda", rounds=1), rungs_for("cuda", steps=4, fewer=3))["ladder"]
-    assert all(one["the same image"] and one["the first's image"] for one in told if one["exact"])
-    assert all(one["peak memory, MiB"] > 0 for one in told)
+def test_every_exact_optimization_step_makes_the_same_image():
+    benchmark = Benchmark(preset="tiny", device="cuda", rounds=1)
+    steps = run_steps(benchmark, list_steps("cuda", steps=4, fewer=3))["optimization steps"]
+    assert all(one["the same image"] and one["the first's image"] for one in steps if one["exact"])
+    assert all(one["peak memory, MiB"] > 0 for one in steps)
 
 
 @shipped

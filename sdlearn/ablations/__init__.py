@@ -3,19 +3,19 @@
     base = Base(model.parts, measures)                      # measures: see `Measures`
     plan = Plan(steps=200, batch=32, scenes=1500, unseen=64, prompts=10, sampling_steps=20)
     for variant in ABLATIONS["dropout"].variants(base, plan):
-        for reading in variant.readings():
+        for measurement in variant.run():
             ...
 
 The results that the course shows are data: `load_ablation("steps")`.
 """
 
+from .ablation import Ablation, Base, Measurement, Measures, Plan, Variant
 from .buckets import BUCKET_TUNING
 from .concept import CONCEPT
-from .contract import Ablation, Base, Measures, Plan, Reading, Variant
 from .dropout import DROPOUT
 from .factor import FACTOR
 from .pixels import PIXELS
-from .running import RESULTS, carry_out, load_ablation, planned, publish, usual_minutes
+from .running import RESULTS, default_minutes, load_ablation, load_or_fit_plan, run_ablation, write_results
 from .sizes import SIZES
 from .steps import STEPS
 from .zero_conv import ZERO_CONV
@@ -23,5 +23,5 @@ from .zero_conv import ZERO_CONV
 ABLATIONS: dict[str, Ablation] = {one.name: one for one in (DROPOUT, FACTOR, PIXELS, ZERO_CONV, STEPS, SIZES,
                                                          BUCKET_TUNING, CONCEPT)}
 
-__all__ = ["ABLATIONS", "Ablation", "Base", "Measures", "Plan", "RESULTS", "Reading", "Variant", "carry_out",
-           "load_ablation", "planned", "publish", "usual_minutes"]
+__all__ = ["ABLATIONS", "Ablation", "Base", "Measures", "Plan", "RESULTS", "Measurement", "Variant", "run_ablation",
+           "load_ablation", "load_or_fit_plan", "write_results", "default_minutes"]

@@ -24,7 +24,7 @@ from ..images import to_images, to_tensor
 from ..sizes import Size, fitted
 from ..training.loop import EMA
 from ..training.unet import draw_shifted_timesteps, make_training_batch
-from .contract import Ablation, Asked, Base, Plan, Reading, Variant, marks
+from .ablation import Ablation, Asked, Base, Measurement, Plan, Variant, evaluation_steps
 from .drawing import draw, resized
 
 # Of the base's own width and height: all of them are multiples of a quarter.
@@ -52,7 +52,7 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
     sizes = {name: [size_of(base, shape) for shape in shapes] for name, shapes in ways.items()}
     return [Variant(name, {"training shapes": [called(size) for size in some],
                            "images in a batch": [batch_of(base, plan, size) for size in some]},
-                    plan.steps, partial(readings, base, plan, tuple(some))) for name, some in sizes.items()]
+                    plan.steps, partial(run_variant, base, plan, tuple(some))) for name, some in sizes.items()]
 
 
 def batch_of(base: Base, plan: Plan, size: Size) -> int:
@@ -87,22 +87,22 @@ def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, 
 
 # --- training -------------------------------------------------------------------------------------------
 
-def readings(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Reading]:
+def run_variant(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Measurement]:
     unet = copy.deepcopy(base.unet)
-    average, at = EMA(unet), marks(plan.steps, 4)
+    average, at = EMA(unet), evaluation_steps(plan.steps, 4)
     before = start(base, plan)
-    yield Reading(0, before.figures)
+    yield Measurement(0, before.figures)
     for done in train(unet.parameters(), loss_of(base, plan, unet, sizes), max_steps=plan.steps, models=(unet,),
                       learning_rate=LEARNING_RATE, warmup=WARMUP, seed=plan.seed):
         step = done.index + 1
         average.update(unet, step)
         if step not in at:
-            yield Reading(step)
+            yield Measurement(step)
         elif step < plan.steps:
-            yield Reading(step, {"training loss": done.loss, **losses(base, plan, average.model)})
+            yield Measurement(step, {"training loss": done.loss, **losses(base, plan, average.model)})
     after = measured(base, plan, average.model)
     name = "buckets" if len(sizes) > 1 else "native size only"
-    yield Reading(plan.steps, {"training loss": done.loss, **after.figures}, [*before.images, *after.images],
+    yield Measurement(plan.steps, {"training loss": done.loss, **after.figures}, [*before.images, *after.images],
                   [f"{name}, {when}: {text}" for when, part in (("before", before), (f"step {plan.steps}", after))
                    for text in part.captions])
 
@@ -131,12 +131,12 @@ def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
 # --- what is measured -----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=4)
-def start(base: Base, plan: Plan) -> Reading:
+def start(base: Base, plan: Plan) -> Measurement:
     """What is measured of the base itself: the same for all variants."""
     return measured(base, plan, base.unet)
 
 
-def measured(base: Base, plan: Plan, unet: nn.Module) -> Reading:
+def measured(base: Base, plan: Plan, unet: nn.Module) -> Measurement:
     figures, shown, captions = losses(base, plan, unet), [], []
     asked = base.measures.ask(replace(base.world, count=0, pair=0, triple=0), plan.prompts)
     for size in (size_of(base, shape) for shape in ASKED):
@@ -146,7 +146,7 @@ def measured(base: Base, plan: Plan, unet: nn.Module) -> Reading:
         figures |= {f"{name}, {called(size)}": share for name, share in judged(base, images, asked).items()}
         shown += [on_square(one, 2 * base.parts.config.image_size) for one in images[:SHOWN]]
         captions += [f"{called(size)}: {one.text}" for one in asked[:SHOWN]]
-    return Reading(0, figures, shown, captions)
+    return Measurement(0, figures, shown, captions)
 
 
 @torch.no_grad()

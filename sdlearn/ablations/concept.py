@@ -31,7 +31,7 @@ from ..finetune import (
 from ..images import to_tensor
 from ..training.concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, make_scenes
 from ..training.unet import encode_scenes, make_training_batch
-from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
+from .ablation import Ablation, Base, Measurement, Plan, Variant, early_evaluation_steps
 from .drawing import draw
 
 OTHER_GROUND = "green"      # one that the thing has never been seen on
@@ -94,24 +94,24 @@ def own_copy(base: Base) -> Base:
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
-    return [Variant(name, {"method": name}, plan.steps, partial(readings, base, plan, name)) for name in WAYS]
+    return [Variant(name, {"method": name}, plan.steps, partial(run_variant, base, plan, name)) for name in WAYS]
 
 
-def readings(base: Base, plan: Plan, name: str) -> Iterator[Reading]:
-    at = {mark for mark in early_marks(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
+def run_variant(base: Base, plan: Plan, name: str) -> Iterator[Measurement]:
+    at = {mark for mark in early_evaluation_steps(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
     pixels = to_tensor([one.image for one in make_scenes(THING, TAUGHT, 0)])
     way = WAYS[name](base, plan, pixels)
     with way.beside(way.model.unet):
-        yield Reading(0, {"numbers that learn": way.learns, **losses(base, way, plan), **seen(way, plan)[0]})
+        yield Measurement(0, {"numbers that learn": way.learns, **losses(base, way, plan), **seen(way, plan)[0]})
     for done in way.run:
         step = done.index + 1
         if step not in at:
-            yield Reading(step)
+            yield Measurement(step)
         elif step < plan.steps:
-            yield Reading(step, {"training loss": done.loss, **losses(base, way, plan), **seen(way, plan)[0]})
+            yield Measurement(step, {"training loss": done.loss, **losses(base, way, plan), **seen(way, plan)[0]})
     with way.beside(way.model.unet):
         figures, images = seen(way, plan)
-        yield Reading(plan.steps, {"training loss": done.loss, **losses(base, way, plan), **figures}, list(images),
+        yield Measurement(plan.steps, {"training loss": done.loss, **losses(base, way, plan), **figures}, list(images),
                       [f"{name}: {text}" for text in prompts(way.words, plan)])
 
 

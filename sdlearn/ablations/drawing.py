@@ -21,7 +21,7 @@ from ..guidance import predict_x0
 from ..images import to_images, to_tensor
 from ..samplers import get_sampler, grid_for
 from ..training.from_scratch import EncodedScenes, train_small_unet
-from .contract import Asked, Base, Plan, Reading, marks
+from .ablation import Asked, Base, Measurement, Plan, evaluation_steps
 
 AT_ONCE = 32            # images in a batch
 Decode = Callable[[Tensor], Tensor]         # (B, C, h, w) -> pixels (B, 3, H, W)
@@ -82,20 +82,20 @@ def lesson_unet(parts: Parts) -> UNetConfig:
 
 def lesson(parts: Parts, material: EncodedScenes, plan: Plan, *, steps: int | None = None, dropout: float = 0.1,
            measure: Callable[[torch.nn.Module], dict[str, float]],
-           finish: Callable[[torch.nn.Module], Reading]) -> Iterator[Reading]:
+           finish: Callable[[torch.nn.Module], Measurement]) -> Iterator[Measurement]:
     """A U-Net from nothing, by `train_small_unet`: figures at eight of the steps, images at the last.
 
     measure, finish: given the averaged U-Net, the figures at a mark, and the figures, images and captions of the
     end. Raises Diverged.
     """
     steps = steps or plan.steps
-    at = marks(steps)
+    at = evaluation_steps(steps)
     for now in train_small_unet(parts, material, steps=steps, batch_size=plan.batch, dropout=dropout, seed=plan.seed):
         if now.step not in at:
-            yield Reading(now.step)
+            yield Measurement(now.step)
             continue
         figures = {"loss": now.loss, "seconds": now.seconds, **measure(now.parts.unet)}
-        end = finish(now.parts.unet) if now.step == steps else Reading(now.step)
+        end = finish(now.parts.unet) if now.step == steps else Measurement(now.step)
         if not all(math.isfinite(value) for value in figures.values()):
             raise Diverged(f"what was measured at step {now.step} is not finite")
-        yield Reading(now.step, {**figures, **end.figures}, end.images, end.captions)
+        yield Measurement(now.step, {**figures, **end.figures}, end.images, end.captions)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import make_training_batch, shuffled_caption_losses
-from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
+from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import draw, lesson, lesson_prompts
 
 SHARES = (0.0, 0.1)             # of captions that are replaced by the empty one
@@ -20,11 +20,11 @@ SHOWN = 4                       # images of each scale on the sheet
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
     return [Variant("no dropout" if share == 0 else f"dropout {share:g}", {"dropout": share}, plan.steps,
-                    partial(readings, base, plan, share)) for share in SHARES]
+                    partial(run_variant, base, plan, share)) for share in SHARES]
 
 
-def readings(base: Base, plan: Plan, share: float):
-    material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
+def run_variant(base: Base, plan: Plan, share: float):
+    material, unseen = encode_lesson_scenes(base, plan.scenes), encode_lesson_scenes(base, plan.unseen, "test")
     return lesson(base.parts, material, plan, dropout=share, measure=partial(heard, base, unseen),
                   finish=partial(guided_images, base, plan, share))
 
@@ -38,7 +38,7 @@ def heard(base: Base, unseen: EncodedScenes, unet, step: int = 700) -> dict[str,
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 
 
-def guided_images(base: Base, plan: Plan, share: float, unet) -> Reading:
+def guided_images(base: Base, plan: Plan, share: float, unet) -> Measurement:
     """Accuracy at each guidance scale; images of the first prompts at each."""
     asked = lesson_prompts(base, plan)
     figures, shown, captions = {}, [], []
@@ -47,7 +47,7 @@ def guided_images(base: Base, plan: Plan, share: float, unet) -> Reading:
         figures |= {f"{name}, w = {scale:g}": value for name, value in base.measures.judge(images, asked).items()}
         shown += list(images[:SHOWN])
         captions += [f"dropout {share:g}, w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
-    return Reading(plan.steps, figures, shown, captions)
+    return Measurement(plan.steps, figures, shown, captions)
 
 
 DROPOUT = Ablation(

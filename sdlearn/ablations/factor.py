@@ -16,7 +16,7 @@ from ..finetune.loop import train
 from ..images import psnr, to_images, to_tensor
 from ..training.loop import EMA
 from ..training.vae import VAERecipe
-from .contract import Ablation, Base, Plan, Reading, Variant, marks
+from .ablation import Ablation, Base, Measurement, Plan, Variant, evaluation_steps
 from .drawing import ceiling
 
 CHANNELS = {4: (16, 52, 164), 8: (16, 32, 64, 160), 16: (16, 32, 64, 96, 144)}     # 3.98 to 4.05 M parameters each
@@ -30,7 +30,7 @@ def config_of(base: Base, factor: int):
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
-    return [Variant(f"f = {factor}", facts(base, factor), plan.steps, partial(readings, base, plan, factor))
+    return [Variant(f"f = {factor}", facts(base, factor), plan.steps, partial(run_variant, base, plan, factor))
             for factor in CHANNELS]
 
 
@@ -46,11 +46,11 @@ def facts(base: Base, factor: int) -> dict[str, object]:
             "GFLOPs of a U-Net step": step_flops(config.unet, config.latent_size) / 1e9}
 
 
-def readings(base: Base, plan: Plan, factor: int) -> Iterator[Reading]:
+def run_variant(base: Base, plan: Plan, factor: int) -> Iterator[Measurement]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         recipe = VAERecipe(config_of(base, factor), batch_size=plan.batch)
-    model, at = recipe.model.to(base.device), marks(plan.steps)
+    model, at = recipe.model.to(base.device), evaluation_steps(plan.steps)
     average = EMA(model, decay=0.995)
     unseen = to_tensor([scene(seed, "test", FULL).image for seed in range(plan.unseen)])
 
@@ -65,15 +65,15 @@ def readings(base: Base, plan: Plan, factor: int) -> Iterator[Reading]:
         step = done.index + 1
         average.update(model, step)
         if step not in at:
-            yield Reading(step)
+            yield Measurement(step)
             continue
         figures, pairs = round_trip(base, average.model, unseen)
         if step < plan.steps:
-            yield Reading(step, {"loss": done.loss, **figures})
+            yield Measurement(step, {"loss": done.loss, **figures})
             continue
         asked = base.measures.ask(base.world, plan.prompts)
         seen = ceiling(base, asked, lambda pixels: average.model.decode(average.model.encode(pixels).mode()))
-        yield Reading(step, {"loss": done.loss, **figures, **seen}, pairs,
+        yield Measurement(step, {"loss": done.loss, **figures, **seen}, pairs,
                       [f"f = {factor}: scene {i}" for i in range(len(pairs))])
 
 

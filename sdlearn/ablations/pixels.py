@@ -16,7 +16,7 @@ from ..diagnostics.costs import step_flops
 from ..images import to_tensor
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import shuffled_caption_losses
-from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
+from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import ceiling, draw, lesson, lesson_prompts, lesson_unet, scaled
 
 SIDES = (64, 32)
@@ -45,14 +45,14 @@ def on_pixels(base: Base):
     return replace(base.parts, config=replace(base.parts.config, vae=replace(base.parts.config.vae, latent_channels=3)))
 
 
-def latents(base: Base, plan: Plan) -> Iterator[Reading]:
-    material, unseen = scenes_of_lesson(base, plan.scenes), scenes_of_lesson(base, plan.unseen, "test")
+def latents(base: Base, plan: Plan) -> Iterator[Measurement]:
+    material, unseen = encode_lesson_scenes(base, plan.scenes), encode_lesson_scenes(base, plan.unseen, "test")
     shape = (base.vae.config.latent_channels, base.cells, base.cells)
     return one_side(base, plan, base.parts, plan.steps, material, unseen, shape,
                     lambda x: base.vae.to_pixels(x, at_once=8), lambda pixels: base.vae.to_latent(pixels))
 
 
-def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Reading]:
+def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Measurement]:
     material, unseen = (scenes_at(base, count, split, side) for count, split in
                         ((plan.scenes, "train"), (plan.unseen, "test")))
     full = base.parts.config.image_size
@@ -64,16 +64,16 @@ def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Rea
 def scenes_at(base: Base, count: int, split: str, side: int) -> EncodedScenes:
     """The lesson's scenes as pixels, shrunk; the captions' features are those that latents have."""
     pixels = torch.cat([scaled(to_tensor([scene(seed, split, LESSON_WORLD).image]), side) for seed in range(count)])
-    return EncodedScenes(pixels.clamp(-1, 1).to(base.device), scenes_of_lesson(base, count, split).contexts)
+    return EncodedScenes(pixels.clamp(-1, 1).to(base.device), encode_lesson_scenes(base, count, split).contexts)
 
 
-def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) -> Iterator[Reading]:
-    def finish(unet) -> Reading:
+def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) -> Iterator[Measurement]:
+    def finish(unet) -> Measurement:
         asked = lesson_prompts(base, plan)
         texts = [one.text for one in asked]
         images = draw(base, unet, texts, guidance=plan.guidance, steps=plan.sampling_steps, shape=shape, decode=decode)
         told = {**base.measures.judge(images, asked), **ceiling(base, asked, lambda pixels: decode(encode(pixels)))}
-        return Reading(steps, told, list(images[:SHOWN]), texts[:SHOWN])
+        return Measurement(steps, told, list(images[:SHOWN]), texts[:SHOWN])
 
     return lesson(parts, material, plan, steps=steps, finish=finish,
                   measure=lambda unet: shuffled_caption_losses(unet, base.schedule, unseen.latents, unseen.contexts))

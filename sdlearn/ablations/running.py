@@ -10,13 +10,10 @@ ends there, with what had been measured; the others go on.
 import hashlib
 import io
 import math
-import platform
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -28,8 +25,8 @@ from ..checkpoint import CheckpointError, read_json, write_json
 from ..checkpoint.shipped import SHIPPED
 from ..data import contact_sheet
 from ..files import write_atomically
-from ..training.card import cpu_name
-from .contract import Ablation, Base, Plan, Reading, Variant
+from ..machine import describe_environment
+from .ablation import Ablation, Base, Measurement, Plan, Variant
 
 RESULTS = SHIPPED / "ablations"
 RECORD, IMAGES, PLAN = "record.json", "images.npz", "plan.json"
@@ -41,38 +38,38 @@ LEAST = 8                   # steps: one for each mark
 
 # --- the plan -------------------------------------------------------------------------------------------
 
-def usual_minutes(ablation: Ablation, device: torch.device) -> float:
+def default_minutes(ablation: Ablation, device: torch.device) -> float:
     return ablation.minutes * (1 if device.type == "cpu" else ON_GPU)
 
 
-def planned(ablation: Ablation, base: Base, folder: Path, minutes: float | None = None) -> Plan:
+def load_or_fit_plan(ablation: Ablation, base: Base, folder: Path, minutes: float | None = None) -> Plan:
     """The plan of a run, settled by a short trial at the first call and kept with the run.
 
     minutes: of this machine; the ablation's own unless given, for which the plan is cut short only on a machine that
     is slower than two CPU cores.
     """
-    asked = {"minutes": minutes or usual_minutes(ablation, base.device), "model": fingerprint(base)}
+    asked = {"minutes": minutes or default_minutes(ablation, base.device), "model": fingerprint(base)}
     file = folder / ablation.name / PLAN
     if file.exists() and (kept := read_json(file)).get("asked") == asked and set(kept["plan"]) == set(asdict(
             ablation.plan)):
         return Plan(**kept["plan"])
-    plan = within(ablation, base, asked["minutes"])
+    plan = fit_plan(ablation, base, asked["minutes"])
     with write_atomically(file) as beside:
         write_json(beside, {"asked": asked, "plan": asdict(plan)})
     return plan
 
 
-def within(ablation: Ablation, base: Base, minutes: float) -> Plan:
+def fit_plan(ablation: Ablation, base: Base, minutes: float) -> Plan:
     """The ablation's plan, cut down to what so many minutes allow."""
     if ablation.afford:
         return ablation.afford(base, ablation.plan, minutes)
-    plan = smaller(ablation.plan, minutes / usual_minutes(ablation, base.device))
-    seconds = sum(variant.steps * step_seconds(variant) for variant in ablation.variants(base, plan))
+    plan = scale_plan(ablation.plan, minutes / default_minutes(ablation, base.device))
+    seconds = sum(variant.steps * time_step(variant) for variant in ablation.variants(base, plan))
     share = min(1.0, TRAINING_SHARE * 60 * minutes / seconds) if seconds else 1.0
     return replace(plan, steps=max(min(LEAST, plan.steps), int(plan.steps * share)))
 
 
-def smaller(plan: Plan, share: float) -> Plan:
+def scale_plan(plan: Plan, share: float) -> Plan:
     """Fewer scenes and prompts, in proportion; never more than the plan's."""
     least = {"scenes": 64, "unseen": 16, "prompts": 4}
     counts = {name: getattr(plan, name) for name in least}
@@ -80,10 +77,10 @@ def smaller(plan: Plan, share: float) -> Plan:
                             for name, count in counts.items() if count is not None})
 
 
-def step_seconds(variant: Variant, tries: int = 4) -> float:
+def time_step(variant: Variant, tries: int = 4) -> float:
     """What a step takes at which nothing is measured; 0 where there is none. The first is slower, and left out."""
     taken, start = [], time.perf_counter()
-    steps = variant.readings()
+    steps = variant.run()
     try:
         for reading in steps:
             now = time.perf_counter()
@@ -110,18 +107,18 @@ def fingerprint(base: Base) -> str:
 
 # --- the run --------------------------------------------------------------------------------------------
 
-def carry_out(ablation: Ablation, base: Base, plan: Plan, folder: Path) -> Iterator[tuple[Variant, Reading]]:
+def run_ablation(ablation: Ablation, base: Base, plan: Plan, folder: Path) -> Iterator[tuple[Variant, Measurement]]:
     """Run the variants that are not done yet, one after the other; yields every step."""
     for variant in ablation.variants(base, plan):
-        room = place(folder, ablation, variant)
-        same = identity(ablation, base, plan, variant)
-        if done(room, same) is None:
-            yield from one_variant(variant, room, same)
+        room = variant_folder(folder, ablation, variant)
+        same = describe_run(ablation, base, plan, variant)
+        if load_record(room, same) is None:
+            yield from run_variant(variant, room, same)
 
 
-def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Variant, Reading]]:
-    kept, last, ended, seconds = [], Reading(0), None, 0.0
-    steps, start = variant.readings(), time.perf_counter()
+def run_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Variant, Measurement]]:
+    kept, last, ended, seconds = [], Measurement(0), None, 0.0
+    steps, start = variant.run(), time.perf_counter()
     while True:
         try:
             reading = next(steps)
@@ -132,7 +129,8 @@ def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Vari
             break
         seconds += time.perf_counter() - start      # without what is done between two steps
         if reading.figures:
-            kept.append({"step": reading.step, **{name: number(value) for name, value in reading.figures.items()}})
+            kept.append({"step": reading.step,
+                         **{name: round_for_json(value) for name, value in reading.figures.items()}})
             last = reading if len(reading.images) else last
         yield variant, reading
         start = time.perf_counter()
@@ -143,21 +141,21 @@ def one_variant(variant: Variant, room: Path, same: dict) -> Iterator[tuple[Vari
         write_json(beside / RECORD, {**same, "seconds": round(seconds, 2), "ended": ended, "readings": kept})
 
 
-def number(value: float) -> float | None:
+def round_for_json(value: float) -> float | None:
     """Five digits are enough; JSON knows no NaN."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def identity(ablation: Ablation, base: Base, plan: Plan, variant: Variant) -> dict:
+def describe_run(ablation: Ablation, base: Base, plan: Plan, variant: Variant) -> dict:
     return {"ablation": ablation.name, "variant": variant.name, "changed": dict(variant.changed), "plan": asdict(plan),
             "model": fingerprint(base)}
 
 
-def place(folder: Path, ablation: Ablation, variant: Variant) -> Path:
+def variant_folder(folder: Path, ablation: Ablation, variant: Variant) -> Path:
     return folder / ablation.name / re.sub(r"[^a-z0-9.]+", "-", variant.name.lower()).strip("-")
 
 
-def done(room: Path, same: dict) -> dict | None:
+def load_record(room: Path, same: dict) -> dict | None:
     """The record of a variant that was run to its end under the same plan, on the same model."""
     if not (room / RECORD).exists():
         return None
@@ -167,15 +165,15 @@ def done(room: Path, same: dict) -> dict | None:
 
 # --- the result -----------------------------------------------------------------------------------------
 
-def publish(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path = RESULTS) -> Path:
+def write_results(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path = RESULTS) -> Path:
     """Write the figures of all variants as <name>.json and their images as <name>.png; gives the first's path.
 
     Raises CheckpointError for a variant that has not been run.
     """
     records, images, captions = {}, [], []
     for variant in ablation.variants(base, plan):
-        room = place(folder, ablation, variant)
-        if (record := done(room, identity(ablation, base, plan, variant))) is None:
+        room = variant_folder(folder, ablation, variant)
+        if (record := load_record(room, describe_run(ablation, base, plan, variant))) is None:
             raise CheckpointError(f"'{variant.name}' of the ablation '{ablation.name}' has not been run in {folder}; "
                                   f"run `ablate {ablation.name}` to its end first")
         records[variant.name] = {name: record[name] for name in ("changed", "seconds", "ended", "readings")}
@@ -185,29 +183,24 @@ def publish(ablation: Ablation, base: Base, plan: Plan, folder: Path, out: Path 
                 captions += stored["captions"].tolist()
     file = out / f"{ablation.name}.json"
     with write_atomically(file) as beside:
-        write_json(beside, {**told(ablation, base, plan), "variants": records})
+        write_json(beside, {**describe_ablation(ablation, base, plan), "variants": records})
     if images:
         with write_atomically(file.with_suffix(".png")) as beside:
-            beside.write_bytes(small_png(contact_sheet(images, captions, ablation.columns)))
+            beside.write_bytes(encode_png(contact_sheet(images, captions, ablation.columns)))
     return file
 
 
-def told(ablation: Ablation, base: Base, plan: Plan) -> dict:
-    """What was done, on what and when."""
-    status, why = scale(ablation, base, plan)
+def describe_ablation(ablation: Ablation, base: Base, plan: Plan) -> dict:
+    """What was varied, on which model, under which plan, on which machine and when."""
+    status, why = describe_scale(ablation, base, plan)
     budget = {name: value for name, value in asdict(plan).items() if value is not None}
-    gpu = base.device.type == "cuda"
     return {"ablation": ablation.name, "question": ablation.question, "varied": ablation.varied, "status": status,
             "scale": why, "budget": budget, "notes": list(ablation.notes),
             "model": {"name": base.parts.config.name, "fingerprint": fingerprint(base)},
-            "machine": torch.cuda.get_device_name(base.device) if gpu else cpu_name(),
-            "threads": torch.get_num_threads(),
-            "versions": {"sdlearn": version("sdlearn"), "torch": torch.__version__,
-                         "python": platform.python_version()},
-            "date": str(date.today())}
+            **describe_environment(base.device)}
 
 
-def scale(ablation: Ablation, base: Base, plan: Plan) -> tuple[str, str]:
+def describe_scale(ablation: Ablation, base: Base, plan: Plan) -> tuple[str, str]:
     """("full" or "small", why): full is the shipped model itself under the whole plan."""
     why = []
     if ablation.network == "small":
@@ -218,7 +211,7 @@ def scale(ablation: Ablation, base: Base, plan: Plan) -> tuple[str, str]:
     return ("small", "; ".join(why)) if why else ("full", f"the model '{name}' itself, and the whole plan")
 
 
-def small_png(sheet: Image.Image, limit: int = SHEET_BYTES) -> bytes:
+def encode_png(sheet: Image.Image, limit: int = SHEET_BYTES) -> bytes:
     """A sheet as PNG below `limit` bytes: with as many colours as fit, and where even few are too many, smaller."""
     while True:
         for colours in (256, 128, 64, 32):
@@ -230,7 +223,7 @@ def small_png(sheet: Image.Image, limit: int = SHEET_BYTES) -> bytes:
 
 
 def load_ablation(name: str, folder: Path = RESULTS) -> dict:
-    """The result of an ablation, as `publish` wrote it. Raises CheckpointError where there is none."""
+    """The result of an ablation, as `write_results` wrote it. Raises CheckpointError where there is none."""
     file = Path(folder) / f"{name}.json"
     if not file.exists():
         there = ", ".join(sorted(one.stem for one in Path(folder).glob("*.json"))) or "none"

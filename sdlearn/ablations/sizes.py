@@ -15,7 +15,7 @@ from ..diagnostics.costs import step_flops
 from ..images import to_tensor
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import shuffled_caption_losses
-from .contract import Ablation, Base, Plan, Reading, Variant, scenes_of_lesson
+from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 
 PARTS = (1.0, 0.75, 0.5)                # of the base's size: 128, 96, 64 pixels
@@ -38,7 +38,7 @@ class Buckets:
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
-    return [Variant(name, facts(base, parts), plan.steps, partial(readings, base, plan, parts))
+    return [Variant(name, facts(base, parts), plan.steps, partial(run_variant, base, plan, parts))
             for name, parts in (("one size", PARTS[:1]), ("buckets", PARTS))]
 
 
@@ -58,7 +58,7 @@ def side_of(base: Base, part: float) -> int:
 def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
     """Latents (count, C, h, w) of the lesson's scenes, resized to `side` pixels."""
     if side == base.parts.config.image_size:
-        return scenes_of_lesson(base, count, split).latents
+        return encode_lesson_scenes(base, count, split).latents
     found = []
     for first in range(0, count, 32):
         drawn = [scene(seed, split, LESSON_WORLD).image for seed in range(first, min(first + 32, count))]
@@ -66,8 +66,8 @@ def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def readings(base: Base, plan: Plan, parts: tuple[float, ...]) -> Iterator[Reading]:
-    contexts = scenes_of_lesson(base, plan.scenes).contexts
+def run_variant(base: Base, plan: Plan, parts: tuple[float, ...]) -> Iterator[Measurement]:
+    contexts = encode_lesson_scenes(base, plan.scenes).contexts
     latents = [latents_at(base, plan.scenes, "train", side_of(base, part)) for part in parts]
     material = EncodedScenes(Buckets(latents), contexts)
     return lesson(base.parts, material, plan, measure=partial(heard, base, plan), finish=partial(drawn_at, base, plan))
@@ -75,12 +75,12 @@ def readings(base: Base, plan: Plan, parts: tuple[float, ...]) -> Iterator[Readi
 
 def heard(base: Base, plan: Plan, unet) -> dict[str, float]:
     """The loss at two timesteps with right and with wrong captions, on unseen scenes of every training size."""
-    contexts = scenes_of_lesson(base, plan.unseen, "test").contexts
+    contexts = encode_lesson_scenes(base, plan.unseen, "test").contexts
     return {f"{name}, {side}": value for side in (side_of(base, part) for part in PARTS) for name, value in
             shuffled_caption_losses(unet, base.schedule, latents_at(base, plan.unseen, "test", side), contexts).items()}
 
 
-def drawn_at(base: Base, plan: Plan, unet) -> Reading:
+def drawn_at(base: Base, plan: Plan, unet) -> Measurement:
     """Accuracy at each size, the images seen as large as the base's; the first images of each size."""
     asked, full, factor = lesson_prompts(base, plan), base.parts.config.image_size, base.vae.config.factor
     figures, shown, captions = {}, [], []
@@ -91,7 +91,7 @@ def drawn_at(base: Base, plan: Plan, unet) -> Reading:
         figures |= {f"{name}, {side}": value for name, value in base.measures.judge(images, asked).items()}
         shown += list(images[:SHOWN])
         captions += [f"{side} px: {one.text}" for one in asked[:SHOWN]]
-    return Reading(plan.steps, figures, shown, captions)
+    return Measurement(plan.steps, figures, shown, captions)
 
 
 SIZES = Ablation(

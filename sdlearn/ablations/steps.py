@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..samplers import SAMPLERS
-from .contract import Ablation, Base, Plan, Reading, Variant
+from .ablation import Ablation, Base, Measurement, Plan, Variant
 from .drawing import draw, resized
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)        # of steps; those up to the plan's are taken
@@ -29,7 +29,7 @@ def counts(plan: Plan) -> list[int]:
 def variants(base: Base, plan: Plan) -> list[Variant]:
     return [Variant(name, {"sampler": name, "calls of the U-Net a step": CALLS.get(name, 1),
                            "fresh noise at each step": name in FRESH_NOISE},
-                    len(counts(plan)), partial(readings, base, plan, name)) for name in SAMPLERS]
+                    len(counts(plan)), partial(run_variant, base, plan, name)) for name in SAMPLERS]
 
 
 @lru_cache(maxsize=2)
@@ -41,7 +41,7 @@ def converged(base: Base, plan: Plan) -> tuple[list, np.ndarray]:
                        sampler=sampler)
 
 
-def readings(base: Base, plan: Plan, sampler: str) -> Iterator[Reading]:
+def run_variant(base: Base, plan: Plan, sampler: str) -> Iterator[Measurement]:
     """A reading for each count of steps; the images come with the last."""
     asked, wanted = converged(base, plan)
     shown, captions = [], []
@@ -52,7 +52,7 @@ def readings(base: Base, plan: Plan, sampler: str) -> Iterator[Reading]:
             shown.append(resized(images[:1], images.shape[1] // 2)[0])
             captions.append(f"{sampler} {count}")
         last = count == counts(plan)[-1]
-        yield Reading(count, {**base.measures.judge(images, asked), "distance": distance(images, wanted)},
+        yield Measurement(count, {**base.measures.judge(images, asked), "distance": distance(images, wanted)},
                       shown if last else (), captions if last else ())
 
 

@@ -17,7 +17,7 @@ from ..finetune.controlnet import train_controlnet
 from ..images import to_tensor
 from ..training.control import HINTS, edge_f1, hint_tensor, hint_widths
 from ..training.unet import encode_scenes, make_training_batch
-from .contract import Ablation, Base, Plan, Reading, Variant, early_marks
+from .ablation import Ablation, Base, Measurement, Plan, Variant, early_evaluation_steps
 from .drawing import draw
 
 STARTS = {"zero convolutions": "zero", "random convolutions": "PyTorch's initialisation"}
@@ -28,7 +28,7 @@ SHOWN = 4
 
 
 def variants(base: Base, plan: Plan) -> list[Variant]:
-    return [Variant(name, {"joined by": started}, plan.steps, partial(readings, base, plan, started == "zero"))
+    return [Variant(name, {"joined by": started}, plan.steps, partial(run_variant, base, plan, started == "zero"))
             for name, started in STARTS.items()]
 
 
@@ -50,24 +50,24 @@ def drawn_scenes(base: Base, count: int, split: str) -> tuple[list[Scene], torch
     return drawn, hint_tensor([HINT(one) for one in drawn])
 
 
-def readings(base: Base, plan: Plan, zero: bool) -> Iterator[Reading]:
-    net, at = fresh(base, zero=zero, seed=plan.seed), early_marks(plan.steps)
+def run_variant(base: Base, plan: Plan, zero: bool) -> Iterator[Measurement]:
+    net, at = fresh(base, zero=zero, seed=plan.seed), early_evaluation_steps(plan.steps)
     drawn, hints = drawn_scenes(base, plan.scenes, "train")
     first, shown = images_of(base, plan, net)
-    yield Reading(0, {**losses(base, plan, net), **first})
+    yield Measurement(0, {**losses(base, plan, net), **first})
     pixels = to_tensor([one.image for one in drawn])
     for done in train_controlnet(base, net, pixels, [one.caption for one in drawn], hints, max_steps=plan.steps,
                                  learning_rate=LEARNING_RATE, dropout=DROPOUT, batch_size=plan.batch, warmup=WARMUP,
                                  seed=plan.seed):
         step = done.index + 1
         if step not in at:
-            yield Reading(step)
+            yield Measurement(step)
         elif step < plan.steps:
-            yield Reading(step, {"training loss": done.loss, **losses(base, plan, net)})
+            yield Measurement(step, {"training loss": done.loss, **losses(base, plan, net)})
     last, after = images_of(base, plan, net)
     maps = [np.stack([HINT(one)] * 3, axis=2) for one in drawn_scenes(base, plan.prompts, "test")[0]]
     name = next(name for name, started in STARTS.items() if (started == "zero") == zero)
-    yield Reading(plan.steps, {"training loss": done.loss, **losses(base, plan, net), **last},
+    yield Measurement(plan.steps, {"training loss": done.loss, **losses(base, plan, net), **last},
                   [*maps[:SHOWN], *shown[:SHOWN], *after[:SHOWN]],
                   [f"{name}: {when}" for when in ("the hint", "step 0", f"step {plan.steps}") for _ in maps[:SHOWN]])
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..ablations import ABLATIONS, RESULTS, Base, Measures, carry_out, planned, publish, usual_minutes
+from ..ablations import (
+    ABLATIONS,
+    RESULTS,
+    Base,
+    Measures,
+    default_minutes,
+    load_or_fit_plan,
+    run_ablation,
+    write_results,
+)
 from ..data import World
 from ..evaluation import duplicate_rate, judge_images, load_judge, prompts_for, scene_for, scores
 from ..evaluation.metrics import ssim
@@ -41,10 +50,10 @@ def run(args: argparse.Namespace):
     model = StableDiffusion.load(args.model, device=args.device)
     try:
         base = Base(model.parts, measures(model.device))
-        whole = sum(usual_minutes(one, model.device) for one in chosen)
+        whole = sum(default_minutes(one, model.device) for one in chosen)
         for ablation in chosen:
-            minutes = args.minutes and args.minutes * usual_minutes(ablation, model.device) / whole
-            print(publish(ablation, base, watched(ablation, base, args.run, minutes), args.run, args.out))
+            minutes = args.minutes and args.minutes * default_minutes(ablation, model.device) / whole
+            print(write_results(ablation, base, watched(ablation, base, args.run, minutes), args.run, args.out))
     except ValueError as error:                 # of lower layers, which do not know SettingsError
         raise SettingsError(str(error)) from error
 
@@ -58,9 +67,9 @@ def check_folder(folder: Path):
 
 def watched(ablation, base: Base, folder: Path, minutes: float | None):
     """Run an ablation with a bar for each variant and a line for each reading; gives its plan."""
-    plan = planned(ablation, base, folder, minutes)
+    plan = load_or_fit_plan(ablation, base, folder, minutes)
     bar, shown = None, None
-    for variant, reading in carry_out(ablation, base, plan, folder):
+    for variant, reading in run_ablation(ablation, base, plan, folder):
         if variant is not shown:
             if bar is not None:
                 bar.close()

@@ -1,16 +1,15 @@
 """An evaluation as a table, as JSON with every single result, and as a sheet of failures."""
 
-import os
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ..machine import machine_name
 from .accuracy import detection_sheet, words
 from .metrics import by_prompt, clipped_share, feature_diversity, pixel_diversity, saturation
 from .sampling import Judged, scores_of
@@ -122,15 +121,5 @@ def failure_sheet(judged: Sequence[Judged]) -> Image.Image:
 
 def circumstances() -> dict:
     """Where and with what an evaluation was run."""
-    return {"machine": machine(), "python": platform.python_version(), "torch": torch.__version__,
-            "date": str(date.today())}
-
-
-def machine() -> str:
-    """The GPU, or else the CPU, by its name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [some.split(":")[1].strip() for some in lines if some.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return {"machine": machine_name("cuda" if torch.cuda.is_available() else "cpu"),
+            "python": platform.python_version(), "torch": torch.__version__, "date": str(date.today())}

@@ -1,4 +1,4 @@
-"""Where time and memory go: stacked bars, a ladder, a roofline; and a widget that estimates what is chosen.
+"""Where time and memory go: stacked bars, optimization steps, a roofline; and a widget that estimates what is chosen.
 
 Lengths are in pixels of the screen.
 """
@@ -60,27 +60,27 @@ def stacked(rows: Mapping[str, Mapping[str, float]], x: str, *, title: str, bene
     return drawing
 
 
-def ladder_figure(rungs: Sequence[tuple[str, float | None, bool]], *, title: str,
-                  x: str = "seconds for the latents of one batch") -> Drawing:
-    """A bar for each rung, (name, seconds or None, whether the image stays), with its ratio to the rung before.
+def optimization_figure(steps: Sequence[tuple[str, float | None, bool]], *, title: str,
+                        x: str = "seconds for the latents of one batch") -> Drawing:
+    """A bar for each optimization step, (name, seconds or None, exact), with its time relative to the previous one's.
 
-    Rungs that paint another image are paler. None: "not measured here". ValueError for no rungs.
+    Steps that are not exact, which make another image, are paler. None: "not measured here". ValueError for no steps.
     """
-    if not rungs:
-        raise ValueError("there are no rungs to draw: give at least one")
-    drawing, axes = _bars(len(rungs), title)
-    before = None
-    for y, (_, seconds, exact) in enumerate(rungs):
+    if not steps:
+        raise ValueError("there are no steps to draw: give at least one")
+    drawing, axes = _bars(len(steps), title)
+    previous = None
+    for y, (_, seconds, exact) in enumerate(steps):
         if seconds is None:
             axes.text(0, y, " not measured here", va="center", fontsize=8, color=FAINT, style="italic")
             continue
         axes.barh(y, seconds, height=0.7, color=COLOURS[0], alpha=1 if exact else PALE)
-        said = f" {_short(seconds)}" + (f"   {seconds / before:.2f} of the rung before" if before else "")
-        axes.text(seconds, y, said, va="center", fontsize=8, color=INK)
-        before = seconds
-    longest = max((seconds for _, seconds, _ in rungs if seconds), default=1.0)
+        label = f" {_short(seconds)}" + (f"   {seconds / previous:.2f} of the previous" if previous else "")
+        axes.text(seconds, y, label, va="center", fontsize=8, color=INK)
+        previous = seconds
+    longest = max((seconds for _, seconds, _ in steps if seconds), default=1.0)
     axes.set_xlim(0, 1.45 * longest)
-    _named(axes, [name if exact else f"{name} (approximate)" for name, _, exact in rungs], x)
+    _named(axes, [name if exact else f"{name} (approximate)" for name, _, exact in steps], x)
     return drawing
 
 

@@ -1,8 +1,6 @@
 """Shipping a run: its averaged weights as a model folder, with a card of measured figures beside them."""
 
 import json
-import os
-import platform
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -16,6 +14,7 @@ from ..config import ModelConfig
 from ..data import CORE, FULL, WORLDS, World, contact_sheet, scene, vocabulary
 from ..data.world import SIZES
 from ..images import psnr, ssim, to_images, to_tensor
+from ..machine import machine_name
 from ..unet import UNet
 from .adapters import KEPT, card_section, package_adapters
 from .clip import retrieval_accuracy, trim_padding
@@ -74,11 +73,7 @@ def image_to_text_accuracy(clip: CLIP, tokenizer, images, prompts: list[str], ot
     return float((own > (embedded @ rest.T).amax(dim=1)).float().mean())
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
 
 
 def known_words(world: World, trained_on: list[str]) -> list[str]:
@@ -110,7 +105,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
         "autoencoder by size": autoencoder_by_size(vae),
         "autoencoder under noise": {f"{noise:g}": row for noise, row in reconstruction_under_noise(vae).items()},
         "training": {stage: {key: states[stage][key] for key in KEPT if key in states[stage]} for stage in states},
-        "machine": cpu_name(), "torch": torch.__version__, "date": str(date.today()),
+        "machine": machine_name(), "torch": torch.__version__, "date": str(date.today()),
     }
     return parts, figures, images
 

@@ -91,7 +91,7 @@ class Base:
 
 
 @lru_cache(maxsize=4)
-def scenes_of_lesson(base: Base, count: int, split: str = "train") -> EncodedScenes:
+def encode_lesson_scenes(base: Base, count: int, split: str = "train") -> EncodedScenes:
     """The first scenes of the lesson's world, encoded once for all ablations that learn from them."""
     return prepare_latents(base.parts, count, split=split)
 
@@ -111,7 +111,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Measurement:
     """One step of a variant. `figures` are there at the steps at which something is measured."""
 
     step: int
@@ -122,12 +122,12 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One side of the comparison. `readings()` starts it from nothing, the same at every call."""
+    """One side of the comparison. `run()` starts it from nothing, the same at every call."""
 
     name: str
     changed: Mapping[str, object]       # what sets it apart from the others
     steps: int                          # how many it takes
-    readings: Callable[[], Iterator[Reading]]
+    run: Callable[[], Iterator[Measurement]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +146,11 @@ class Ablation:
     afford: Callable[[Base, Plan, float], Plan] | None = None   # a plan within so many minutes, where steps do not tell
 
 
-def marks(steps: int, count: int = 8) -> set[int]:
+def evaluation_steps(steps: int, count: int = 8) -> set[int]:
     """Steps at which something is measured: `count` in equal distances, the last among them."""
     return {max(1, round(steps * i / count)) for i in range(1, count + 1)}
 
 
-def early_marks(steps: int) -> set[int]:
+def early_evaluation_steps(steps: int) -> set[int]:
     """Steps at which something is measured where the first ones matter: 0, 1, 2, 5, 10, 20, 50 ... and the last."""
     return {0, steps, *(n * 10**i for i in range(len(str(steps))) for n in (1, 2, 5) if n * 10**i < steps)}
