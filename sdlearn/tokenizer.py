@@ -12,7 +12,7 @@ frequent end as one symbol, usual captions have few. `</w>` marks the end of a w
 and "cat" the beginning of "catalogue" are different tokens.
 
 Sources: Sennrich et al. 2016 (Neural machine translation of rare words with subword units, BPE), Radford
-et al. 2019 (GPT-2, BPE on bytes) and 2021 (CLIP, whose vocabulary file this reads).
+et al. 2019 (GPT-2, BPE on bytes) and 2021 (CLIP). Files are read and written in `checkpoint.tokenizer`.
 
 Which tokenizer is followed. OpenAI's original, open_clip and transformers give the same ids for usual
 captions, and part ways beyond them. This file follows `transformers.CLIPTokenizer`, which is what the
@@ -37,16 +37,11 @@ Characters newer than the Unicode tables of a library are symbols to it: what Py
 know, and some combining marks of after 2016, which transformers does not compose past.
 """
 
-import gzip
-import json
-import os
 import re
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,8 +49,6 @@ from torch import Tensor
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 LENGTH = 77                     # tokens of a prompt, start and end included
-PUBLISHED_MERGES = 48894        # of the 262,145 in CLIP's file: 49,408 ids in all
-HEADER = "#version: 0.2"        # first line of a merges.txt
 SPECIAL = re.compile(f"({re.escape(START)}|{re.escape(END)})")
 SPACES = re.compile(r"[^\S\x1c-\x1f]+")     # Unicode's White_Space, which leaves out U+001C to U+001F
 CONTRACTIONS = ("s", "t", "re", "ve", "m", "ll", "d")
@@ -379,146 +372,3 @@ class Tokenizer:
         self.added |= {name: [i] for name, i in zip(names, ids, strict=True)} | {key: ids}
         self._ids |= {name: self.added[name] for name in names}
         return list(ids)
-
-    # ------------------------------------------------------------------------ files
-
-    @classmethod
-    def load(cls, path: str | Path, pad_with_end: bool | None = None) -> "Tokenizer":
-        """Read a folder with vocab.json and merges.txt (or a tokenizer.json with both), or CLIP's own
-        bpe_simple_vocab_16e6.txt.gz.
-
-        pad_with_end: None takes what the folder says, the end token if it says nothing.
-        Raises FileNotFoundError for a missing file, ValueError for a damaged one.
-        """
-        path = Path(path)
-        if path.is_dir():
-            vocab, merges = _read_folder(path)
-        elif path.is_file():
-            vocab, merges = None, _read_published(path)
-        else:
-            raise FileNotFoundError(f"There is no tokenizer at {path}: give a folder with vocab.json and "
-                                    "merges.txt, or CLIP's bpe_simple_vocab_16e6.txt.gz.")
-        try:
-            tokenizer = cls(merges, vocab, pad_with_end=True)
-        except ValueError as error:
-            raise ValueError(f"The tokenizer at {path} is damaged: {error}") from error
-        settings, added = _settings(path) if path.is_dir() else ({}, {})
-        tokenizer._add_read(added, path)
-        pad = settings.get("pad_token") or END
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        if pad_with_end is None and pad not in (END, tokenizer.symbols[0]):
-            raise ValueError(f"The tokenizer at {path} pads with {pad!r}, neither {END!r} as SD 1.x nor id 0 "
-                             "as SD 2.x: choose one of the two with pad_with_end.")
-        tokenizer.pad_with_end = pad == END if pad_with_end is None else pad_with_end
-        return tokenizer
-
-    def _add_read(self, added: dict[str, int], path: Path) -> None:
-        """Add tokens as a folder lists them: "<toy>", "<toy>_1", "<toy>_2" are one word of three ids."""
-        names = sorted(added.keys() - self.vocab.keys(), key=added.get)
-        if [added[name] for name in names] != list(range(self.vocab_size, self.vocab_size + len(names))):
-            raise ValueError(f"The tokenizer at {path} is damaged: the ids of its added tokens {names} do "
-                             f"not go on from {self.vocab_size}, where its vocabulary ends.")
-        while names:
-            n = 1
-            while names[n:n + 1] == [f"{names[0]}_{n}"]:
-                n += 1
-            self.add_token(names[0], n)
-            names = names[n:]
-
-    def save(self, folder: str | Path) -> None:
-        """Write the files that `transformers.CLIPTokenizer` and diffusers open, and `load` reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        special = {"bos_token": START, "eos_token": END, "unk_token": END,
-                   "pad_token": self.symbols[self.pad]}
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "add_prefix_space": False,
-                  "do_lower_case": True, "errors": "replace", **special}
-        files = {
-            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
-            "merges.txt": "\n".join([HEADER, *map(" ".join, self.merges), ""]),
-            "special_tokens_map.json": json.dumps(special, indent=2),
-            "tokenizer_config.json": json.dumps(config, indent=2),
-            "added_tokens.json": json.dumps({s: i for i, s in enumerate(self.symbols) if s in self.added}),
-        }
-        _write(folder, files)
-        # Of an earlier tokenizer in the same folder: transformers would read it before the others.
-        (folder / "tokenizer.json").unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------- files
-
-def _write(folder: Path, files: dict[str, str]) -> None:
-    """All of them beside first, then renamed: a save that fails leaves the files that were there."""
-    try:
-        for name, text in files.items():
-            (folder / f"{name}.part").write_text(text, encoding="utf-8", newline="\n")
-        for name in files:
-            os.replace(folder / f"{name}.part", folder / name)
-    finally:
-        for name in files:
-            (folder / f"{name}.part").unlink(missing_ok=True)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged, it is not UTF-8 ({error}): fetch or write it again.") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged, {error}: fetch or write it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, it holds no table of names: fetch or write it again.")
-    return content
-
-
-def _pairs(lines: Iterable[str], path: Path) -> list[Pair]:
-    pairs = [tuple(line.split()) for line in lines]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ValueError(f"{path} is damaged, merge {' '.join(pair)!r} is not a pair: fetch it again.")
-    return pairs
-
-
-def _read_published(path: Path) -> list[Pair]:
-    """CLIP's own file: a first line of version, then more merges than CLIP uses."""
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no complete gzip file of merges ({error}): fetch it again.") from error
-    merges = lines[1:1 + PUBLISHED_MERGES]
-    if len(merges) < PUBLISHED_MERGES:
-        raise ValueError(f"{path} holds {len(merges)} merges where CLIP's file has {PUBLISHED_MERGES} "
-                         "and more: fetch it again.")
-    return _pairs(merges, path)
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, int], list[Pair]]:
-    if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model", {})
-        if model.get("type") != "BPE":
-            raise ValueError(f"{folder} holds a tokenizer of type {model.get('type')}, not CLIP's BPE: give "
-                             "the folder of a CLIP tokenizer.")
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-        return model.get("vocab", {}), _pairs(merges, folder / "tokenizer.json")
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: a tokenizer's folder holds vocab.json and "
-                                    "merges.txt, and both are needed.")
-    lines = _read(folder / "merges.txt").split("\n")
-    lines = lines[1:] if lines[0].startswith("#version") else lines      # "#" begins merges too
-    return _read_json(folder / "vocab.json"), _pairs(filter(str.strip, lines), folder / "merges.txt")
-
-
-def _settings(folder: Path) -> tuple[dict, dict[str, int]]:
-    """What a folder says beside the vocabulary: its settings, and the ids of tokens added to it."""
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-    config, special, added, whole = (_read_json(folder / n) if (folder / n).is_file() else {} for n in names)
-    added = dict(added)
-    added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    added |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-    return config | special, added

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from single_files import small, tokenizer
 
 from sdlearn import __main__ as cli
-from sdlearn.checkpoint import load, load_folder, save_folder
+from sdlearn.checkpoint import load, load_folder, save_folder, save_tokenizer
 from sdlearn.pipeline import SHIPPED, StableDiffusion
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -124,7 +124,7 @@ def test_weights_are_written_in_the_precision_asked_for(run, written, to, out, d
 def test_a_published_single_file_becomes_a_folder_that_diffusers_opens(run, tmp_path, newer):
     theirs = small(newer, in_channels=4 if newer else 9)
     save_file(theirs.tensors, tmp_path / "model.safetensors")
-    tokenizer().save(tmp_path / "words")
+    save_tokenizer(tmp_path / "words", tokenizer())
     extra = ["--prediction", "v_prediction"] if newer else []
     result = run(tmp_path / "model.safetensors", "--to", "diffusers", "--out", "out", "--tokenizer",
                  tmp_path / "words", *extra)

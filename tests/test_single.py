@@ -33,6 +33,7 @@ from sdlearn.checkpoint import (
     load_single_controlnet,
     save_folder,
     save_single,
+    save_tokenizer,
 )
 from sdlearn.checkpoint import single as single_module
 from sdlearn.config import PRESETS, NoiseConfig
@@ -55,7 +56,7 @@ def newer():
 def words(tmp_path_factory):
     """A tokenizer's folder."""
     folder = tmp_path_factory.mktemp("words")
-    tokenizer().save(folder)
+    save_tokenizer(folder, tokenizer())
     return folder
 
 

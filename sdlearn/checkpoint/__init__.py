@@ -9,8 +9,10 @@ from .hub import download
 from .lora import load_lora, save_lora
 from .single import load_single, load_single_controlnet, save_single
 from .source import load, load_controlnet
+from .tokenizer import load_tokenizer, save_tokenizer
 
-__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "load", "load_controlnet",
-           "load_embedding", "load_folder", "load_lora", "load_single", "load_single_controlnet", "read_json",
-           "read_tensors", "save_controlnet", "save_embedding", "save_folder", "save_lora", "save_single", "first_line",
-           "get_shapes", "write_json", "write_tensors"]
+__all__ = ["CheckpointError", "Parts", "TensorMismatch", "TensorsNotFinite", "download", "first_line", "get_shapes",
+           "load", "load_controlnet", "load_embedding", "load_folder", "load_lora", "load_single",
+           "load_single_controlnet", "load_tokenizer", "read_json", "read_tensors", "save_controlnet",
+           "save_embedding", "save_folder", "save_lora", "save_single", "save_tokenizer", "write_json",
+           "write_tensors"]

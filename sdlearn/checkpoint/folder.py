@@ -31,6 +31,7 @@ from . import configs
 from .errors import CheckpointError
 from .files import get_shapes, missing_file_error, read_json, read_tensors, write_json, write_tensors
 from .layouts import rename_text_key, rename_vae_key
+from .tokenizer import load_tokenizer, save_tokenizer
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 SAMPLING_FILE = "sampling.json"
@@ -66,7 +67,7 @@ def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer:
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no model_index.json; "
                               "give a folder that diffusers or sdlearn has written.")
-    tokenizer = tokenizer or read_tokenizer(folder / "tokenizer")
+    tokenizer = tokenizer or load_tokenizer(folder / "tokenizer")
     config = read_config(folder, tokenizer)
     check_prediction(folder, config.noise.prediction, prediction)
     place = {"device": device, "dtype": dtype}
@@ -97,7 +98,7 @@ def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.
         write_tensors(beside / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
         if parts.clip is not None:
             write_tensors(beside / "vision" / TRANSFORMERS_FILE, without_text_encoder(parts.clip.state_dict()), dtype)
-        parts.tokenizer.save(beside / "tokenizer")
+        save_tokenizer(beside / "tokenizer", parts.tokenizer)
         written = {path.relative_to(beside) for path in beside.rglob("*") if path.is_file()}
     for name in OPTIONAL:
         if Path(name) not in written:               # of another model that the folder held before
@@ -154,14 +155,6 @@ def check_vocabulary(file: Path, text: TextConfig, tokenizer: Tokenizer):
     if tokenizer.vocab_size > text.vocab_size:
         raise CheckpointError(f"{file} has room for {text.vocab_size} tokens, but the tokenizer beside "
                               f"it knows {tokenizer.vocab_size}; the parts must come from one model.")
-
-
-def read_tokenizer(place: Path, pad_with_end: bool | None = None) -> Tokenizer:
-    """From a folder or CLIP's own file; the padding is what the folder says, unless given."""
-    try:
-        return Tokenizer.load(place, pad_with_end)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
 
 
 def read_world(folder: Path) -> dict[str, list[str]] | None:

@@ -27,10 +27,11 @@ from ..vae import VAE
 from . import detect
 from .errors import CheckpointError, first_line
 from .files import PICKLES, Shape, check_shapes, copy_tensors, get_shapes, open_tensors, write_tensors
-from .folder import Parts, check_prediction, check_vocabulary, read_tokenizer, without_text_encoder
+from .folder import Parts, check_prediction, check_vocabulary, without_text_encoder
 from .header import read_header, write_header
 from .hub import download
 from .layouts import KeyMapping, map_open_clip_keys, map_unet_keys, map_vae_keys, to_single_file
+from .tokenizer import load_tokenizer
 
 SUFFIXES = (".safetensors", *PICKLES)
 VISION = "sdlearn.vision."
@@ -177,11 +178,11 @@ def find_tokenizer(file: Path, source: Source, pad_with_end: bool) -> Tokenizer:
     if isinstance(source, Tokenizer):
         return source
     if source is not None:
-        return read_tokenizer(Path(source), pad_with_end)
+        return load_tokenizer(Path(source), pad_with_end)
     try:
         folder = [download(TOKENIZER, file=name) for name in ("vocab.json", "merges.txt")][0].parent
     except CheckpointError as error:
         raise CheckpointError(f"{file} has no tokenizer in it, and CLIP's cannot be had from the hub; give "
                               "tokenizer= a folder with vocab.json and merges.txt, or CLIP's "
                               f"bpe_simple_vocab_16e6.txt.gz ({first_line(error).rstrip('.')}).") from error
-    return read_tokenizer(folder, pad_with_end)
+    return load_tokenizer(folder, pad_with_end)

@@ -9,9 +9,10 @@ import torch
 from ..controlnet import ControlNet
 from .control import load_controlnet_folder
 from .errors import CheckpointError
-from .folder import DIFFUSERS_FILE, Parts, load_folder, read_tokenizer
+from .folder import DIFFUSERS_FILE, Parts, load_folder
 from .hub import download
 from .single import SUFFIXES, Source, find_tokenizer, load_single, load_single_controlnet
+from .tokenizer import load_tokenizer
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,7 +32,7 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
         return load_single(path, prediction=prediction, tokenizer=tokenizer, **place)
     folder = path if path.exists() else download_source(str(source), revision)
     if tokenizer is not None:       # padded as the folder's own
-        tokenizer = find_tokenizer(folder, tokenizer, read_tokenizer(folder / "tokenizer").pad_with_end)
+        tokenizer = find_tokenizer(folder, tokenizer, load_tokenizer(folder / "tokenizer").pad_with_end)
     parts = load_folder(folder, prediction=prediction, tokenizer=tokenizer, **place)
     if folder is not path:          # a folder of the cache, which is named after a commit
         parts.config = replace(parts.config, name=path.name)

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ..checkpoint import CheckpointError, load_folder
+from ..checkpoint import CheckpointError, load_folder, load_tokenizer, save_tokenizer
 from ..checkpoint.shipped import (
     DIFFERENCE_FILE,
     INPAINT,
@@ -78,8 +78,8 @@ def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> T
     if not folder.exists():
         english = (Path(__file__).parent.parent / "data" / "english.txt").read_text(encoding="utf-8").split()
         texts = [scene(seed, world=WORLDS["rich-full"]).caption for seed in range(captions)]
-        Tokenizer.train([*texts, *english], config.text.vocab_size).save(folder)
-    return Tokenizer.load(folder)
+        save_tokenizer(folder, Tokenizer.train([*texts, *english], config.text.vocab_size))
+    return load_tokenizer(folder)
 
 
 def load_averaged(module, run: Path, stage: str):
@@ -113,7 +113,7 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
     figures = folder / "figures.json"
     told = json.loads(figures.read_text(encoding="utf-8"))["training"] if figures.exists() else {}
     if not (run / "tokenizer").exists():
-        parts.tokenizer.save(run / "tokenizer")
+        save_tokenizer(run / "tokenizer", parts.tokenizer)
     filled = []
     modules = {"vae": parts.vae, "clip": parts.clip}
     if config is None or config.unet == parts.config.unet:
