@@ -113,11 +113,11 @@ class VisionConfig:
 class NoiseConfig:
     """The forward process, and what the U-Net predicts."""
 
-    steps: int = 1000
+    num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"    # linear in the root of beta; or "linear", "cosine"
-    prediction: str = "epsilon"             # or "v_prediction", "sample"
+    prediction_type: str = "epsilon"             # or "v_prediction", "sample"
     zero_terminal_snr: bool = False         # rescale so that the last step holds no signal at all
 
 
@@ -167,7 +167,7 @@ MINI = ModelConfig(
     text=TextConfig(vocab_size=2048, dim=192, layers=3, heads=6, mlp_dim=768, projection_dim=192),
     vision=VisionConfig(image_size=128, patch_size=16, dim=128, layers=4, heads=4, mlp_dim=512,
                         projection_dim=192),
-    noise=NoiseConfig(prediction="v_prediction", zero_terminal_snr=True),
+    noise=NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True),
     image_size=128,
     # Of the scales 1, 3, 5, 7.5 and 12 the one that follows most prompts: see the evaluation beside the weights.
     sampling=SamplingConfig(num_inference_steps=20, guidance_scale=3.0),
@@ -193,6 +193,6 @@ PRESETS: dict[str, ModelConfig] = {
     "sd15": SD15,
     "sd15_inpaint": replace(SD15, name="sd15_inpaint", unet=replace(SD15.unet, in_channels=9)),
     "sd2_base": SD2_BASE,
-    "sd21": replace(SD2_BASE, name="sd21", noise=NoiseConfig(prediction="v_prediction"), image_size=768),
+    "sd21": replace(SD2_BASE, name="sd21", noise=NoiseConfig(prediction_type="v_prediction"), image_size=768),
     "sd2_inpaint": replace(SD2_BASE, name="sd2_inpaint", unet=replace(SD2_BASE.unet, in_channels=9)),
 }

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .config import ControlNetConfig, UNetConfig
 from .layers import zero_conv, zeroed
-from .schedule import Grid
+from .schedule import Timesteps
 from .unet import Encoder, UNet
 
 
@@ -184,18 +184,18 @@ class Control:
             raise ValueError("the hint has values outside of [0, 1]: bring pixels in [-1, 1] there by "
                              "(pixels + 1) / 2, bytes by dividing by 255")
 
-    def bounds(self, grid: Grid) -> tuple[float, float] | None:
+    def bounds(self, grid: Timesteps) -> tuple[float, float] | None:
         """(low, high), the timesteps of the first and last controlled steps of a run; None if there are none."""
         n = len(grid)
         active = [t for i, (t, _) in enumerate(grid) if i / n >= self.start and (i + 1) / n <= self.end]
         return (active[-1], active[0]) if active else None
 
 
-def add_control(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid: Grid | None = None,
+def add_control(unet: Callable[..., Tensor], controls: Sequence[Control], *, grid: Timesteps | None = None,
                batch: int | None = None) -> Callable[..., Tensor]:
     """The U-Net with ControlNets, as `guidance.predict_x0` takes it: (x, t, context, cache=None) -> output.
 
-        predict_x0(add_control(unet, [Control(edges, hint)]), schedule, context, uncond, scale=7.5)
+        predict_x0(add_control(unet, [Control(edges, hint)]), schedule, context, uncond, guidance_scale=7.5)
 
     unet: a UNet, or a function of the same arguments such as `inpaint.nine_channels` makes. The residuals
     of several controls are added up. grid: the run's, needed when a control starts late or ends early.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .guidance import predict_x0
-from .samplers import get_sampler, grid_for
+from .samplers import get_sampler, make_timesteps_for
 from .schedule import Generators, NoiseSchedule
 
 
@@ -40,8 +40,8 @@ def sample_latents(network: Callable[[Tensor, float, Tensor], Tensor], schedule:
     stochastic samplers add. Runs with gradients where the caller has them on. Raises ValueError for an unknown
     sampler and for numbers out of range.
     """
-    denoise = predict_x0(network, schedule, context, uncond, scale=guidance_scale)
-    grid = grid_for(sampler, schedule, num_inference_steps)
+    denoise = predict_x0(network, schedule, context, uncond, guidance_scale=guidance_scale)
+    grid = make_timesteps_for(sampler, schedule, num_inference_steps)
     for step in get_sampler(sampler)(denoise, noise.to(context.device), grid, schedule, generator=generator):
         latent = step.x
     return latent

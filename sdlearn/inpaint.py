@@ -4,7 +4,7 @@ B  batch    C, h, w  channels, rows and columns of the latent    H, W  pixels
 
 A mask is 1 where the image is to be repainted and 0 where it is known. Either the U-Net was trained
 to read it (`nine_channels`, Rombach et al. 2022), or a plain one is told the known cells at every call
-(`blended`), if wanted several times a step (`repaint`, Lugmayr et al. 2022). In each case the pixels
+(`blended_denoise`), if wanted several times a step (`repaint`, Lugmayr et al. 2022). In each case the pixels
 outside of the mask have been through the autoencoder; `paste` puts the original ones back.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import Grid, NoiseSchedule, standard_noise
+from .schedule import NoiseSchedule, Timesteps, standard_noise
 
 Denoise = Callable[[Tensor, float], Tensor]
 Sampler = Callable[..., Iterator]           # one of `samplers`
@@ -125,7 +125,7 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
     reads = getattr(getattr(unet, "config", None), "in_channels", None)
     if reads not in (None, 2 * masked_latent.shape[1] + 1):
         raise ValueError(f"this U-Net reads {reads} channels and is no inpainting model, which reads "
-                         f"{2 * masked_latent.shape[1] + 1}: use blended with it, or load an inpainting model")
+                         f"{2 * masked_latent.shape[1] + 1}: use blended_denoise, or load an inpainting model")
 
     def run(x: Tensor, t: float, context: Tensor, residuals=None, **options) -> Tensor:
         _same_size("mask", beside, "latent", x)
@@ -137,7 +137,7 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
     return run
 
 
-def blended(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Denoise:
+def blended_denoise(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Denoise:
     """A `denoise` that is told the known cells: for inpainting with a U-Net that reads no mask.
 
     known: the image's latent, and noise, each (B, C, h, w); mask (B, 1, h, w), 1 = repaint. A batch of 1
@@ -171,7 +171,7 @@ def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) ->
 
         for step in repaint(ddpm, known, mask)(denoise, x, grid, schedule, generator=generator): ...
 
-    With `blended` the known cells are right but drawn without regard to the others, which follow a step
+    With `blended_denoise` the known cells are right but drawn without regard to the others, which follow a step
     late. Here, after a step to t_prev, noise is added as the forward process would, back up to t, and the
     step is taken again with new noise in the known cells, `times` in all; the last step, to the image,
     once. Lugmayr et al. 2022, "RePaint", algorithm 1 (jumps of length 1); theirs is DDPM, with 10 times.
@@ -184,11 +184,11 @@ def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) ->
         raise ValueError(f"times is {times}: give a whole number of at least 1; the paper has 10")
     _same_size("mask", mask, "known latent", known)
 
-    def sampler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, generator=None) -> Iterator:
+    def sampler(denoise: Denoise, x: Tensor, grid: Timesteps, schedule: NoiseSchedule, *, generator=None) -> Iterator:
         for index, (t, t_prev) in enumerate(grid):
             passes = 1 if t_prev is None else times
             for again in reversed(range(passes)):
-                told = blended(denoise, known, mask, standard_noise(x, generator), schedule)
+                told = blended_denoise(denoise, known, mask, standard_noise(x, generator), schedule)
                 step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
                 x = step.x
                 if again:

@@ -8,7 +8,7 @@ Each sampler is a generator over one contract, `denoise(x, t) -> x0`, where
     t       a Python number, the timestep; fractions on some grids
     x0      (B, C, h, w), the clean latent that the network sees in x
 
-and walks a grid of pairs (t, t_prev) from `schedule.timesteps`. What the network predicts, and its
+and walks a grid of pairs (t, t_prev) from `schedule.make_timesteps`. What the network predicts, and its
 guidance, are hidden in `denoise` (`guidance.predict_x0`). x begins as noise of variance 1.
 
 Papers that work with sigma/alpha = s and X = x/alpha ("variance exploding", k-diffusion, diffusers'
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .schedule import Generators, Grid, NoiseSchedule, standard_noise, timesteps
+from .schedule import Generators, NoiseSchedule, Timesteps, make_timesteps, standard_noise
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -41,13 +41,13 @@ class Step(NamedTuple):
     x0: Tensor      # (B, C, h, w) the clean latent predicted at t, on which the step was built
 
 
-def ddpm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def ddpm(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
          generator: Generators = None) -> Iterator[Step]:
     """Draw x_prev from the posterior q(x_prev | x, x0). Ho et al. 2020, equation 7, with the small variance.
 
     Ends at the predicted x0 itself, as in diffusers' DDPMScheduler.
     """
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         kept = (alpha / alpha_prev) ** 2            # of the variance, going forward from t_prev to t
@@ -57,7 +57,7 @@ def ddpm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
         yield Step(index, t, x, x0)
 
 
-def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, eta: float = 0.0,
+def ddim(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *, eta: float = 0.0,
          set_alpha_to_one: bool = False, generator: Generators = None) -> Iterator[Step]:
     """Noise x0 again with the noise just predicted, a part of it fresh. Song et al. 2021, equation 12.
 
@@ -67,7 +67,7 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, et
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: give a number from 0 (no fresh noise) to 1 (as in DDPM)")
     end = None if set_alpha_to_one else 0
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(end if t_prev is None else t_prev)
         fresh = eta * sigma_prev / sigma * math.sqrt(1 - (alpha / alpha_prev) ** 2)
@@ -77,28 +77,28 @@ def ddim(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *, et
         yield Step(index, t, x, x0)
 
 
-def ddim_coefficients(schedule: NoiseSchedule, grid: Grid) -> list[tuple[float, float]]:
+def ddim_coefficients(schedule: NoiseSchedule, timesteps: Timesteps) -> list[tuple[float, float]]:
     """DDIM's steps as numbers, made before a run: (a, b) for each pair of the grid, x_prev = a x + b x0.
 
     That of `ddim` at eta 0: with eps = (x - alpha x0) / sigma put in, nothing is left but two factors, which depend
     on the schedule and the grid alone. Ends at the noise of timestep 0, as Stable Diffusion does.
     """
     factors = []
-    for t, t_prev in grid:
+    for t, t_prev in timesteps:
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(0 if t_prev is None else t_prev)
         factors.append((sigma_prev / sigma, alpha_prev - sigma_prev * alpha / sigma))
     return factors
 
 
-def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def euler(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
           generator: Generators = None) -> Iterator[Step]:
     """Euler's method for dX/ds = eps: X + (s_prev - s) eps. Karras et al. 2022, algorithm 1 without churn.
 
     Since X = x0 + s eps, the step leads to X_prev = x0 + s_prev eps, and times alpha_prev that is
     DDIM's step. Ends at s = 0, the predicted x0.
     """
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         x0 = denoise(x, t)
@@ -107,7 +107,7 @@ def euler(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
         yield Step(index, t, x, x0)
 
 
-def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def euler_ancestral(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
                     eta: float = 1.0, generator: Generators = None) -> Iterator[Step]:
     """Euler down to less noise than t_prev has, then up to it with fresh noise. k-diffusion, 2022.
 
@@ -115,7 +115,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSche
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: give a number from 0 (plain Euler) to 1 (all noise fresh)")
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         shrink = sigma_prev / alpha_prev * alpha / sigma                # s_prev / s
@@ -127,14 +127,14 @@ def euler_ancestral(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSche
         yield Step(index, t, x, x0)
 
 
-def heun(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def heun(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
          generator: Generators = None) -> Iterator[Step]:
     """Euler's step, then again with the mean of the slopes at both ends. Karras et al. 2022, algorithm 1.
 
     Two calls of `denoise` a step, one in the last, and one where x holds no signal: there s is
     infinite or close to it, and a mean over the whole way from there says nothing.
     """
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         x0 = denoise(x, t)
@@ -146,14 +146,14 @@ def heun(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
         yield Step(index, t, x, x0)
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def dpmpp_2m(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
              generator: Generators = None) -> Iterator[Step]:
     """DPM-Solver++(2M): x0 extrapolated along lambda = log(alpha/sigma). Lu et al. 2022, algorithm 2.
 
     The first step and the last, which ends at x0, are of first order: DDIM's.
     """
     x0_last = rise_last = None
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         x0 = ahead = denoise(x, t)
@@ -165,7 +165,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *
         yield Step(index, t, x, x0)
 
 
-def pndm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def pndm(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
          set_alpha_to_one: bool = False, generator: Generators = None) -> Iterator[Step]:
     """DDIM with eps from the last four timesteps (Adams-Bashforth). PLMS in Liu et al. 2022, PNDM's later steps.
 
@@ -176,9 +176,9 @@ def pndm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
     With "v_prediction" diffusers' PNDMScheduler combines v in place of eps, which is of first order only,
     and so does this. With zero terminal SNR, of which that scheduler knows nothing, it is eps again.
     """
-    by_v = schedule.config.prediction == "v_prediction" and not schedule.config.zero_terminal_snr
+    by_v = schedule.config.prediction_type == "v_prediction" and not schedule.config.zero_terminal_snr
     end, outputs = None if set_alpha_to_one else 0, []
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(end if t_prev is None else t_prev)
         x0 = denoise(x, t)
@@ -195,7 +195,7 @@ def pndm(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
         yield Step(index, t, x, x0)
 
 
-def unipc(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
+def unipc(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
           generator: Generators = None) -> Iterator[Step]:
     """DPM++ 2M, each step put right once x0 at its end is known. Zhao et al. 2023, UniPC-2 with B2(h).
 
@@ -203,7 +203,7 @@ def unipc(denoise: Denoise, x: Tensor, grid: Grid, schedule: NoiseSchedule, *,
     takes the one of the next step, made at the x that was predicted. It brings the order to three.
     """
     straight = gain = rise = rise_last = x0_last = x0_older = None           # of the step before
-    for index, (t, t_prev) in enumerate(grid):
+    for index, (t, t_prev) in enumerate(timesteps):
         x0 = denoise(x, t)
         if index > 0:
             older, newer = correction(rise, rise_last)
@@ -242,7 +242,7 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "dpmpp_2m": dpmpp_2m, "pndm": pndm, "unipc": unipc,
 }
 # What diffusers' schedulers use unless told otherwise; the samplers run on any grid.
-SPACING = {
+DEFAULT_TIMESTEP_SPACING = {
     "ddpm": "leading", "ddim": "leading", "euler": "linspace", "euler_ancestral": "linspace",
     "heun": "linspace", "dpmpp_2m": "linspace_open", "pndm": "leading", "unipc": "linspace_open",
 }
@@ -256,17 +256,18 @@ def get_sampler(name: str) -> Callable[..., Iterator[Step]]:
     return SAMPLERS[name]
 
 
-def grid_for(name: str, schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Grid:
-    """The grid of n steps for the sampler of that name.
+def make_timesteps_for(sampler: str, schedule: NoiseSchedule, num_inference_steps: int,
+                       timestep_spacing: str | None = None) -> Timesteps:
+    """The timesteps of a sampler, by its name.
 
-    Unless `spacing` is given it is what diffusers' scheduler of that name starts with, or "trailing"
+    Unless `timestep_spacing` is given it is what diffusers' scheduler of that name starts with, or "trailing"
     for a schedule with zero terminal SNR, whose grid must begin at the last timestep. Raises
     ValueError for an unknown sampler or spacing, and for n not in 1...N.
     """
-    get_sampler(name)
-    if spacing is None and not schedule.config.zero_terminal_snr:
-        spacing = SPACING[name]
-    return timesteps(schedule, n, spacing)
+    get_sampler(sampler)
+    if timestep_spacing is None and not schedule.config.zero_terminal_snr:
+        timestep_spacing = DEFAULT_TIMESTEP_SPACING[sampler]
+    return make_timesteps(schedule, num_inference_steps, timestep_spacing)
 
 
 def gaussian(x: Tensor, std: float, generator: Generators) -> Tensor | float:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .config import NoiseConfig
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "linspace", "linspace_open", "trailing", "karras")
-Grid = list[tuple[float, float | None]]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "linspace", "linspace_open", "trailing", "karras")
+Timesteps = list[tuple[float, float | None]]
 Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each image in it
 
 # Where abar is 0, sigma/alpha is infinite. What needs it finite takes this abar instead, the smallest
@@ -46,21 +46,21 @@ class NoiseSchedule:
     """
 
     def __init__(self, config: NoiseConfig, floor: float = 0.0):
-        if config.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is '{config.prediction}': choose one of {', '.join(PREDICTIONS)}")
-        if config.steps < 2:
-            raise ValueError(f"a noise schedule of {config.steps} steps: give at least 2")
+        if config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction is '{config.prediction_type}': choose one of {', '.join(PREDICTION_TYPES)}")
+        if config.num_train_timesteps < 2:
+            raise ValueError(f"a noise schedule of {config.num_train_timesteps} steps: give at least 2")
         self.config = config
-        self.steps = config.steps
+        self.num_train_timesteps = config.num_train_timesteps
         abar = torch.cumprod(1 - betas(config), dim=0)
         if config.zero_terminal_snr:
             abar = zero_terminal_snr(abar)
         self.alphas_cumprod = abar.clamp(min=floor)                                  # (N,)
-        if config.prediction == "epsilon" and self.alphas_cumprod[-1] == 0:
+        if config.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
             raise ValueError("zero_terminal_snr needs v_prediction or sample: at the last timestep x is "
                              "pure noise, and predicting it says nothing about the image")
         finite = torch.where(self.alphas_cumprod > 0, self.alphas_cumprod, ALMOST_ZERO)
-        self.ratios = ((1 - finite) / finite).sqrt()                                 # (N,) sigma/alpha
+        self.ve_sigmas = ((1 - finite) / finite).sqrt()                                 # (N,) sigma/alpha
 
     def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at timesteps t in 0...N-1: float64, of t's shape and on its device.
@@ -71,13 +71,13 @@ class NoiseSchedule:
         """
         t = t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")
         t = t.cpu() if t.device.type == "mps" else t        # Apple's GPUs have no float64
-        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.steps - 1)).all()):
-            raise ValueError(f"timestep {t.tolist()} is outside of 0...{self.steps - 1}")
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= self.num_train_timesteps - 1)).all()):
+            raise ValueError(f"timestep {t.tolist()} is outside of 0...{self.num_train_timesteps - 1}")
         abar = self.alphas_cumprod.to(t.device)[t.round().long() if t.is_floating_point() else t.long()]
         if not t.is_floating_point():
             return abar.sqrt(), (1 - abar).sqrt()
-        below = t.floor().long().clamp(max=self.steps - 2)
-        ratios = self.ratios.to(t.device)
+        below = t.floor().long().clamp(max=self.num_train_timesteps - 2)
+        ratios = self.ve_sigmas.to(t.device)
         ratio = torch.lerp(ratios[below], ratios[below + 1], t.double() - below)
         abar = torch.where(t == t.round(), abar, 1 / (1 + ratio**2))
         return abar.sqrt(), (1 - abar).sqrt()
@@ -96,14 +96,14 @@ class NoiseSchedule:
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
         """What the network should output for add_noise(x0, noise, t), under `config.prediction`."""
-        if self.config.prediction == "epsilon":
+        if self.config.prediction_type == "epsilon":
             return noise
-        if self.config.prediction == "sample":
+        if self.config.prediction_type == "sample":
             return x0
         alpha, sigma = self._beside(x0, t)
         return alpha * noise - sigma * x0
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor | float, prediction: str | None = None) -> Tensor:
+    def to_x0(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
         """The clean latent that `output` stands for, given x at t.
 
         `prediction` says what `output` is, and is `config.prediction` unless given; so these three
@@ -111,7 +111,7 @@ class NoiseSchedule:
         nothing, and what is made from it is not finite.
         """
         alpha, sigma = self._beside(x, t)
-        match self._checked(prediction):
+        match self._checked(prediction_type):
             case "epsilon":
                 return (x - sigma * output) / alpha
             case "v_prediction":
@@ -119,10 +119,10 @@ class NoiseSchedule:
             case _:
                 return output
 
-    def to_noise(self, output: Tensor, x: Tensor, t: Tensor | float, prediction: str | None = None) -> Tensor:
+    def to_noise(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
         """The noise that `output` stands for, given x at t. `prediction` as in `to_x0`."""
         alpha, sigma = self._beside(x, t)
-        match self._checked(prediction):
+        match self._checked(prediction_type):
             case "epsilon":
                 return output
             case "v_prediction":
@@ -130,10 +130,10 @@ class NoiseSchedule:
             case _:
                 return (x - alpha * output) / sigma
 
-    def to_v(self, output: Tensor, x: Tensor, t: Tensor | float, prediction: str | None = None) -> Tensor:
+    def to_v(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
         """The velocity that `output` stands for, given x at t. `prediction` as in `to_x0`."""
         alpha, sigma = self._beside(x, t)
-        match self._checked(prediction):
+        match self._checked(prediction_type):
             case "epsilon":
                 return (output - sigma * x) / alpha
             case "v_prediction":
@@ -142,9 +142,9 @@ class NoiseSchedule:
                 return (alpha * x - output) / sigma
 
     def _checked(self, prediction: str | None) -> str:
-        if prediction not in (None, *PREDICTIONS):
-            raise ValueError(f"prediction is '{prediction}': choose one of {', '.join(PREDICTIONS)}")
-        return prediction or self.config.prediction
+        if prediction not in (None, *PREDICTION_TYPES):
+            raise ValueError(f"prediction is '{prediction}': choose one of {', '.join(PREDICTION_TYPES)}")
+        return prediction or self.config.prediction_type
 
     def _beside(self, x: Tensor, t: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
         """alpha and sigma ready to multiply x: floats for a number, (B, 1, 1, 1) for (B,) timesteps."""
@@ -185,7 +185,7 @@ def betas(config: NoiseConfig) -> Tensor:
     "scaled_linear" is Stable Diffusion's: linear in the root of beta (its own code calls this
     "linear"). "linear" is Ho et al. 2020, "cosine" Nichol and Dhariwal 2021.
     """
-    start, end, n = config.beta_start, config.beta_end, config.steps
+    start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "scaled_linear":
         return torch.linspace(math.sqrt(start), math.sqrt(end), n, dtype=torch.float64, device="cpu") ** 2
     if config.beta_schedule == "linear":
@@ -203,7 +203,7 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def timesteps(schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Grid:
+def make_timesteps(schedule: NoiseSchedule, num_inference_steps: int, timestep_spacing: str | None = None) -> Timesteps:
     """The steps of a sampler: n pairs (t, t_prev) from noise to image, the last t_prev None.
 
     spacing, in the notation of Lin et al. 2023, table 2, for n = 4 of 1000:
@@ -218,17 +218,18 @@ def timesteps(schedule: NoiseSchedule, n: int, spacing: str | None = None) -> Gr
 
     Raises ValueError for n not in 1...N and for an unknown spacing.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= schedule.steps:
-        raise ValueError(f"{n} steps asked for: give a whole number from 1 to {schedule.steps}")
-    if spacing is None:
-        spacing = "trailing" if schedule.config.zero_terminal_snr else "leading"
-    times = _times(schedule, n, spacing)
+    n, total = num_inference_steps, schedule.num_train_timesteps
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
+        raise ValueError(f"{n} steps asked for: give a whole number from 1 to {total}")
+    if timestep_spacing is None:
+        timestep_spacing = "trailing" if schedule.config.zero_terminal_snr else "leading"
+    times = _times(schedule, n, timestep_spacing)
     return list(zip(times, [*times[1:], None], strict=True))
 
 
 def _times(schedule: NoiseSchedule, n: int, spacing: str) -> list[float]:
     """The n timesteps, falling. NumPy's arange and linspace round as they do in diffusers, ties included."""
-    total, last = schedule.steps, schedule.steps - 1
+    total, last = schedule.num_train_timesteps, schedule.num_train_timesteps - 1
     match spacing:
         case "leading":
             stride = total // n
@@ -244,7 +245,7 @@ def _times(schedule: NoiseSchedule, n: int, spacing: str) -> list[float]:
         case "karras":
             return _karras(schedule, n)
         case _:
-            raise ValueError(f"there is no spacing '{spacing}': choose one of {', '.join(SPACINGS)}")
+            raise ValueError(f"there is no spacing '{spacing}': choose one of {', '.join(TIMESTEP_SPACINGS)}")
 
 
 def _whole(t: float) -> float:
@@ -253,9 +254,9 @@ def _whole(t: float) -> float:
 
 def _karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> list[float]:
     """Timesteps, mostly fractions, whose sigma/alpha are evenly spaced in their root of order rho."""
-    table = schedule.ratios                                                          # (N,), increasing
+    table = schedule.ve_sigmas                                                          # (N,), increasing
     high, low = (table[[-1, 0]] ** (1 / rho)).tolist()
     ratios = torch.linspace(high, low, n, dtype=torch.float64, device="cpu") ** rho  # (n,)
-    above = torch.searchsorted(table, ratios).clamp(1, schedule.steps - 1)
+    above = torch.searchsorted(table, ratios).clamp(1, schedule.num_train_timesteps - 1)
     part = (ratios - table[above - 1]) / (table[above] - table[above - 1])
     return [_whole(t) for t in (above - 1 + part.clamp(0, 1)).tolist()]

@@ -33,23 +33,23 @@ def level_sizes(size: Size, config: ModelConfig) -> list[tuple[int, int]]:
     return found
 
 
-def even_step(config: ModelConfig) -> int:
+def size_multiple(config: ModelConfig) -> int:
     """Pixels: sides that are multiples of it halve without a rest at every level. 64 for Stable Diffusion."""
     return config.vae.factor * 2 ** (len(config.unet.channels) - 1)
 
 
-def fitted(size: Size, side: int, step: int) -> Size:
+def fit_size(size: Size, side: int, step: int) -> Size:
     """(width, height) of about the shape of `size` and the area side * side; both multiples of `step`."""
     width, height = size
     zoom = side / math.sqrt(width * height)
     return max(1, round(width * zoom / step)) * step, max(1, round(height * zoom / step)) * step
 
 
-def buckets(side: int, step: int, stretch: float = 2.0) -> list[Size]:
+def make_buckets(side: int, step: int, stretch: float = 2.0) -> list[Size]:
     """Sizes of training of about one area: for each width the tallest whose area is at most side * side.
 
     Widths and heights are multiples of `step`, and from side / stretch to side * stretch. The idea is NovelAI's (2022);
-    SDXL's list holds all that `buckets(1024, 64)` gives (Podell et al. 2023, appendix I).
+    SDXL's list holds all that `make_buckets(1024, 64)` gives (Podell et al. 2023, appendix I).
     """
     found = []
     for width in range(step, int(side * stretch) + 1, step):
@@ -71,7 +71,7 @@ def nearest_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda other: abs(math.log(width / height) - math.log(other[0] / other[1])))
 
 
-def shifted_time(schedule: NoiseSchedule, t: float, times: float) -> float:
+def shift_timestep(schedule: NoiseSchedule, t: float, times: float) -> float:
     """The timestep at which an image `times` as wide and as high is as noisy as one of the usual size is at t.
 
     Compared at one scale: averages over `times` x `times` cells keep the signal of an image that was enlarged, and
@@ -83,10 +83,10 @@ def shifted_time(schedule: NoiseSchedule, t: float, times: float) -> float:
         raise ValueError(f"an image cannot be {times} times as wide: give a number above 0")
     alpha, sigma = schedule.at(t)
     wanted = times * sigma / alpha if alpha else math.inf
-    return float(np.interp(wanted, schedule.ratios, range(schedule.steps)))     # ratios: sigma / alpha, increasing
+    return float(np.interp(wanted, schedule.ve_sigmas, range(schedule.num_train_timesteps)))
 
 
-def spacing(boxes: Sequence[Sequence[Box]], size: Size, own: int) -> tuple[float, float]:
+def measure_spacing(boxes: Sequence[Sequence[Box]], size: Size, own: int) -> tuple[float, float]:
     """How far the middles of things lie from the nearest border, and from that of the next thing in their image.
 
     boxes: a list for each image, of (left, top, right, bottom) in pixels. Both are means over all things, in native

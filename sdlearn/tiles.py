@@ -18,7 +18,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
-def ramp(length: int, overlap: int, *, first: bool, last: bool) -> Tensor:
+def tile_weights(length: int, overlap: int, *, first: bool, last: bool) -> Tensor:
     """Weights of a tile along one axis, (length,): 1, and where another tile lies beside it, from nearly 0 up to 1 over
     `overlap` pixels. Of two tiles that share just these the weights add up to 1."""
     weights = torch.ones(length)
@@ -46,8 +46,9 @@ def decode_tiled(decode: Callable[[Tensor], Tensor], latent: Tensor, *, factor: 
         for left in tile_starts(columns, tile, overlap):
             part = decode(latent[:, :, top:top + tile, left:left + tile]).float()               # (B, 3, H, W)
             height, width = part.shape[2:]
-            share = (ramp(height, overlap * factor, first=top == 0, last=top + tile >= rows)[:, None]
-                     * ramp(width, overlap * factor, first=left == 0, last=left + tile >= columns)).to(latent.device)
+            down = tile_weights(height, overlap * factor, first=top == 0, last=top + tile >= rows)
+            across = tile_weights(width, overlap * factor, first=left == 0, last=left + tile >= columns)
+            share = (down[:, None] * across).to(latent.device)                                  # (H, W)
             here = slice(top * factor, top * factor + height), slice(left * factor, left * factor + width)
             total[:, :, *here] += share * part
             weight[here] += share

@@ -18,7 +18,7 @@ CAPTIONS = ("a red apple to the left of a cat on a yellow background", "two smal
 WORLD = {"objects": ["apple", "cat", "car", "star", "tree", "balloon"],
          "words": sorted({word for caption in CAPTIONS for word in caption.split()})}
 EPSILON = NoiseConfig()
-ZERO_SNR = NoiseConfig(prediction="v_prediction", zero_terminal_snr=True)
+ZERO_SNR = NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True)
 
 
 def tiny_config(noise: NoiseConfig = EPSILON) -> ModelConfig:

@@ -81,7 +81,8 @@ def test_every_preset_survives_the_way_to_json_and_back(name):
 
 
 @pytest.mark.parametrize("noise", [
-    NoiseConfig(), NoiseConfig(prediction="v_prediction"), NoiseConfig(prediction="sample"), ZERO_SNR,
+    NoiseConfig(), NoiseConfig(prediction_type="v_prediction"),
+    NoiseConfig(prediction_type="sample"), ZERO_SNR,
     NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02), NoiseConfig(beta_schedule="cosine"),
 ], ids=str)
 def test_noise_configs_survive(noise):
@@ -141,17 +142,18 @@ def test_the_presets_of_sd_are_written_as_they_were_published(published, written
 
 
 @pytest.mark.parametrize("noise", [
-    NoiseConfig(), NoiseConfig(steps=500, prediction="v_prediction"), NoiseConfig(prediction="sample"), ZERO_SNR,
+    NoiseConfig(), NoiseConfig(num_train_timesteps=500, prediction_type="v_prediction"),
+    NoiseConfig(prediction_type="sample"), ZERO_SNR,
     NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02), NoiseConfig(beta_schedule="cosine"),
 ], ids=str)
 def test_diffusers_makes_the_same_noise_schedule_of_our_config(noise):
     values = configs.noise_to_dict(noise)
     scheduler = getattr(diffusers, values["_class_name"]).from_config(values)
     assert torch.allclose(scheduler.alphas_cumprod.double(), NoiseSchedule(noise).alphas_cumprod, atol=1e-6)
-    assert scheduler.config.prediction_type == noise.prediction
+    assert scheduler.config.prediction_type == noise.prediction_type
     scheduler.set_timesteps(10)
-    assert (scheduler.timesteps[0] == noise.steps - 1) == noise.zero_terminal_snr
-    assert int(scheduler.timesteps[-1]) == (noise.steps // 10 - 1 if noise.zero_terminal_snr else 1)
+    assert (scheduler.timesteps[0] == noise.num_train_timesteps - 1) == noise.zero_terminal_snr
+    assert int(scheduler.timesteps[-1]) == (noise.num_train_timesteps // 10 - 1 if noise.zero_terminal_snr else 1)
 
 
 @pytest.mark.parametrize("counts, heads, head_dim", [

@@ -21,7 +21,7 @@ from sdlearn.controlnet import Control, ControlNet, add_control, check_version, 
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import nine_channels
 from sdlearn.samplers import SAMPLERS, ddim
-from sdlearn.schedule import NoiseSchedule, timesteps
+from sdlearn.schedule import NoiseSchedule, make_timesteps
 from sdlearn.unet import UNet
 
 KEYS = json.loads((Path(__file__).parent / "data" / "keys_unet.json").read_text())
@@ -161,9 +161,9 @@ def run_of_diffusers(controls, guidance, x, context, uncond, steps=5):
 
 
 def our_run(controls, guidance, x, context, uncond, steps=5):
-    grid = timesteps(SCHEDULE, steps)
+    grid = make_timesteps(SCHEDULE, steps)
     unet = add_control(bases("tiny")[0], [control for _, control in controls], grid=grid, batch=len(x))
-    denoise = predict_x0(unet, SCHEDULE, context, uncond, scale=guidance)
+    denoise = predict_x0(unet, SCHEDULE, context, uncond, guidance_scale=guidance)
     *_, last = ddim(denoise, x, grid, SCHEDULE)
     return last.x
 
@@ -356,9 +356,10 @@ def counted():
 def test_a_hint_is_encoded_once_for_a_run(sampler):
     net = counted()
     x, context, hint = inputs(hints=1)
-    grid = timesteps(SCHEDULE, 3)
+    grid = make_timesteps(SCHEDULE, 3)
     unet = add_control(bases("tiny")[0], [Control(net, hint)], grid=grid)
-    *_, last = SAMPLERS[sampler](predict_x0(unet, SCHEDULE, context, context * 0, scale=3.0), x, grid, SCHEDULE)
+    denoise = predict_x0(unet, SCHEDULE, context, context * 0, guidance_scale=3.0)
+    *_, last = SAMPLERS[sampler](denoise, x, grid, SCHEDULE)
     assert net.hints == 1 and len(net.batches) >= 3 and last.x.isfinite().all()
     assert {size for _, size in net.batches} == {4}                             # [u; c] of two images
 
@@ -366,7 +367,7 @@ def test_a_hint_is_encoded_once_for_a_run(sampler):
 def test_outside_of_its_span_a_control_costs_nothing_and_changes_no_bit():
     net, unet = counted(), bases("tiny")[0]
     x, context, hint = inputs()
-    grid = timesteps(SCHEDULE, 10)
+    grid = make_timesteps(SCHEDULE, 10)
     run = add_control(unet, [Control(net, hint, start=0.3, end=0.7)], grid=grid)
     for t, _ in grid:
         assert torch.equal(run(x, t, context), unet(x, t, context)) == (not 300 < t < 700)
@@ -408,7 +409,7 @@ def test_an_inpainting_unet_can_be_controlled():
     run = add_control(nine_channels(unet, mask, masked), [Control(net, hint)])
     wanted = unet(torch.cat([x, mask, masked], 1), 300, context, net(x, 300, context, hint))
     assert torch.equal(run(x, 300, context), wanted)
-    guided = predict_x0(run, SCHEDULE, context, 0 * context, scale=3.0)(x, 300)
+    guided = predict_x0(run, SCHEDULE, context, 0 * context, guidance_scale=3.0)(x, 300)
     assert guided.shape == x.shape and guided.isfinite().all()
 
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from sdlearn.config import NoiseConfig
 from sdlearn.diffusion import diffusion_loss, sample_latents
 from sdlearn.guidance import predict_x0
-from sdlearn.samplers import SAMPLERS, grid_for
+from sdlearn.samplers import SAMPLERS, make_timesteps_for
 from sdlearn.schedule import NoiseSchedule, seeded_noise
 
 SCHEDULES = [NoiseSchedule(NoiseConfig(**config)) for config in (
-    {}, {"prediction": "v_prediction", "zero_terminal_snr": True}, {"prediction": "sample"})]
+    {}, {"prediction_type": "v_prediction", "zero_terminal_snr": True}, {"prediction_type": "sample"})]
 SHAPE = (4, 5, 3)
 X0, NOISE = seeded_noise(SHAPE, [0, 1, 2]), seeded_noise(SHAPE, [3, 4, 5])
 CONTEXT, UNCOND = seeded_noise((7, 6), [0, 1, 2]), seeded_noise((7, 6), [9])
@@ -25,7 +25,7 @@ def network(x, t, context):
     return torch.tanh(x * scale + torch.sin(time / 100)) + scale
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.config.prediction)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.config.prediction_type)
 def test_loss_is_the_mean_squared_error_from_the_schedules_target(schedule):
     output = network(schedule.add_noise(X0, NOISE, T), T, CONTEXT)
     errors = (output - schedule.target(X0, NOISE, T)) ** 2
@@ -54,8 +54,8 @@ def test_another_reduction_is_an_error():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sample_latents_is_the_samplers_last_latent_with_guidance(sampler):
     schedule, guidance_scale = SCHEDULES[1], 3.0
-    denoise = predict_x0(network, schedule, CONTEXT, UNCOND, scale=guidance_scale)
-    *_, last = SAMPLERS[sampler](denoise, NOISE, grid_for(sampler, schedule, 4), schedule,
+    denoise = predict_x0(network, schedule, CONTEXT, UNCOND, guidance_scale=guidance_scale)
+    *_, last = SAMPLERS[sampler](denoise, NOISE, make_timesteps_for(sampler, schedule, 4), schedule,
                                  generator=torch.Generator().manual_seed(8))
     latents = sample_latents(network, schedule, NOISE, CONTEXT, UNCOND, sampler=sampler, num_inference_steps=4,
                              guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(8))

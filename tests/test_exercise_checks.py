@@ -23,12 +23,12 @@ MOST = 4                # items of a long list that are changed, from each of it
 
 # Tests of which only some results are compared, by value: the others are counted, or looked at for another property.
 PARTLY = {
-    "timesteps": ["steps_hang_together"],
+    "make_timesteps": ["steps_hang_together"],
     "ddpm": ["one_step_of_the_posterior", "ddpm_looks_once_a_step"],
     "heun": ["heun_at_the_end"],
     "dpmpp_2m": ["dpmpp_at_the_end"],
     "resample": ["up_to_a_size"],
-    "both_halves": ["one_run"],
+    "predict_uncond_cond": ["one_run"],
     "zero_conv_gradients": ["of_the_weight", "of_the_bias", "of_the_input"],
     "merge_weight": ["in_half_precision"],
     "conv_cost": ["flops_of_one_layer", "bytes_of_one_layer"],
@@ -40,7 +40,7 @@ OTHERWISE = {
                        "the_posterior_stays_as_it_was"],
     "CrossAttention": ["every_layer_learns"],
     "predict_x0": ["no_run_too_many"],
-    "blended": ["what_denoise_sees", "x_stays_as_it_was"],
+    "blended_denoise": ["what_denoise_sees", "x_stays_as_it_was"],
     "replace_token_embedding": ["gradients_arrive"],
     "zero_conv": ["can_learn"],
     "widen_unet": ["can_learn"],
@@ -51,7 +51,7 @@ OTHERWISE = {
 ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "zero_conv": ["one_cell_at_a_time"],
              "level_sizes": ["one_pair_for_each_level"], "two_pass": ["images_of_the_size"]}
 # Tests of step "shape" that count the tensors of a result, and leave the shape of each to later ones.
-AS_MANY = {"both_halves": ["two_outputs"]}
+AS_MANY = {"predict_uncond_cond": ["two_outputs"]}
 # Tests of step "shape" that count calls and steps.
 COUNTED = {"repaint": ["a_step_for_each_pair", "as_many_calls"], "dreambooth_loss": ["one_run"]}
 

@@ -772,9 +772,10 @@ def test_hints_continue_at_the_next_level_and_end_at_the_solution(capsys):
 
 
 def test_a_solution_is_the_packages_source(capsys):
-    solution("timesteps")
+    solution("make_timesteps")
     printed = capsys.readouterr().out
-    assert "def timesteps(schedule: NoiseSchedule, n: int" in printed and "four more spacings" in printed
+    assert "def make_timesteps(schedule: NoiseSchedule, num_inference_steps: int" in printed
+    assert "four more spacings" in printed
     solution("add_noise")
     printed = capsys.readouterr().out
     assert printed.index("def add_noise(self") < printed.index("def _beside(self")

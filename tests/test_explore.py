@@ -179,7 +179,7 @@ def test_the_diagram_is_read_off_any_config_and_its_words_do_not_overlap(name):
     text = words(drawing)
     assert any(name in line for line in text)
     assert told(count_parameters(lambda: UNet(config.unet))) + " parameters" in text
-    assert ("v, twice" if config.noise.prediction == "v_prediction" else "noise, twice") in text
+    assert ("v, twice" if config.noise.prediction_type == "v_prediction" else "noise, twice") in text
     drawing.canvas.draw()
     boxes = [one.get_window_extent() for one in drawing.findobj(Text) if one.get_text()]
     inner = [box.shrunk(0.97, 0.9) for box in boxes]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sdlearn.config import NoiseConfig
 from sdlearn.explore.curves import Panel, curves, density, over, running_mean
 from sdlearn.explore.plane import Plane, SamplerExplorer, lattice, planes, sliced_distance
-from sdlearn.samplers import SAMPLERS, grid_for
+from sdlearn.samplers import SAMPLERS, make_timesteps_for
 from sdlearn.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(NoiseConfig())
@@ -116,10 +116,10 @@ def explorer():
 
 
 def test_the_explorer_walks_what_is_chosen(explorer):
-    assert [step.t for step in explorer.run] == [t for t, _ in grid_for("ddim", SCHEDULE, 6)]
+    assert [step.t for step in explorer.run] == [t for t, _ in make_timesteps_for("ddim", SCHEDULE, 6)]
     explorer.step.value = 5
     explorer.sampler.value = "euler"
-    assert [step.t for step in explorer.run] == [t for t, _ in grid_for("euler", SCHEDULE, 6)]
+    assert [step.t for step in explorer.run] == [t for t, _ in make_timesteps_for("euler", SCHEDULE, 6)]
     assert torch.allclose(explorer.run[-1].x, torch.ones_like(POINTS))
     explorer.count.value = 3
     assert len(explorer.run) == 3 and explorer.step.max == explorer.play.max == 2 and explorer.step.value == 2

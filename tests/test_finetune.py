@@ -79,7 +79,7 @@ def loss_of(model, pixels, prompt):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_is_the_squared_error_of_what_the_network_should_predict(model, prediction):
-    schedule = NoiseSchedule(NoiseConfig(prediction=prediction))
+    schedule = NoiseSchedule(NoiseConfig(prediction_type=prediction))
     latents, context = torch.randn(3, 4, 8, 8), torch.randn(3, 77, 16)
     seen = []
 

@@ -21,8 +21,8 @@ from sdlearn.clip import CLIP, TextEncoder
 from sdlearn.config import PRESETS, ControlNetConfig, NoiseConfig
 from sdlearn.controlnet import Control, ControlNet, add_control
 from sdlearn.guidance import predict_x0
-from sdlearn.inpaint import blended, nine_channels, repaint
-from sdlearn.samplers import SAMPLERS, ddpm, grid_for
+from sdlearn.inpaint import blended_denoise, nine_channels, repaint
+from sdlearn.samplers import SAMPLERS, ddpm, make_timesteps_for
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
@@ -301,7 +301,7 @@ def test_a_guided_run_asks_no_tensor_for_its_value(preset, name, way):
     """
     unet, net = meta_model(preset)
     schedule = NoiseSchedule(PRESETS[preset].noise)
-    grid, side = grid_for(name, schedule, 2), PRESETS[preset].latent_size
+    grid, side = make_timesteps_for(name, schedule, 2), PRESETS[preset].latent_size
     half = {"device": "meta", "dtype": torch.float16}
     x = torch.empty(2, 4, side, side, device="meta")
     context, uncond = torch.empty(2, 2, TOKENS, unet.config.context_dim, **half)
@@ -311,9 +311,9 @@ def test_a_guided_run_asks_no_tensor_for_its_value(preset, name, way):
         hint = torch.empty(1, 3, 8 * side, 8 * side, **half)
         controls = [Control(net, hint, 0.5, end=0.5, guess_mode=True), Control(net, hint)]
         run = add_control(run, controls, grid=grid, batch=2)
-    denoise = predict_x0(run, schedule, context, uncond, scale=7.5, rescale=0.7)
+    denoise = predict_x0(run, schedule, context, uncond, guidance_scale=7.5, guidance_rescale=0.7)
     if way == "all at once":
-        denoise = blended(denoise, known, mask, torch.empty_like(known), schedule)
+        denoise = blended_denoise(denoise, known, mask, torch.empty_like(known), schedule)
     *_, last = SAMPLERS[name](denoise, x, grid, schedule, generator=torch.Generator())
     assert last.x.shape == x.shape and last.x.dtype == torch.float32 and last.x.device.type == "meta"
 
@@ -328,7 +328,7 @@ def test_the_meta_device_would_tell(asks):
         return x
     denoise = predict_x0(network, schedule, torch.empty(1, 7, 3, device="meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        list(ddpm(denoise, torch.empty(1, 4, 2, 3, device="meta"), grid_for("ddpm", schedule, 2), schedule))
+        list(ddpm(denoise, torch.empty(1, 4, 2, 3, device="meta"), make_timesteps_for("ddpm", schedule, 2), schedule))
 
 
 def test_repaint_asks_no_tensor_for_its_value():
@@ -337,5 +337,5 @@ def test_repaint_asks_no_tensor_for_its_value():
     x, mask = torch.empty(1, 4, 64, 64, device="meta"), torch.empty(1, 1, 64, 64, device="meta")
     context = torch.empty(1, TOKENS, 768, dtype=torch.float16, device="meta")
     sample = repaint(ddpm, x, mask, times=2)
-    *_, last = sample(predict_x0(unet, schedule, context), x, grid_for("ddpm", schedule, 2), schedule)
+    *_, last = sample(predict_x0(unet, schedule, context), x, make_timesteps_for("ddpm", schedule, 2), schedule)
     assert last.x.device.type == "meta"

@@ -13,10 +13,10 @@ from sdlearn.bench import Benchmark, list_steps, run_steps
 from sdlearn.checkpoint.shipped import list_shipped_models
 from sdlearn.config import PRESETS
 from sdlearn.guidance import predict_x0
-from sdlearn.inpaint import blended, repaint
+from sdlearn.inpaint import blended_denoise, repaint
 from sdlearn.pipeline.cache import with_cache
 from sdlearn.pipeline.compiled import CompiledUNet
-from sdlearn.samplers import SAMPLERS, grid_for
+from sdlearn.samplers import SAMPLERS, make_timesteps_for
 from sdlearn.schedule import NoiseSchedule
 from sdlearn.unet import UNet
 
@@ -45,17 +45,18 @@ def network(preset="tiny"):
 
 def run(name, unet, way="plain", steps=4):
     config, schedule = PRESETS["tiny"], NoiseSchedule(PRESETS["tiny"].noise)
-    grid, side = grid_for(name, schedule, steps), config.latent_size
+    grid, side = make_timesteps_for(name, schedule, steps), config.latent_size
     make = torch.Generator("cuda").manual_seed(1)
     x, known = (torch.randn(2, 4, side, side, device="cuda", generator=make) for _ in range(2))
     context, uncond = torch.randn(2, 2, 77, config.unet.context_dim, device="cuda", generator=make)
     mask = (torch.rand(1, 1, side, side, device="cuda", generator=make) > 0.5).float()
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     with never_waiting():
-        denoise = predict_x0(with_cache(unet, [t for t, _ in grid]), schedule, context, uncond, scale=5, rescale=0.5)
+        denoise = predict_x0(with_cache(unet, [t for t, _ in grid]), schedule, context, uncond,
+                             guidance_scale=5, guidance_rescale=0.5)
         sample = SAMPLERS[name]
         if way == "blended":
-            denoise = blended(denoise, known, mask, x, schedule)
+            denoise = blended_denoise(denoise, known, mask, x, schedule)
         if way == "repaint":
             sample = repaint(sample, known, mask, times=2)
         *_, last = sample(denoise, x, grid, schedule, generator=generators)

@@ -8,7 +8,7 @@ from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
 from sdlearn.explore.figures import WIDTH
 from sdlearn.explore.guidance_figures import KEPT, SHOWN, GuidanceExplorer, guidance_arrows, in_plane, side_by_side
-from sdlearn.guidance import guided
+from sdlearn.guidance import classifier_free_guidance
 from sdlearn.pipeline import StableDiffusion
 
 U, C, N = (torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
@@ -33,9 +33,9 @@ def test_arrows_end_where_guidance_ends():
     drawing = guidance_arrows(U, C, N, scales=(2, 4), title="Arrows")
     [axes] = drawing.axes
     from_u, from_n = axes.lines[1].get_xydata(), axes.lines[3].get_xydata()
-    assert np.allclose(from_u, [place(guided(U, C, w)) for w in (2, 4)], atol=1e-5)
-    assert np.allclose(from_n[:, 0], [place(guided(N, C, w))[0] for w in (2, 4)], atol=1e-5)
-    assert np.allclose(np.abs(from_n[:, 1]), [place(guided(N, C, w))[1] for w in (2, 4)], atol=1e-5)
+    assert np.allclose(from_u, [place(classifier_free_guidance(U, C, w)) for w in (2, 4)], atol=1e-5)
+    assert np.allclose(from_n[:, 0], [place(classifier_free_guidance(N, C, w))[0] for w in (2, 4)], atol=1e-5)
+    assert np.allclose(np.abs(from_n[:, 1]), [place(classifier_free_guidance(N, C, w))[1] for w in (2, 4)], atol=1e-5)
     words = [text.get_text() for text in axes.texts]
     assert words.count("2") == 2 and {"u", "c", "n"} <= set(words) and drawing.width <= WIDTH
     assert drawing.png().startswith(b"\x89PNG")

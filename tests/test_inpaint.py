@@ -21,7 +21,7 @@ from sdlearn.config import PRESETS, NoiseConfig
 from sdlearn.guidance import predict_x0
 from sdlearn.inpaint import (
     binary_mask,
-    blended,
+    blended_denoise,
     latent_mask,
     masked_pixels,
     nine_channels,
@@ -29,8 +29,8 @@ from sdlearn.inpaint import (
     repaint,
     soft_mask,
 )
-from sdlearn.samplers import SAMPLERS, ddim, ddpm, grid_for
-from sdlearn.schedule import NoiseSchedule, timesteps
+from sdlearn.samplers import SAMPLERS, ddim, ddpm, make_timesteps_for
+from sdlearn.schedule import NoiseSchedule, make_timesteps
 from sdlearn.unet import UNet
 from sdlearn.vae import VAE
 
@@ -238,7 +238,7 @@ def test_what_does_not_go_together_is_told(x, mask, masked, words):
 
 
 def test_a_plain_unet_is_no_inpainting_model():
-    with pytest.raises(ValueError, match="reads 4 channels and is no inpainting model, which reads 9: use blended"):
+    with pytest.raises(ValueError, match="reads 4 channels .* which reads 9: use blended_denoise,"):
         nine_channels(unets(4)[0], torch.ones(1, 1, 6, 8), torch.zeros(1, 4, 6, 8))
 
 
@@ -249,7 +249,7 @@ def scheduler_of(name, spacing, config=EPSILON):
     if name == "ddim":
         extra |= {"clip_sample": False, "set_alpha_to_one": False}
     return THEIRS[name](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                        timestep_spacing=spacing, prediction_type=config.prediction, **extra)
+                        timestep_spacing=spacing, prediction_type=config.prediction_type, **extra)
 
 
 def run_of_diffusers(channels, scheduler, strength, known, masked, context, uncond, steps):
@@ -288,7 +288,7 @@ def test_nine_channels_give_the_latent_of_diffusers(name, strength):
     wanted = run_of_diffusers(9, scheduler_of(name, "leading"), strength, known, masked, context, uncond, 5)
 
     unet = nine_channels(unets(9)[0], latent_mask(mask, 2), masked)
-    denoise = predict_x0(unet, SCHEDULE, context, uncond, scale=4.0)
+    denoise = predict_x0(unet, SCHEDULE, context, uncond, guidance_scale=4.0)
     grid = grid_of(scheduler_of(name, "leading"), 5, strength)
     *_, last = SAMPLERS[name](denoise, start(grid, strength, known), grid, SCHEDULE)
     assert difference(last.x, wanted) <= 1e-5
@@ -303,11 +303,11 @@ def test_blending_gives_the_latent_of_diffusers(name, spacing, strength):
     grid = grid_of(scheduler_of(name, spacing), 10, strength)
     wanted = run_of_diffusers(4, scheduler_of(name, spacing), strength, known, torch.zeros(LATENT), context, uncond, 10)
 
-    plain = predict_x0(unets(4)[0], SCHEDULE, context, uncond, scale=4.0)
+    plain = predict_x0(unets(4)[0], SCHEDULE, context, uncond, guidance_scale=4.0)
     mask, x = latent_mask(box(), 2), start(grid, strength, known)
     if name == "euler" and spacing == "trailing" and strength == 1:
         x = x * SCHEDULE.at(grid[0][0])[1]                  # where theirs begins at sigma_max noise: see samplers
-    told = blended(plain, known, mask, noise(), SCHEDULE)
+    told = blended_denoise(plain, known, mask, noise(), SCHEDULE)
 
     def denoise(x, t):
         return plain(x, t) if strength == 1 and t == grid[0][0] else told(x, t)
@@ -323,9 +323,10 @@ def test_with_zero_terminal_snr_blending_gives_the_latent_of_diffusers_from_nois
     known, context, uncond = torch.randn(LATENT), torch.randn(CONTEXT), torch.randn(CONTEXT)
     wanted = run_of_diffusers(4, scheduler_of("ddim", "trailing", ZERO_SNR), 1.0, known, torch.zeros(LATENT), context,
                               uncond, 10)
-    grid = timesteps(schedule, 10)
+    grid = make_timesteps(schedule, 10)
     mask = latent_mask(box(), 2)
-    denoise = blended(predict_x0(unets(4)[0], schedule, context, uncond, scale=4.0), known, mask, noise(), schedule)
+    guided = predict_x0(unets(4)[0], schedule, context, uncond, guidance_scale=4.0)
+    denoise = blended_denoise(guided, known, mask, noise(), schedule)
     *_, last = ddim(denoise, noise(), grid, schedule)
     assert difference(paste(known, last.x, mask), wanted) <= 1e-5
 
@@ -348,8 +349,8 @@ def test_every_sampler_keeps_what_is_known(name, config):
     def watched(x, t):
         seen.append((x, t))
         return network(x, t)
-    steps = list(SAMPLERS[name](blended(watched, known, mask, noise(), schedule), noise(),
-                                grid_for(name, schedule, 6), schedule, generator=torch.Generator()))
+    steps = list(SAMPLERS[name](blended_denoise(watched, known, mask, noise(), schedule), noise(),
+                                make_timesteps_for(name, schedule, 6), schedule, generator=torch.Generator()))
     for x, t in seen:
         assert torch.equal(x[keep], schedule.add_noise(known, noise(), t)[keep])
     assert all(torch.equal(step.x0[keep], known[keep]) for step in steps)
@@ -357,14 +358,16 @@ def test_every_sampler_keeps_what_is_known(name, config):
     assert torch.equal(at_the_end[keep], known[keep])
     if name not in ("ddim", "pndm"):                # these end at the noise of timestep 0
         assert difference(steps[-1].x[keep], known[keep]) < 1e-6
-    plain = list(SAMPLERS[name](network, noise(), grid_for(name, schedule, 6), schedule, generator=torch.Generator()))
+    plain = list(SAMPLERS[name](network, noise(), make_timesteps_for(name, schedule, 6), schedule,
+                                generator=torch.Generator()))
     assert difference(steps[-1].x[~keep], plain[-1].x[~keep]) > 1e-2    # the repainted cells heard of the known
 
 
 def test_a_batch_of_one_serves_all():
     known, mask = torch.randn(1, *LATENT[1:]), latent_mask(box(), 2)
-    one = blended(network, known, mask, noise()[:1], SCHEDULE)
-    each = blended(network, known.expand(LATENT), mask.expand(2, -1, -1, -1), noise()[:1].expand(LATENT), SCHEDULE)
+    one = blended_denoise(network, known, mask, noise()[:1], SCHEDULE)
+    each = blended_denoise(network, known.expand(LATENT), mask.expand(2, -1, -1, -1), noise()[:1].expand(LATENT),
+                           SCHEDULE)
     x = torch.randn(LATENT)
     assert torch.equal(one(x, 400), each(x, 400))
 
@@ -372,8 +375,8 @@ def test_a_batch_of_one_serves_all():
 def test_nothing_given_is_changed():
     x, known, mask = torch.randn(LATENT), torch.randn(LATENT), latent_mask(box(), 2)
     kept = [each.clone() for each in (x, known, mask)]
-    blended(network, known, mask, noise(), SCHEDULE)(x, 400)
-    list(repaint(ddpm, known, mask, times=2)(network, x, timesteps(SCHEDULE, 3), SCHEDULE))
+    blended_denoise(network, known, mask, noise(), SCHEDULE)(x, 400)
+    list(repaint(ddpm, known, mask, times=2)(network, x, make_timesteps(SCHEDULE, 3), SCHEDULE))
     paste(known, x, mask, seam=2)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, known, mask), strict=True))
 
@@ -385,7 +388,8 @@ def test_nothing_given_is_changed():
 ])
 def test_sizes_that_differ_are_told(known, mask, noise_shape, x, words):
     with pytest.raises(ValueError, match=words):
-        blended(network, torch.zeros(known), torch.ones(mask), torch.zeros(noise_shape), SCHEDULE)(torch.zeros(x), 300)
+        denoise = blended_denoise(network, torch.zeros(known), torch.ones(mask), torch.zeros(noise_shape), SCHEDULE)
+        denoise(torch.zeros(x), 300)
 
 
 # --- RePaint ----------------------------------------------------------------------------------------
@@ -394,7 +398,7 @@ def test_sizes_that_differ_are_told(known, mask, noise_shape, x, words):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_repaint_is_a_sampler_that_calls_each_step_again(name, times):
     known, mask = torch.randn(LATENT), latent_mask(box(), 2)
-    grid, seen = timesteps(SCHEDULE, 5), []
+    grid, seen = make_timesteps(SCHEDULE, 5), []
 
     def watched(x, t):
         seen.append(t)
@@ -411,19 +415,19 @@ def test_repaint_is_a_sampler_that_calls_each_step_again(name, times):
 
 def test_once_is_blending_with_new_noise_at_each_step():
     known, mask, x = torch.randn(LATENT), latent_mask(box(), 2), torch.randn(LATENT)
-    grid, drawn = timesteps(SCHEDULE, 5), torch.Generator().manual_seed(4)
+    grid, drawn = make_timesteps(SCHEDULE, 5), torch.Generator().manual_seed(4)
     steps = list(repaint(ddim, known, mask, times=1)(network, x, grid, SCHEDULE,
                                                      generator=torch.Generator().manual_seed(4)))
     for step, pair in zip(steps, grid, strict=True):
         new = torch.randn(LATENT, generator=drawn)
-        wanted, = ddim(blended(network, known, mask, new, SCHEDULE), x, [pair], SCHEDULE)
+        wanted, = ddim(blended_denoise(network, known, mask, new, SCHEDULE), x, [pair], SCHEDULE)
         assert torch.equal(step.x, wanted.x)
         x = wanted.x
 
 
 def test_a_seed_gives_the_same_and_an_image_of_a_batch_what_it_gives_alone():
     known, mask, x = torch.randn(LATENT), latent_mask(box(), 2), torch.randn(LATENT)
-    grid = timesteps(SCHEDULE, 4)
+    grid = make_timesteps(SCHEDULE, 4)
 
     def run(known, x, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -446,7 +450,7 @@ def test_every_pass_draws_new_noise_for_the_known_cells():
         seen.setdefault(t, []).append(((x - alpha * known) / sigma)[keep])
         return network(x, t)
 
-    list(repaint(ddim, known, mask, times=3)(watched, torch.randn(LATENT), timesteps(SCHEDULE, 4), SCHEDULE,
+    list(repaint(ddim, known, mask, times=3)(watched, torch.randn(LATENT), make_timesteps(SCHEDULE, 4), SCHEDULE,
                                              generator=torch.Generator().manual_seed(4)))
     drawn = [eps for passes in seen.values() for eps in passes]
     assert [len(passes) for passes in seen.values()] == [3, 3, 3, 1]
@@ -465,7 +469,7 @@ def test_the_noise_between_passes_is_that_of_the_forward_process():
         return known
     x = SCHEDULE.add_noise(known, torch.randn(known.shape), 901)
     mask = torch.ones(known.shape)
-    list(repaint(ddpm, known, mask, times=4)(watched, x, timesteps(SCHEDULE, 10), SCHEDULE))
+    list(repaint(ddpm, known, mask, times=4)(watched, x, make_timesteps(SCHEDULE, 10), SCHEDULE))
     assert len(states) == 9 * 4 + 1
     for x, t in states:
         alpha, sigma = SCHEDULE.at(t)
@@ -489,7 +493,7 @@ def test_more_passes_bring_the_repainted_cells_nearer_to_what_the_known_ones_ask
     for times in (1, 3, 10):
         generator = torch.Generator().manual_seed(times)
         x = torch.randn(known.shape, generator=generator)
-        *_, last = repaint(ddpm, known, mask, times=times)(denoise, x, timesteps(SCHEDULE, 50), SCHEDULE,
+        *_, last = repaint(ddpm, known, mask, times=times)(denoise, x, make_timesteps(SCHEDULE, 50), SCHEDULE,
                                                            generator=generator)
         off[times] = abs(last.x[..., 1].mean().item() - 0.9 * 1.5)
     assert off[1] > 2 * off[3] > 3 * off[10]

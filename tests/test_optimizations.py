@@ -128,7 +128,7 @@ def test_guidance_in_two_passes_equals_one_batch():
     schedule = NoiseSchedule(PRESETS["tiny"].noise)
     x, (context, uncond) = torch.randn(3, 4, 2, 2), torch.randn(2, 3, 7, 5)
     torch.testing.assert_close(optimizations.denoise_in_two_passes(network, schedule, context, uncond, 4.0)(x, 500),
-                               predict_x0(network, schedule, context, uncond, scale=4.0)(x, 500))
+                               predict_x0(network, schedule, context, uncond, guidance_scale=4.0)(x, 500))
 
 
 def test_an_exact_step_that_changes_the_image_fails_the_command(monkeypatch, capsys, tmp_path):

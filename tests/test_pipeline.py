@@ -35,7 +35,7 @@ from sdlearn.pipeline import (
     unknown_words,
 )
 from sdlearn.pipeline.compiled import FEW_ROWS, CompiledUNet, LinearByOneDNN
-from sdlearn.samplers import SAMPLERS, grid_for
+from sdlearn.samplers import SAMPLERS, make_timesteps_for
 from sdlearn.schedule import ALMOST_ZERO, NoiseSchedule
 
 PROMPT = "a red apple to the left of a cat"
@@ -202,9 +202,8 @@ def test_guidance_settings_reach_the_denoiser(model, guidance, more):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         context, uncond = model.encode([PROMPT, "two cars"])[:, None]
-        denoise = predict_x0(model.unet, model.schedule, context, uncond, scale=guidance,
-                             rescale=more.get("guidance_rescale", 0.0), interval=more.get("guidance_interval"))
-        *_, wanted = SAMPLERS["ddim"](denoise, noise, grid_for("ddim", model.schedule, 4), model.schedule)
+        denoise = predict_x0(model.unet, model.schedule, context, uncond, guidance_scale=guidance, **more)
+        *_, wanted = SAMPLERS["ddim"](denoise, noise, make_timesteps_for("ddim", model.schedule, 4), model.schedule)
     found = final_latent(model, negative_prompt="two cars", latent=noise, guidance_scale=guidance, **more)
     assert torch.allclose(found, wanted.x, atol=1e-3)
 

@@ -19,19 +19,19 @@ from sdlearn.samplers import (
     dpmpp_2m,
     euler,
     get_sampler,
-    grid_for,
     heun,
+    make_timesteps_for,
     pndm,
     unipc,
 )
-from sdlearn.schedule import ALMOST_ZERO, SPACINGS, NoiseSchedule, timesteps
+from sdlearn.schedule import ALMOST_ZERO, TIMESTEP_SPACINGS, NoiseSchedule, make_timesteps
 from sdlearn.unet import UNet
 
 # From inside diffusers, whose schedulers are not written for this version of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SHAPE = (2, 4, 6, 5)
-MINI = NoiseConfig(prediction="v_prediction", zero_terminal_snr=True)
+MINI = NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True)
 THEIRS = {
     "ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler, "heun": diffusers.HeunDiscreteScheduler,
@@ -70,7 +70,7 @@ def scheduler_of(name, config, n, spacing, **extra):
     """diffusers' scheduler, and the grid it walks as explicit pairs."""
     betas = {"cosine": "squaredcos_cap_v2"}.get(config.beta_schedule, config.beta_schedule)
     settings = {"beta_start": config.beta_start, "beta_end": config.beta_end, "beta_schedule": betas,
-                "prediction_type": config.prediction, "timestep_spacing": spacing, "steps_offset": 1,
+                "prediction_type": config.prediction_type, "timestep_spacing": spacing, "steps_offset": 1,
                 **NOT_THE_DEFAULT.get(name, {}), **extra}
     if config.zero_terminal_snr and name not in WITHOUT_ZERO_SNR:
         settings["rescale_betas_zero_snr"] = True
@@ -134,7 +134,7 @@ CASES = [(name, prediction) for name in SAMPLERS for prediction in ("epsilon", "
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("name, prediction", CASES)
 def test_trajectories_are_those_of_diffusers(name, prediction, spacing, n):
-    assert parity(name, NoiseConfig(prediction=prediction), n, spacing) < 1e-5
+    assert parity(name, NoiseConfig(prediction_type=prediction), n, spacing) < 1e-5
 
 
 @pytest.mark.parametrize("n", [4, 20, 50])
@@ -145,14 +145,15 @@ def test_trajectories_down_to_timestep_0_are_those_of_diffusers(name, prediction
     Theirs comes from abar in float32, which has 1 - abar to five digits at timestep 0; so it is
     given abar in float64. On its own table its Heun is up to 3e-5 off.
     """
-    assert parity(name, NoiseConfig(prediction=prediction), n, "linspace", exact_table=True) < 1e-5
+    assert parity(name, NoiseConfig(prediction_type=prediction), n, "linspace", exact_table=True) < 1e-5
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 48, 300])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_pndm_is_that_of_diffusers_down_to_timestep_0(prediction, n):
     """On a grid without offset. Theirs has no other: it takes its steps for N // n each, whatever the grid."""
-    assert parity("pndm", NoiseConfig(prediction=prediction), n, "leading", exact_table=True, steps_offset=0) < 1e-5
+    config = NoiseConfig(prediction_type=prediction)
+    assert parity("pndm", config, n, "leading", exact_table=True, steps_offset=0) < 1e-5
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 20, 50])
@@ -160,7 +161,7 @@ def test_pndm_is_that_of_diffusers_down_to_timestep_0(prediction, n):
                          [case for case in CASES if not {*WITHOUT_ZERO_SNR, "epsilon"} & {*case}])
 def test_trajectories_with_zero_terminal_snr_are_those_of_diffusers(name, prediction, n):
     """Within float32's rounding of their X, which for Euler's kind starts at 4096 times the noise."""
-    config = NoiseConfig(prediction=prediction, zero_terminal_snr=True)
+    config = NoiseConfig(prediction_type=prediction, zero_terminal_snr=True)
     rounding = 4096 * 2**-23 if name in SIGMA_SPACE and n <= 5 else 0
     assert parity(name, config, n, "trailing") < max(1e-5, rounding)
 
@@ -192,12 +193,12 @@ def test_ending_at_x0_is_that_of_diffusers(name):
 @pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_other_beta_schedules_are_those_of_diffusers(name, beta_schedule):
-    config = NoiseConfig(beta_schedule=beta_schedule, prediction="v_prediction")
+    config = NoiseConfig(beta_schedule=beta_schedule, prediction_type="v_prediction")
     assert parity(name, config, 10, "leading") < 1e-5
 
 
 KARRAS_CASES = [(name, config) for name in ("euler", "heun", "dpmpp_2m", "unipc")     # those with it in diffusers
-                for config in (NoiseConfig(), NoiseConfig(prediction="v_prediction"), MINI)
+                for config in (NoiseConfig(), NoiseConfig(prediction_type="v_prediction"), MINI)
                 if name not in WITHOUT_ZERO_SNR or not config.zero_terminal_snr]
 
 
@@ -218,7 +219,7 @@ def test_karras_trajectories_are_those_of_diffusers(name, config, n):
     """Both tell the network the timesteps of ours, then both those of theirs; the sigmas are the same."""
     for ours_told in (True, False):
         theirs, schedule, times = karras_scheduler(name, config, n)
-        grid = timesteps(schedule, n, "karras")
+        grid = make_timesteps(schedule, n, "karras")
         told = {t: t if ours_told else their_t for (t, _), their_t in zip(grid, times, strict=True)}
         told_pairs = [(told[t], told.get(t_prev)) for t, t_prev in grid]
         ours = our_trajectory(name, schedule, grid, "karras", told)
@@ -232,7 +233,7 @@ def test_karras_timesteps_are_close_to_those_of_diffusers(name, config, n):
     _, schedule, theirs = karras_scheduler(name, config, n)
     fractions = karras_scheduler("euler", config, n)[2]
     assert theirs == (fractions if name in ("euler", "heun") else [round(t) for t in fractions])
-    assert [t for t, _ in timesteps(schedule, n, "karras")] == pytest.approx(fractions, abs=0.13)
+    assert [t for t, _ in make_timesteps(schedule, n, "karras")] == pytest.approx(fractions, abs=0.13)
 
 
 @pytest.mark.parametrize("n", [2, 7, 30, 48, 100])
@@ -242,13 +243,13 @@ def test_default_grids_are_those_of_diffusers(name, n):
     spacing = inspect.signature(THEIRS[name]).parameters["timestep_spacing"].default
     theirs, _ = scheduler_of(name, NoiseConfig(), n, spacing)
     times = list(dict.fromkeys(theirs.timesteps.tolist()))
-    assert [t for t, _ in grid_for(name, NoiseSchedule(NoiseConfig()), n)] == pytest.approx(times, rel=1e-6)
+    assert [t for t, _ in make_timesteps_for(name, NoiseSchedule(NoiseConfig()), n)] == pytest.approx(times, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_zero_terminal_snr_starts_at_the_last_timestep_by_default(name):
-    assert [t for t, _ in grid_for(name, NoiseSchedule(MINI), 4)] == [999, 749, 499, 249]
-    assert grid_for(name, NoiseSchedule(MINI), 4, "leading")[0][0] == 751
+    assert [t for t, _ in make_timesteps_for(name, NoiseSchedule(MINI), 4)] == [999, 749, 499, 249]
+    assert make_timesteps_for(name, NoiseSchedule(MINI), 4, "leading")[0][0] == 751
 
 
 def run(name, schedule, grid, x=None, **options):
@@ -263,10 +264,10 @@ few = settings(max_examples=25)
 
 
 @few
-@given(configs, counts, st.sampled_from(SPACINGS))
+@given(configs, counts, st.sampled_from(TIMESTEP_SPACINGS))
 def test_samplers_are_one_where_theory_says_so(config, n, spacing):
     schedule = NoiseSchedule(config)
-    grid = timesteps(schedule, n, spacing)
+    grid = make_timesteps(schedule, n, spacing)
     ddim, fresh = (run("ddim", schedule, grid, eta=eta, set_alpha_to_one=True) for eta in (0.0, 1.0))
     assert difference(run("euler", schedule, grid), ddim) < 1e-12
     assert difference(run("euler_ancestral", schedule, grid, eta=0.0), ddim) < 1e-12
@@ -275,12 +276,12 @@ def test_samplers_are_one_where_theory_says_so(config, n, spacing):
 
 
 @few
-@given(configs, counts, st.sampled_from(SPACINGS))
+@given(configs, counts, st.sampled_from(TIMESTEP_SPACINGS))
 def test_first_order_dpmpp_is_ddim(config, n, spacing):
     """Each step alone, which leaves DPM++ 2M no earlier prediction, is of first order."""
     schedule = NoiseSchedule(config)
     x, states = noise(torch.float64), []
-    grid = timesteps(schedule, n, spacing)
+    grid = make_timesteps(schedule, n, spacing)
     for pair in grid:
         x = run("dpmpp_2m", schedule, [pair], x)[-1]
         states.append(x)
@@ -289,17 +290,17 @@ def test_first_order_dpmpp_is_ddim(config, n, spacing):
 
 def test_second_order_samplers_are_not_ddim():
     schedule = NoiseSchedule(NoiseConfig())
-    grid = timesteps(schedule, 10)
+    grid = make_timesteps(schedule, 10)
     for name in ("heun", "dpmpp_2m", "pndm", "unipc"):
         assert difference(run(name, schedule, grid), run("euler", schedule, grid)) > 1e-3
 
 
 @few
-@given(configs, counts, st.sampled_from(SPACINGS))
+@given(configs, counts, st.sampled_from(TIMESTEP_SPACINGS))
 def test_unipc_predicts_with_dpmpp_2m(config, n, spacing):
     """Its steps without the corrector: the first of all, and any that follows a corrector that is turned off."""
     schedule = NoiseSchedule(config)
-    grid = timesteps(schedule, n, spacing)
+    grid = make_timesteps(schedule, n, spacing)
     assert difference(run("unipc", schedule, grid)[:1], run("dpmpp_2m", schedule, grid)[:1]) < 1e-12
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samplers, "correction", uncorrected)
@@ -325,9 +326,9 @@ def test_unipcs_weights_integrate_a_parabola_exactly(rise, rise_last):
 
 def test_deterministic_samplers_come_to_one_image():
     """On a network of which nobody knows the solution: twice the steps, and they are closer to one another."""
-    schedule, apart = NoiseSchedule(NoiseConfig(prediction="v_prediction")), []
+    schedule, apart = NoiseSchedule(NoiseConfig(prediction_type="v_prediction")), []
     for n in (25, 50, 100, 200):
-        grid = timesteps(schedule, n, "karras")[:-1]        # down to timestep 0, where all of them end
+        grid = make_timesteps(schedule, n, "karras")[:-1]        # down to timestep 0, where all of them end
         best = run("unipc", schedule, grid)[-1:]
         apart.append({name: difference(run(name, schedule, grid)[-1:], best)
                       for name in ("ddim", "pndm", "dpmpp_2m", "heun")})
@@ -357,8 +358,8 @@ def flow(schedule, x, t, t_end):
 @pytest.mark.parametrize("name, order, config", [
     ("ddim", 1, NoiseConfig()), ("euler", 1, NoiseConfig()), ("heun", 2, NoiseConfig()),
     ("dpmpp_2m", 2, NoiseConfig()), ("unipc", 3, NoiseConfig()), ("pndm", 2, NoiseConfig()),
-    ("pndm", 2, NoiseConfig(prediction="sample")),
-    ("pndm", 1, NoiseConfig(prediction="v_prediction")),    # as in diffusers, which combines v
+    ("pndm", 2, NoiseConfig(prediction_type="sample")),
+    ("pndm", 1, NoiseConfig(prediction_type="v_prediction")),    # as in diffusers, which combines v
 ])
 def test_deterministic_samplers_converge_at_their_order(name, order, config):
     """Down to timestep 0, on a smooth grid: from there the last step to sigma 0 is of first order for all.
@@ -369,7 +370,7 @@ def test_deterministic_samplers_converge_at_their_order(name, order, config):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None, None]
     errors = []
     for n in (30, 60, 120, 240):
-        grid = timesteps(schedule, n, "karras")[:-1]
+        grid = make_timesteps(schedule, n, "karras")[:-1]
         *_, last = SAMPLERS[name](gaussian_denoiser(schedule), x, grid, schedule)
         errors.append((last.x - flow(schedule, x, 999, 0)).abs().max().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
@@ -383,7 +384,7 @@ def test_orders_hold_from_pure_noise(name, order):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None, None]
     errors = []
     for n in (120, 240, 480):
-        *_, last = SAMPLERS[name](gaussian_denoiser(schedule), x, timesteps(schedule, n, "karras")[:-1], schedule)
+        *_, last = SAMPLERS[name](gaussian_denoiser(schedule), x, make_timesteps(schedule, n, "karras")[:-1], schedule)
         errors.append((last.x - flow(schedule, x, 999, 0)).abs().max().item())
     slopes = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert slopes == pytest.approx([order] * 2, abs=0.2)
@@ -396,19 +397,19 @@ def test_samples_of_a_gaussian_have_its_mean_and_deviation(name, options, config
     schedule = NoiseSchedule(config)
     alpha, sigma = schedule.at(999)
     x = alpha * MEAN + math.hypot(alpha * STD, sigma) * torch.randn(10_000, 1, 1, 1)
-    grid = timesteps(schedule, 200, "linspace")
+    grid = make_timesteps(schedule, 200, "linspace")
     *_, last = SAMPLERS[name](gaussian_denoiser(schedule), x, grid, schedule, **options)
     assert last.x.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert last.x.std().item() == pytest.approx(STD, abs=0.03)
 
 
-@pytest.mark.parametrize("n, spacing", [(n, spacing) for n in (1, 2, 3, 25) for spacing in SPACINGS]
+@pytest.mark.parametrize("n, spacing", [(n, spacing) for n in (1, 2, 3, 25) for spacing in TIMESTEP_SPACINGS]
                          + [(1000, "trailing")])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_zero_terminal_snr_works_in_every_sampler(name, n, spacing):
     """The last timestep holds no signal; a sampler that divides by alpha ends in infinity there."""
     schedule = NoiseSchedule(MINI)
-    grid, x = timesteps(schedule, n, spacing), torch.randn(500, 1, 1, 1)
+    grid, x = make_timesteps(schedule, n, spacing), torch.randn(500, 1, 1, 1)
     steps = list(SAMPLERS[name](gaussian_denoiser(schedule), x, grid, schedule))
     assert all(step.x.isfinite().all() for step in steps)
     if n >= 25:     # with fewer, Heun's trapezoids may be far too wide for these noise levels
@@ -420,7 +421,7 @@ def test_zero_terminal_snr_works_in_every_sampler(name, n, spacing):
 def test_a_perfect_denoiser_is_obeyed(name):
     """A network that knows the image leads to it; Stable Diffusion's DDIM and PNDM stop just short of it."""
     schedule, image = NoiseSchedule(NoiseConfig()), torch.full(SHAPE, 0.5)
-    *_, last = SAMPLERS[name](lambda x, t: image, noise(), grid_for(name, schedule, 7), schedule)
+    *_, last = SAMPLERS[name](lambda x, t: image, noise(), make_timesteps_for(name, schedule, 7), schedule)
     assert (last.x - image).abs().max() < (0.2 if name in AT_TIMESTEP_0 else 1e-6)
     assert torch.equal(last.x0, image)
 
@@ -429,7 +430,7 @@ def test_a_perfect_denoiser_is_obeyed(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_are_told_in_order_and_nothing_given_is_changed(name, config):
     schedule, x = NoiseSchedule(config), noise()
-    grid, calls = timesteps(schedule, 6), []
+    grid, calls = make_timesteps(schedule, 6), []
 
     def denoise(x, t):
         calls.append(t)
@@ -455,7 +456,7 @@ def test_the_floor_of_alpha_counts_as_no_signal(name, calls):
     """Six steps: Heun calls twice but in the last, PNDM twice in the first; neither does where x holds no signal."""
     for floor in (0.0, ALMOST_ZERO):
         schedule, seen = NoiseSchedule(MINI, floor=floor), []
-        list(SAMPLERS[name](lambda x, t, seen=seen: seen.append(t) or 0.3 * x, noise(), timesteps(schedule, 6),
+        list(SAMPLERS[name](lambda x, t, seen=seen: seen.append(t) or 0.3 * x, noise(), make_timesteps(schedule, 6),
                             schedule))
         assert len(seen) == calls
 
@@ -465,7 +466,7 @@ def test_the_floor_of_alpha_counts_as_no_signal(name, calls):
 def test_noise_of_deviation_0_is_not_drawn(name, draws, config):
     """Deterministic samplers leave the generator's state alone, and so does the last step of the stochastic ones."""
     schedule, used, expected = NoiseSchedule(config), generator(), generator()
-    list(SAMPLERS[name](denoiser(schedule), noise(), timesteps(schedule, 6), schedule, generator=used))
+    list(SAMPLERS[name](denoiser(schedule), noise(), make_timesteps(schedule, 6), schedule, generator=used))
     for _ in range(draws):
         torch.randn(SHAPE, generator=expected)
     assert torch.equal(used.get_state(), expected.get_state())
@@ -474,7 +475,7 @@ def test_noise_of_deviation_0_is_not_drawn(name, draws, config):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_types_are_kept_and_the_noise_does_not_depend_on_them(name):
     schedule = NoiseSchedule(NoiseConfig())
-    grid = timesteps(schedule, 4)
+    grid = make_timesteps(schedule, 4)
     runs = {dtype: [step.x for step in SAMPLERS[name](lambda x, t: 0.3 * x, noise(dtype), grid, schedule,
                                                       generator=generator())]
             for dtype in (torch.float32, torch.float64, torch.bfloat16)}
@@ -483,13 +484,13 @@ def test_types_are_kept_and_the_noise_does_not_depend_on_them(name):
     assert difference([x.double() for x in runs[torch.bfloat16]], runs[torch.float64]) < 0.1
 
 
-@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(prediction="v_prediction"), MINI])
+@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(prediction_type="v_prediction"), MINI])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_sampler_waits_for_the_device(name, config):
     """On the meta device, which has no values, waiting for one raises."""
     schedule, x = NoiseSchedule(config), torch.zeros(SHAPE, device="meta")
-    for spacing in SPACINGS:
-        grid = timesteps(schedule, 6, spacing)
+    for spacing in TIMESTEP_SPACINGS:
+        grid = make_timesteps(schedule, 6, spacing)
         *_, last = SAMPLERS[name](denoiser(schedule), x, grid, schedule, generator=generator())
         assert last.x.device.type == "meta" and last.x.shape == SHAPE
 
@@ -500,10 +501,11 @@ def test_the_guided_loop_needs_nothing_from_the_device():
     unet = UNet(config.unet).to("meta")
     context = torch.zeros(1, 77, config.text.dim, device="meta")
     schedule = NoiseSchedule(MINI)
-    denoise = predict_x0(unet, schedule, context, context, scale=7.5, rescale=0.7, interval=(100, 900))
+    denoise = predict_x0(unet, schedule, context, context, guidance_scale=7.5, guidance_rescale=0.7,
+                         guidance_interval=(100, 900))
     x = torch.zeros(1, 4, 8, 8, device="meta")
     for name, sampler in SAMPLERS.items():
-        *_, last = sampler(denoise, x, grid_for(name, schedule, 3), schedule, generator=generator())
+        *_, last = sampler(denoise, x, make_timesteps_for(name, schedule, 3), schedule, generator=generator())
         assert last.x.device.type == "meta" and last.x.shape == x.shape
 
 
@@ -517,13 +519,13 @@ def test_an_unknown_sampler_is_told_which_there_are():
     with pytest.raises(ValueError, match="no sampler 'plms': choose one of ddpm, ddim, euler, euler_a"):
         get_sampler("plms")
     with pytest.raises(ValueError, match="no sampler 'DDIM'"):
-        grid_for("DDIM", NoiseSchedule(NoiseConfig()), 10)
+        make_timesteps_for("DDIM", NoiseSchedule(NoiseConfig()), 10)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001, 2000, 2.5, True, "20"])
 def test_a_wrong_number_of_steps_is_told(n):
     with pytest.raises(ValueError, match="give a whole number from 1 to 1000"):
-        grid_for("euler", NoiseSchedule(NoiseConfig()), n)
+        make_timesteps_for("euler", NoiseSchedule(NoiseConfig()), n)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_ancestral"])
@@ -531,13 +533,13 @@ def test_a_wrong_number_of_steps_is_told(n):
 def test_a_wrong_eta_is_told(name, eta):
     schedule = NoiseSchedule(NoiseConfig())
     with pytest.raises(ValueError, match="eta is .*: give a number from 0"):
-        next(SAMPLERS[name](network, noise(), timesteps(schedule, 3), schedule, eta=eta))
+        next(SAMPLERS[name](network, noise(), make_timesteps(schedule, 3), schedule, eta=eta))
 
 
 def test_a_grid_may_start_anywhere():
     """As in img2img: the tail of a grid continues a latent noised to its first timestep."""
     schedule = NoiseSchedule(NoiseConfig())
-    grid = timesteps(schedule, 400, "karras")
+    grid = make_timesteps(schedule, 400, "karras")
     tail = grid[200:]
     x = flow(schedule, torch.linspace(-1, 1, 5, dtype=torch.float64).reshape(-1, 1, 1, 1), 999, tail[0][0])
     for sampler in (euler, heun, dpmpp_2m, pndm, unipc):
@@ -545,10 +547,10 @@ def test_a_grid_may_start_anywhere():
         assert (last.x - flow(schedule, x, tail[0][0], 0)).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(prediction="v_prediction", zero_terminal_snr=True)])
+@pytest.mark.parametrize("config", [NoiseConfig(), NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True)])
 def test_ddim_is_two_factors_a_step(config):
     schedule = NoiseSchedule(config)
-    grid, x = timesteps(schedule, 7), noise(torch.float64)
+    grid, x = make_timesteps(schedule, 7), noise(torch.float64)
     factors = ddim_coefficients(schedule, grid)
     assert all(type(value) is float for pair in factors for value in pair) and len(factors) == 7
     steps = list(SAMPLERS["ddim"](network, x, grid, schedule))

@@ -10,13 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlearn.config import PRESETS, NoiseConfig
-from sdlearn.schedule import ALMOST_ZERO, PREDICTIONS, SPACINGS, NoiseSchedule, betas, seeded_noise, timesteps
+from sdlearn.schedule import (
+    ALMOST_ZERO,
+    PREDICTION_TYPES,
+    TIMESTEP_SPACINGS,
+    NoiseSchedule,
+    betas,
+    make_timesteps,
+    seeded_noise,
+)
 
 # From inside diffusers, whose schedulers are not written for this version of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SD = NoiseSchedule(NoiseConfig())
-ZERO = NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
+ZERO = NoiseSchedule(NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True))
 SHAPE = (3, 4, 5, 2)
 
 
@@ -25,7 +33,8 @@ def normal(seed, dtype=torch.float64):
 
 
 def test_stable_diffusions_published_numbers():
-    assert SD.steps == 1000 and SD.alphas_cumprod.shape == (1000,) and SD.alphas_cumprod.dtype == torch.float64
+    assert SD.num_train_timesteps == 1000 and SD.alphas_cumprod.shape == (1000,)
+    assert SD.alphas_cumprod.dtype == torch.float64
     assert SD.alphas_cumprod[0].item() == pytest.approx(0.99915, abs=5e-6)
     assert SD.alphas_cumprod[999].item() == pytest.approx(0.0046601, abs=5e-8)
     alpha, sigma = SD.alpha_sigma(torch.tensor([0, 999]))
@@ -36,7 +45,7 @@ def test_stable_diffusions_published_numbers():
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_abar_is_that_of_diffusers(name, zero_terminal_snr):
     """Theirs is in float32; rescaled, it goes through betas and back, and loses more."""
-    config = NoiseConfig(beta_schedule=name, prediction="sample", zero_terminal_snr=zero_terminal_snr)
+    config = NoiseConfig(beta_schedule=name, prediction_type="sample", zero_terminal_snr=zero_terminal_snr)
     theirs = diffusers.DDIMScheduler(
         beta_start=config.beta_start, beta_end=config.beta_end, rescale_betas_zero_snr=zero_terminal_snr,
         beta_schedule={"cosine": "squaredcos_cap_v2"}.get(name, name))
@@ -92,7 +101,7 @@ def test_between_timesteps_sigma_over_alpha_is_a_straight_line():
 times = st.one_of(st.integers(0, 998), st.floats(0, 998))
 
 
-@given(times, st.sampled_from(PREDICTIONS), st.sampled_from(PREDICTIONS), st.sampled_from([SD, ZERO]))
+@given(times, st.sampled_from(PREDICTION_TYPES), st.sampled_from(PREDICTION_TYPES), st.sampled_from([SD, ZERO]))
 def test_conversions_go_round(t, have, want, schedule):
     """From what is had to what is wanted, and back, for eps, v and x0 that belong to one x."""
     x0, noise = normal(1), normal(2)
@@ -107,9 +116,9 @@ def test_conversions_go_round(t, have, want, schedule):
     torch.testing.assert_close(convert[have](made, x, t, want), outputs[have], rtol=0, atol=1e4 * tolerance / alpha)
 
 
-@given(st.lists(st.integers(0, 999), min_size=3, max_size=3), st.sampled_from(PREDICTIONS))
+@given(st.lists(st.integers(0, 999), min_size=3, max_size=3), st.sampled_from(PREDICTION_TYPES))
 def test_a_batch_of_timesteps_is_each_one_alone(t, prediction):
-    schedule = NoiseSchedule(NoiseConfig(prediction=prediction))
+    schedule = NoiseSchedule(NoiseConfig(prediction_type=prediction))
     x0, noise, each = normal(1), normal(2), torch.tensor(t)
     x, target = schedule.add_noise(x0, noise, each), schedule.target(x0, noise, each)
     for i in range(3):
@@ -123,7 +132,7 @@ def test_a_batch_of_timesteps_is_each_one_alone(t, prediction):
 def test_v_is_that_of_diffusers():
     theirs = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     x0, noise, t = normal(1, torch.float32), normal(2, torch.float32), torch.tensor([3, 500, 999])
-    schedule = NoiseSchedule(NoiseConfig(prediction="v_prediction"))
+    schedule = NoiseSchedule(NoiseConfig(prediction_type="v_prediction"))
     torch.testing.assert_close(schedule.target(x0, noise, t), theirs.get_velocity(x0, noise, t), rtol=0, atol=2e-6)
     torch.testing.assert_close(schedule.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), rtol=0, atol=2e-6)
 
@@ -157,9 +166,9 @@ def test_types_are_kept_and_nothing_given_is_changed(dtype):
     assert all(torch.equal(a, b) for a, b in zip(copies, (x0, noise, t), strict=True))
 
 
-@given(st.integers(1, 1000), st.sampled_from(SPACINGS), st.sampled_from([SD, ZERO]))
+@given(st.integers(1, 1000), st.sampled_from(TIMESTEP_SPACINGS), st.sampled_from([SD, ZERO]))
 def test_grids_fall_pair_by_pair_to_the_end(n, spacing, schedule):
-    grid = timesteps(schedule, n, spacing)
+    grid = make_timesteps(schedule, n, spacing)
     starts, ends = zip(*grid, strict=True)
     assert len(grid) == n and ends == (*starts[1:], None)
     assert 999 >= starts[0] and starts[-1] >= 0
@@ -180,14 +189,14 @@ def test_grids_are_those_of_diffusers(ours, theirs, kind, exception):
     for n in {*range(1, 1001, 13), 2, 4, 10, 20, 25, 48, 50, 100, 500, 1000} - {exception}:
         scheduler.set_timesteps(n)
         times = scheduler.timesteps.tolist()[:n]                    # for n = 61 their trailing holds a 62nd, -1
-        assert [t for t, _ in timesteps(SD, n, ours)] == pytest.approx(times, abs=1e-3)
+        assert [t for t, _ in make_timesteps(SD, n, ours)] == pytest.approx(times, abs=1e-3)
 
 
 def test_stable_diffusions_grids_in_words():
-    assert [t for t, _ in timesteps(SD, 50)] == list(range(981, 0, -20))
-    assert [t for t, _ in timesteps(ZERO, 50)] == list(range(999, 0, -20))
-    assert timesteps(SD, 2) == [(501, 1), (1, None)]
-    assert [t for t, _ in timesteps(SD, 1000)] == list(range(999, -1, -1))
+    assert [t for t, _ in make_timesteps(SD, 50)] == list(range(981, 0, -20))
+    assert [t for t, _ in make_timesteps(ZERO, 50)] == list(range(999, 0, -20))
+    assert make_timesteps(SD, 2) == [(501, 1), (1, None)]
+    assert [t for t, _ in make_timesteps(SD, 1000)] == list(range(999, -1, -1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 30])
@@ -196,7 +205,7 @@ def test_karras_grid_has_the_sigmas_of_diffusers(n):
                                               use_karras_sigmas=True)
     theirs.alphas_cumprod = SD.alphas_cumprod       # in float64: theirs is five digits at timestep 0
     theirs.set_timesteps(n)
-    pairs = [SD.at(t) for t, _ in timesteps(SD, n, "karras")]
+    pairs = [SD.at(t) for t, _ in make_timesteps(SD, n, "karras")]
     expected = theirs.sigmas[:-1].tolist() if n > 1 else [14.614643]
     assert [sigma / alpha for alpha, sigma in pairs] == pytest.approx(expected, rel=1e-6)
 
@@ -204,14 +213,14 @@ def test_karras_grid_has_the_sigmas_of_diffusers(n):
 @pytest.mark.parametrize("n", [0, -3, 1001, 2000, 1.0, True, None, "20"])
 def test_a_wrong_number_of_steps_is_told(n):
     with pytest.raises(ValueError, match=r"^.* steps asked for: give a whole number from 1 to 1000$"):
-        timesteps(SD, n)
+        make_timesteps(SD, n)
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: timesteps(SD, 10, "even"), "no spacing 'even': choose one of leading, linspace"),
-    (lambda: NoiseSchedule(NoiseConfig(prediction="eps")), "prediction is 'eps': choose one of epsilon"),
+    (lambda: make_timesteps(SD, 10, "even"), "no spacing 'even': choose one of leading, linspace"),
+    (lambda: NoiseSchedule(NoiseConfig(prediction_type="eps")), "prediction is 'eps': choose one of epsilon"),
     (lambda: NoiseSchedule(NoiseConfig(beta_schedule="sigmoid")), "beta_schedule is 'sigmoid': choose"),
-    (lambda: NoiseSchedule(NoiseConfig(steps=1)), "give at least 2"),
+    (lambda: NoiseSchedule(NoiseConfig(num_train_timesteps=1)), "give at least 2"),
     (lambda: NoiseSchedule(NoiseConfig(zero_terminal_snr=True)), "needs v_prediction or sample"),
     (lambda: SD.to_x0(normal(1), normal(2), 5, "v"), "prediction is 'v': choose one of"),
     (lambda: SD.at(1000), r"timestep 1000 is outside of 0\.\.\.999"),
@@ -230,9 +239,9 @@ def test_bad_input_is_told_in_a_sentence(make, words):
 def test_every_preset_has_a_schedule():
     for preset in PRESETS.values():
         schedule = NoiseSchedule(preset.noise)
-        assert timesteps(schedule, 20)[-1][1] is None
-    short = NoiseSchedule(replace(SD.config, steps=100))
-    assert [t for t, _ in timesteps(short, 4)] == [76, 51, 26, 1]
+        assert make_timesteps(schedule, 20)[-1][1] is None
+    short = NoiseSchedule(replace(SD.config, num_train_timesteps=100))
+    assert [t for t, _ in make_timesteps(short, 4)] == [76, 51, 26, 1]
 
 
 def test_seeded_noise_of_an_image_depends_on_its_seed_alone():

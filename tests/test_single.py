@@ -128,7 +128,7 @@ def test_an_sd_2_file_gives_the_tensors_and_numbers_of_the_libraries(newer, word
     for part, theirs in newer.states().items():
         same(getattr(parts, part).state_dict(), theirs, part)
     assert parts.config.unet == replace(PRESETS["sd2_base"].unet, channels=(64, 128, 128, 128))
-    assert (parts.config.noise.prediction, parts.config.image_size) == (prediction, side)
+    assert (parts.config.noise.prediction_type, parts.config.image_size) == (prediction, side)
     assert not parts.tokenizer.pad_with_end and not parts.config.text.pad_with_end
     ids = parts.tokenizer(["a red apple"])
     text = parts.text_encoder(ids).hidden
@@ -316,7 +316,7 @@ def test_a_tokenizer_that_is_none_or_too_large_is_told(old_file, tmp_path):
 # --- our own files ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [
-    tiny_config(), tiny_config(ZERO_SNR), tiny_config(NoiseConfig(prediction="sample")),
+    tiny_config(), tiny_config(ZERO_SNR), tiny_config(NoiseConfig(prediction_type="sample")),
     replace(tiny_config(), text=replace(tiny_config().text, pad_with_end=False)),
     replace(tiny_config(), text=replace(tiny_config().text, activation="gelu")),
     replace(tiny_config(), unet=replace(tiny_config().unet, heads=None, head_dim=4, linear_projection=True,
@@ -409,7 +409,7 @@ def test_diffusers_opens_our_single_files(newer, words, tmp_path):
 def test_a_file_s_own_word_is_not_overruled(tiny_file, tmp_path):
     with pytest.raises(CheckpointError, match="says that it predicts 'epsilon', not 'v_prediction'"):
         load_single(tiny_file, prediction="v_prediction")
-    assert load_single(tiny_file, prediction="epsilon").config.noise.prediction == "epsilon"
+    assert load_single(tiny_file, prediction="epsilon").config.noise.prediction_type == "epsilon"
     with pytest.raises(CheckpointError, match="leave prediction out"):
         load(save_folder(tmp_path / "folder", tiny_parts()), prediction="sample")
 
@@ -698,7 +698,7 @@ def test_schedulers_of_every_kind_give_the_noise_schedule(folder, scheduler):
     common = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "trained_betas": None,
               "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(common | scheduler))
-    assert load_folder(folder).config.noise == NoiseConfig(prediction="v_prediction")
+    assert load_folder(folder).config.noise == NoiseConfig(prediction_type="v_prediction")
 
 
 def test_load_finds_out_what_it_was_given(tiny, tiny_file, folder, tmp_path):

@@ -9,7 +9,7 @@ from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 from sdlearn.explore.figures import WIDTH
 from sdlearn.explore.size_figures import KEPT, SizeExplorer, box_map, by_steps, true_sizes
 from sdlearn.pipeline import StableDiffusion, two_pass
-from sdlearn.sizes import spacing
+from sdlearn.sizes import measure_spacing
 
 IMAGES = [np.full((height, width, 3), 90, np.uint8) for width, height in ((64, 64), (256, 128), (128, 256), (400, 100))]
 
@@ -52,11 +52,12 @@ def test_what_cannot_be_shown_is_told(given, words):
 
 def test_things_lie_as_far_from_the_border_and_from_each_other_as_they_do():
     alone, pair = [(40, 20, 60, 40)], [(0, 50, 20, 70), (180, 50, 200, 70), (30, 90, 50, 110)]
-    border, following = spacing([alone, [], pair], (256, 128), 128)
+    border, following = measure_spacing([alone, [], pair], (256, 128), 128)
     assert border == pytest.approx((30 + 10 + 60 + 28) / 4 / 128)
     near, far = np.hypot(30, 40), np.hypot(150, 40)
     assert following == pytest.approx((2 * near + far) / 3 / 128)
-    assert np.isnan(spacing([alone], (128, 128), 128)[1]) and np.isnan(spacing([[]], (128, 128), 128)).all()
+    assert np.isnan(measure_spacing([alone], (128, 128), 128)[1])
+    assert np.isnan(measure_spacing([[]], (128, 128), 128)).all()
 
 
 def test_boxes_lie_where_they_are_and_images_have_their_colours():

@@ -14,9 +14,17 @@ from sdlearn.diagnostics.attention import attention_scale, record_attention, sca
 from sdlearn.diagnostics.costs import empty_unet
 from sdlearn.pipeline import SettingsError, StableDiffusion, two_pass
 from sdlearn.schedule import NoiseSchedule
-from sdlearn.sizes import buckets, even_step, fitted, level_sizes, nearest_bucket, shifted_time, spacing
+from sdlearn.sizes import (
+    fit_size,
+    level_sizes,
+    make_buckets,
+    measure_spacing,
+    nearest_bucket,
+    shift_timestep,
+    size_multiple,
+)
 
-SD, V = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
+SD, V = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True))
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +57,30 @@ def test_a_size_without_a_latent_is_told(size):
 @pytest.mark.parametrize("preset", ["tiny", "mini", "sd15"])
 def test_multiples_of_the_even_step_halve_without_a_rest(preset):
     config = PRESETS[preset]
-    step = even_step(config)
+    step = size_multiple(config)
     assert level_sizes((step, 3 * step), config)[-1] == (3, 1)
     assert level_sizes((step, step), config)[0][0] == 2 ** (len(config.unet.channels) - 1)
-    assert even_step(PRESETS["sd15"]) == 64 and even_step(PRESETS["mini"]) == 32
+    assert size_multiple(PRESETS["sd15"]) == 64 and size_multiple(PRESETS["mini"]) == 32
 
 
 # --- buckets --------------------------------------------------------------------------------------------
 
 def test_a_size_is_fitted():
-    assert fitted((256, 128), 128, 32) == (192, 96) and fitted((256, 256), 128, 32) == (128, 128)
-    assert fitted((128, 256), 128, 8) == (88, 184) and fitted((2000, 10), 128, 32)[1] == 32
-    assert fitted((10, 2000), 128, 32)[0] == 32
+    assert fit_size((256, 128), 128, 32) == (192, 96) and fit_size((256, 256), 128, 32) == (128, 128)
+    assert fit_size((128, 256), 128, 8) == (88, 184) and fit_size((2000, 10), 128, 32)[1] == 32
+    assert fit_size((10, 2000), 128, 32)[0] == 32
 
 
 def test_buckets_are_those_of_sdxl():
     """A few of the sizes in the paper's list, and no size that is not there."""
-    found = buckets(1024, 64)
+    found = make_buckets(1024, 64)
     assert {(512, 2048), (576, 1792), (704, 1472), (832, 1216), (1024, 1024), (1216, 832), (2048, 512)} <= set(found)
     assert len(found) == len({width for width, _ in found}) == 25
 
 
 @given(st.sampled_from([64, 128, 512]), st.sampled_from([16, 32]), st.sampled_from([1.0, 1.5, 2.0]))
 def test_buckets_have_nearly_the_area(side, step, stretch):
-    found = buckets(side, step, stretch)
+    found = make_buckets(side, step, stretch)
     assert (side, side) in found
     for width, height in found:
         assert width % step == height % step == 0
@@ -95,24 +103,24 @@ def test_the_nearest_bucket_is_so_by_ratio():
 @given(st.floats(0, 998), st.floats(0.3, 6))
 def test_a_shifted_time_has_the_ratio_that_it_should(t, times):
     alpha, sigma = SD.at(t)
-    other, noise = SD.at(shifted_time(SD, t, times))
-    wanted = min(max(times * sigma / alpha, SD.ratios[0].item()), SD.ratios[-1].item())
+    other, noise = SD.at(shift_timestep(SD, t, times))
+    wanted = min(max(times * sigma / alpha, SD.ve_sigmas[0].item()), SD.ve_sigmas[-1].item())
     assert noise / other == pytest.approx(wanted, rel=1e-6)
 
 
 def test_shifts_undo_each_other_and_keep_the_ends():
-    assert shifted_time(SD, 500, 1) == pytest.approx(500) and shifted_time(SD, 999, 2) == pytest.approx(999)
-    assert shifted_time(SD, shifted_time(SD, 300, 2), 0.5) == pytest.approx(300)
-    assert shifted_time(V, 999, 0.5) == pytest.approx(999) and shifted_time(SD, 0, 0.5) == 0
+    assert shift_timestep(SD, 500, 1) == pytest.approx(500) and shift_timestep(SD, 999, 2) == pytest.approx(999)
+    assert shift_timestep(SD, shift_timestep(SD, 300, 2), 0.5) == pytest.approx(300)
+    assert shift_timestep(V, 999, 0.5) == pytest.approx(999) and shift_timestep(SD, 0, 0.5) == 0
     with pytest.raises(ValueError, match="above 0"):
-        shifted_time(SD, 500, 0)
+        shift_timestep(SD, 500, 0)
 
 
 def test_means_of_cells_are_as_noisy_as_told():
     draw = torch.Generator().manual_seed(0)
     small, noise = torch.randn(64, 64, generator=draw), torch.randn(2, 256, 256, generator=draw, dtype=torch.float64)
     large = small.repeat_interleave(4, 0).repeat_interleave(4, 1)
-    alpha, sigma = SD.at(shifted_time(SD, 400, 4))
+    alpha, sigma = SD.at(shift_timestep(SD, 400, 4))
     pooled = torch.nn.functional.avg_pool2d((alpha * large + sigma * noise[0])[None, None], 4)[0, 0]
     rest = pooled / alpha - small
     alpha, sigma = SD.at(400)
@@ -194,16 +202,16 @@ def test_the_distance_to_the_border_takes_width_for_columns_and_height_for_rows(
     size, own = (300, 100), 100
     for middle, distance in (((10, 50), 10), ((280, 50), 20), ((150, 30), 30), ((200, 95), 5)):
         x, y = middle
-        assert spacing([[(x - 4, y - 2, x + 4, y + 2)]], size, own)[0] == pytest.approx(distance / own)
+        assert measure_spacing([[(x - 4, y - 2, x + 4, y + 2)]], size, own)[0] == pytest.approx(distance / own)
 
 
 # --- two passes -----------------------------------------------------------------------------------------
 
 def test_two_passes_are_text2img_and_img2img(model):
-    step, own = even_step(model.config), model.config.image_size
+    step, own = size_multiple(model.config), model.config.image_size
     settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "seed": 3, "batch": 2}
     found = two_pass(model, "a red apple", (2 * own, own), "a cat", strength=0.5, **settings)
-    first = model.text2img("a red apple", "a cat", size=fitted((2 * own, own), own, step), **settings)
+    first = model.text2img("a red apple", "a cat", size=fit_size((2 * own, own), own, step), **settings)
     large = [image.resize((2 * own, own), 3) for image in first]            # 3 is bicubic
     second = model.img2img("a red apple", large, "a cat", strength=0.5, **settings)
     assert [one.tobytes() for one in found] == [one.tobytes() for one in second]

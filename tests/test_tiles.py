@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
-from sdlearn.tiles import decode_tiled, ramp, tile_starts
+from sdlearn.tiles import decode_tiled, tile_starts, tile_weights
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 19))
@@ -22,17 +22,17 @@ def test_tiles_cover_and_share(length, tile, overlap):
 
 
 def test_neighbours_weights_add_up_to_one():
-    right, left = ramp(10, 4, first=True, last=False), ramp(10, 4, first=False, last=True)
+    right, left = tile_weights(10, 4, first=True, last=False), tile_weights(10, 4, first=False, last=True)
     assert torch.allclose(right[-4:] + left[:4], torch.ones(4))
     assert right[:6].eq(1).all() and left[4:].eq(1).all() and right[-1] > 0
-    assert ramp(5, 0, first=False, last=False).eq(1).all()
+    assert tile_weights(5, 0, first=False, last=False).eq(1).all()
 
 
 @pytest.mark.parametrize("length, overlap", [(4, 3), (5, 4), (6, 3), (7, 6)])
 def test_a_tile_with_neighbours_on_both_sides_has_symmetric_weights(length, overlap):
     """Also where the two ramps meet: there the smaller weight of the two is taken."""
-    left, right = (ramp(length, overlap, first=first, last=not first) for first in (False, True))
-    both = ramp(length, overlap, first=False, last=False)
+    left, right = (tile_weights(length, overlap, first=first, last=not first) for first in (False, True))
+    both = tile_weights(length, overlap, first=False, last=False)
     assert torch.equal(both, both.flip(0)) and torch.equal(both, torch.minimum(left, right))
 
 

@@ -21,7 +21,7 @@ from sdlearn.training.judge import JudgeRecipe
 
 def test_the_shuffled_caption_gap_has_another_scenes_caption_for_every_scene():
     """A network that reads its answer off the caption: no error with the right ones, all of it with the others'."""
-    schedule, asked = NoiseSchedule(NoiseConfig(prediction="sample")), []
+    schedule, asked = NoiseSchedule(NoiseConfig(prediction_type="sample")), []
     latents = torch.eye(5).reshape(5, 5, 1, 1) * 3              # any two are equally far from each other
     captions = latents.flatten(1)[:, None]                                              # (B, 1, D)
 

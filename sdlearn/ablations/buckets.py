@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data import Scene, scene
 from ..finetune.loop import draw_indices, train
 from ..images import to_images, to_tensor
-from ..sizes import Size, fitted
+from ..sizes import Size, fit_size
 from ..training.loop import EMA
 from ..training.unet import draw_shifted_timesteps, make_training_batch
 from .ablation import Ablation, Asked, Base, Measurement, Plan, Variant, evaluation_steps
@@ -121,7 +121,7 @@ def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
         x0 = latents[rows.to(latents.device)]                                                   # (B, C, h, w)
         dropped = (torch.rand(len(rows), generator=generator) < DROPOUT).to(x0.device)
         context = torch.where(dropped[:, None, None], empty, contexts[rows.to(x0.device)])
-        t = draw_shifted_timesteps(len(rows), base.schedule.steps, SHIFT, generator).to(x0.device)
+        t = draw_shifted_timesteps(len(rows), base.schedule.num_train_timesteps, SHIFT, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         return F.mse_loss(unet(base.schedule.add_noise(x0, noise, t), t, context), base.schedule.target(x0, noise, t))
 
@@ -167,7 +167,7 @@ def judged(base: Base, images: np.ndarray, asked: Sequence[Asked]) -> dict[str, 
     more than was asked for, if either look says so."""
     height, width = images.shape[1:3]
     own = base.parts.config.image_size
-    small = fitted((width, height), own, own // 4)
+    small = fit_size((width, height), own, own // 4)
     looks = [images] if small == (width, height) else [images, brought_to(images, small)]
     each = [[base.measures.judge(some[i:i + 1], asked[i:i + 1]) for some in looks] for i in range(len(images))]
     return {name: float(np.mean([max(look[name] for look in one) for one in each]))

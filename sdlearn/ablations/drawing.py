@@ -19,7 +19,7 @@ from ..data.world import CLASSROOM as LESSON_WORLD
 from ..finetune.loop import Diverged
 from ..guidance import predict_x0
 from ..images import to_images, to_tensor
-from ..samplers import get_sampler, grid_for
+from ..samplers import get_sampler, make_timesteps_for
 from ..training.from_scratch import EncodedScenes, train_small_unet
 from .ablation import Asked, Base, Measurement, Plan, evaluation_steps
 
@@ -37,14 +37,14 @@ def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, s
     """
     shape = shape or (base.vae.config.latent_channels, base.cells, base.cells)
     decode = decode or (lambda latent: base.vae.to_pixels(latent, at_once=8))
-    grid = grid_for(sampler, base.schedule, steps)
+    grid = make_timesteps_for(sampler, base.schedule, steps)
     images = []
     for first in range(0, len(texts), AT_ONCE):
         some = list(texts[first:first + AT_ONCE])
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
         noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(base.device)  # (B, C, h, w)
         context = base.text_encoder(base.tokenizer([*some, ""]).to(base.device)).hidden                 # (B + 1, M, T)
-        denoise = predict_x0(unet, base.schedule, context[:-1], context[-1:], scale=guidance)
+        denoise = predict_x0(unet, base.schedule, context[:-1], context[-1:], guidance_scale=guidance)
         *_, last = get_sampler(sampler)(denoise, noise, grid, base.schedule, generator=generators)
         if not bool(last.x.isfinite().all()):
             raise Diverged(f"the latent became NaN or infinite in {steps} steps of {sampler}")

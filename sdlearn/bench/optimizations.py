@@ -23,12 +23,12 @@ from torch import Tensor
 from ..attention import eager_attention
 from ..config import PRESETS
 from ..diagnostics.costs import step_flops
-from ..guidance import both_halves, guided, guided_passes, predict_x0, shared_halves
+from ..guidance import classifier_free_guidance, count_nfe, predict_uncond_cond, predict_uncond_cond_shared, predict_x0
 from ..images import to_images
 from ..pipeline import StableDiffusion
 from ..pipeline.cache import with_cache
 from ..pipeline.compiled import CompiledUNet
-from ..samplers import SAMPLERS, grid_for
+from ..samplers import SAMPLERS, make_timesteps_for
 from .comparison import PROMPT, ROUNDING, Benchmark, compare_images, rotate, save_weights, time_call
 from .peaks import describe_machine, find_peak
 
@@ -84,13 +84,13 @@ def denoise_in_two_passes(network: Callable, schedule, context: Tensor, uncond: 
     def denoise(x: Tensor, t: float) -> Tensor:
         inside = x.to(context.dtype)
         u, c = network(inside, t, uncond), network(inside, t, context)              # (B, C, h, w) each
-        return schedule.to_x0(guided(u, c, scale).to(x.dtype), x, t)
+        return schedule.to_x0(classifier_free_guidance(u, c, scale).to(x.dtype), x, t)
     return denoise
 
 
 def build_sampler(step: OptimizationStep, model: StableDiffusion, guidance: float) -> Callable[[Tensor], Tensor]:
     """A function from noise (B, C, h, w), float32, to the latents after the last sampling step."""
-    grid = grid_for(step.sampler, model.schedule, step.steps)
+    grid = make_timesteps_for(step.sampler, model.schedule, step.steps)
     network = CompiledUNet(model.unet, graphs=step.compiled == "graphs") if step.compiled else model.unet
     attention = nullcontext if step.fused else lambda: eager_attention(model.unet, largest=ALL_MAPS)
 
@@ -99,8 +99,9 @@ def build_sampler(step: OptimizationStep, model: StableDiffusion, guidance: floa
         context, uncond = model.encode([PROMPT, ""])[:, None].expand(-1, len(noise), -1, -1)     # (B, M, T) each
         run = with_cache(network, [t for t, _ in grid]) if step.reuse else network
         if step.one_batch:
-            denoise = predict_x0(run, model.schedule, context, uncond, scale=guidance, interval=step.interval,
-                                 halves=shared_halves if step.shared else both_halves)
+            denoise = predict_x0(run, model.schedule, context, uncond, guidance_scale=guidance,
+                                 guidance_interval=step.interval,
+                                 predict_pair=predict_uncond_cond_shared if step.shared else predict_uncond_cond)
         else:
             denoise = denoise_in_two_passes(run, model.schedule, context, uncond, guidance)
         with attention():
@@ -214,7 +215,8 @@ def summarize_step(benchmark: Benchmark, prepared: PreparedStep, seconds: list[f
 
 def count_unet_passes(step: OptimizationStep, model: StableDiffusion, guidance: float) -> int:
     """Passes of the U-Net for one image (NFE)."""
-    return guided_passes((t for t, _ in grid_for(step.sampler, model.schedule, step.steps)), guidance, step.interval)
+    timesteps = make_timesteps_for(step.sampler, model.schedule, step.steps)
+    return count_nfe((t for t, _ in timesteps), guidance, step.interval)
 
 
 def compare_with_previous(both: list[PreparedStep], seconds: list[list[float]]) -> dict:

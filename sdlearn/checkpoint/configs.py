@@ -225,17 +225,17 @@ def vision_from_dict(values: dict) -> VisionConfig:
 def noise_to_dict(config: NoiseConfig) -> dict:
     """PNDM as in SD 1.x, or, where PNDM cannot follow (zero terminal SNR, x0 prediction), DDIM."""
     values = {
-        "num_train_timesteps": config.steps,
+        "num_train_timesteps": config.num_train_timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
         "beta_schedule": SCHEDULES[config.beta_schedule],
         "trained_betas": None,
-        "prediction_type": config.prediction,
+        "prediction_type": config.prediction_type,
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "clip_sample": False,
     }
-    if config.zero_terminal_snr or config.prediction == "sample":
+    if config.zero_terminal_snr or config.prediction_type == "sample":
         # Only a trailing grid starts at the last timestep, the one that holds no signal.
         return {"_class_name": "DDIMScheduler", **values, "rescale_betas_zero_snr": config.zero_terminal_snr,
                 "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading"}
@@ -253,8 +253,8 @@ def noise_from_dict(values: dict) -> NoiseConfig:
         raise CheckpointError(f"prediction_type is '{prediction}', but only epsilon, v_prediction and sample "
                               "can be read")
     return NoiseConfig(
-        steps=values["num_train_timesteps"], beta_start=values["beta_start"], beta_end=values["beta_end"],
-        beta_schedule=names[values["beta_schedule"]], prediction=prediction,
+        num_train_timesteps=values["num_train_timesteps"], beta_start=values["beta_start"], beta_end=values["beta_end"],
+        beta_schedule=names[values["beta_schedule"]], prediction_type=prediction,
         zero_terminal_snr=values.get("rescale_betas_zero_snr", False),
     )
 

@@ -59,8 +59,8 @@ def detect_config(file: Path, shapes: dict[str, Shape], prediction: str | None =
         raise CheckpointError(f"{file} is a Stable Diffusion 2.x, and its tensors do not tell what it predicts; give "
                               "prediction=\"epsilon\" for 2.0-base, 2.1-base and inpainting, \"v_prediction\" for "
                               "the models of 768 pixels.")
-    noise = NoiseConfig(prediction=prediction or "epsilon")
-    side = 768 if newer and noise.prediction == "v_prediction" else 512
+    noise = NoiseConfig(prediction_type=prediction or "epsilon")
+    side = 768 if newer and noise.prediction_type == "v_prediction" else 512
     return ModelConfig(file.stem, unet, detect_vae(select_part(shapes, VAE)), text, None, noise, side)
 
 

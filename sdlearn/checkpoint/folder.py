@@ -69,7 +69,7 @@ def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer:
                               "give a folder that diffusers or sdlearn has written.")
     tokenizer = tokenizer or load_tokenizer(folder / "tokenizer")
     config = read_config(folder, tokenizer)
-    check_prediction(folder, config.noise.prediction, prediction)
+    check_prediction(folder, config.noise.prediction_type, prediction)
     place = {"device": device, "dtype": dtype}
     for part, file in PARTS.items():
         find_weights_file(folder / part / file)          # one that is missing is told before any is read

@@ -55,7 +55,7 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
     with open_tensors(file) as there:
         header = read_header(file, there.metadata)
         config, own, world = header or (detect.detect_config(file, there.shapes, prediction), None, None)
-        check_prediction(file, config.noise.prediction, prediction)
+        check_prediction(file, config.noise.prediction_type, prediction)
         found = {name: shape for name, shape in there.shapes.items() if header or not detect.IGNORED.match(name)}
         modules = make_empty_modules(config)
         places = map_keys(modules, find_text_prefix(found))

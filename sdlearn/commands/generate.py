@@ -25,7 +25,7 @@ from ..checkpoint.difference import fingerprint_tensors
 from ..pipeline import PromptWarning, Settings, SettingsError, StableDiffusion, make_control
 from ..prompt import LONG
 from ..samplers import SAMPLERS
-from ..schedule import SPACINGS
+from ..schedule import TIMESTEP_SPACINGS
 from .export import DTYPES
 from .files import check_images, check_writable, save_png, settings_of
 from .source import add_source_options, models, source_options
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                         help="of the sampler (the model's default: 20 for mini)")
     parser.add_argument("--sampler", default=default.sampler, help=f"{', '.join(SAMPLERS)} (%(default)s)")
     parser.add_argument("--timestep-spacing", "--spacing",
-                        help=f"of the timesteps: {', '.join(SPACINGS)} (the sampler's own)")
+                        help=f"of the timesteps: {', '.join(TIMESTEP_SPACINGS)} (the sampler's own)")
     parser.add_argument("--guidance-scale", "--guidance", type=float,
                         help="1 is none (the model's default: 3 for mini)")
     parser.add_argument("--guidance-rescale", "--rescale", type=float, default=default.guidance_rescale,

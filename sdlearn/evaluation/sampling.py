@@ -14,7 +14,7 @@ from PIL import Image
 from ..data import Scene, scene_of
 from ..guidance import predict_x0
 from ..images import to_images, to_tensor
-from ..samplers import get_sampler, grid_for
+from ..samplers import get_sampler, make_timesteps_for
 from .judge import Judge, load_judge
 from .scoring import Scores, Verdict, judge_images, scores
 from .tasks import Prompt
@@ -48,8 +48,9 @@ def sample(model, texts: Sequence[str], seeds: Sequence[int], *, steps: int | No
     shape = model.latent_shape(chosen)[1:]
     noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(model.device)   # (B, C, h, w)
     context = model.encode([*texts, ""])                                              # (B + 1, M, T)
-    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:], scale=chosen.guidance_scale)
-    grid = grid_for(sampler, model.schedule, chosen.num_inference_steps)
+    denoise = predict_x0(model.unet, model.schedule, context[:-1], context[-1:],
+                         guidance_scale=chosen.guidance_scale)
+    grid = make_timesteps_for(sampler, model.schedule, chosen.num_inference_steps)
     for step in get_sampler(sampler)(denoise, noise, grid, model.schedule, generator=generators):
         latent = step.x
     return model.decode(latent)

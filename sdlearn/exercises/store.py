@@ -27,6 +27,15 @@ RENAMED: dict[str, str] = {
     "prior_preserved": "prior_preservation_loss",
     "merged_weight": "merge_weight",
     "widened": "widen_unet",
+    "guided": "classifier_free_guidance",
+    "repelled": "composed_guidance",
+    "rescaled": "rescale_guidance",
+    "scale_at": "guidance_scale_at",
+    "both_halves": "predict_uncond_cond",
+    "guided_passes": "count_nfe",
+    "timesteps": "make_timesteps",
+    "blended": "blended_denoise",
+    "shifted_time": "shift_timestep",
 }
 
 

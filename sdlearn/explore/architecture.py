@@ -109,7 +109,7 @@ def _draw_loop(canvas: "Canvas", config: ModelConfig):
     canvas.label(12.7, 22.5, "noise", LATENT_LINE, shapes["noise"], lift=0)
     canvas.label(22.7, 22.5, "stacked twice", LATENT_LINE, shapes["twice"], lift=0)
     canvas.arrow((54.5, 29.7), (63.3, 29.7), LATENT_LINE)
-    canvas.label(58.8, 29.7, f"{OUTPUT[config.noise.prediction]}, twice", LATENT_LINE, shapes["output"])
+    canvas.label(58.8, 29.7, f"{OUTPUT[config.noise.prediction_type]}, twice", LATENT_LINE, shapes["output"])
 
     canvas.box(63.3, 26, 13.5, 7.5, "Guidance", ("u + w (c − u)",), LATENT, LATENT_LINE)
     canvas.arrow((70, 26), (70, 19.5), LATENT_LINE)

@@ -79,7 +79,7 @@ class GuidanceExplorer(WithStill):
     def __init__(self, model: StableDiffusion, prompt: str, negative: str = "", *, steps: int = 8):
         self.model, self.count = model, steps
         wide = {"style": {"description_width": "80px"}, "layout": Layout(width="440px")}
-        last = model.schedule.steps - 1
+        last = model.schedule.num_train_timesteps - 1
         self.prompt = Text(prompt, description="prompt", **wide)
         self.negative = Text(negative, description="negative", **wide)
         self.guidance = FloatSlider(5, min=0, max=20, step=0.5, description="w", **wide)

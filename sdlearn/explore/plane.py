@@ -10,8 +10,8 @@ import numpy as np
 from ipywidgets import Dropdown, HBox, Image, IntSlider, Layout, Play, jslink
 from torch import Tensor
 
-from ..samplers import Step, grid_for
-from ..schedule import Grid, NoiseSchedule
+from ..samplers import Step, make_timesteps_for
+from ..schedule import NoiseSchedule, Timesteps
 from .curves import COLOURS, plain
 from .figures import HEAD, INK, WIDTH, Drawing
 from .widgets import WithStill
@@ -135,7 +135,7 @@ class SamplerExplorer(WithStill):
     def walk(self):
         """Make the run of what is chosen, and show its step."""
         name, count = self.sampler.value, self.count.value
-        self.grid = grid_for(name, self.schedule, count)
+        self.grid = make_timesteps_for(name, self.schedule, count)
         self.run: list[Step] = list(self.samplers[name](self.denoise, self.x, self.grid, self.schedule))
         self.play.max = self.step.max = count - 1           # brings the step back into the run, if it lay beyond
         self.show()
@@ -159,9 +159,9 @@ class SamplerExplorer(WithStill):
         return self.frame(sorted({0, self.count.value // 2, self.count.value - 1}))
 
 
-def draw_grid(axes, schedule: NoiseSchedule, grid: Grid, index: int):
+def draw_grid(axes, schedule: NoiseSchedule, grid: Timesteps, index: int):
     """sigma, the share of noise, at every timestep of a grid, with the step `index` marked; the end stands at 0."""
-    times = range(schedule.steps)
+    times = range(schedule.num_train_timesteps)
     axes.plot(times, [schedule.at(t)[1] for t in times], color=BEHIND, linewidth=1.4)
     places = [0 if t is None else t for t in (grid[0][0], *(end for _, end in grid))]
     left = [schedule.at(t)[1] for t in (grid[0][0], *(end for _, end in grid))]

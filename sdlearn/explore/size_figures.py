@@ -14,7 +14,7 @@ from PIL import Image as Images
 from PIL import ImageDraw
 
 from ..pipeline import PromptWarning, StableDiffusion, two_pass
-from ..sizes import Box, Size, even_step
+from ..sizes import Box, Size, size_multiple
 from .curves import COLOURS, Panel, curves
 from .figures import EDGE, GAP, HEAD, LINE, WIDTH, Drawing, _image, _wrapped, _write, show_images
 from .guidance_figures import side_by_side
@@ -94,7 +94,7 @@ class SizeExplorer(WithStill):
 
     def __init__(self, model: StableDiffusion, prompt: str, *, steps: int = 8, guidance: float = 4.0):
         self.model, self.given = model, {"num_inference_steps": steps, "guidance_scale": guidance, "batch": SHOWN}
-        own, step = model.config.image_size, even_step(model.config)
+        own, step = model.config.image_size, size_multiple(model.config)
         sides = list(range(own // 2, 2 * own + 1, step // 2))
         wide = {"style": {"description_width": "80px"}, "layout": Layout(width="440px")}
         self.prompt = Text(prompt, description="prompt", **wide)

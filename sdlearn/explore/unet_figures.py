@@ -179,7 +179,7 @@ class UNetBreaker(WithStill):
                 ("all are lost", tuple(range(self.skip_count)))]
         self.controls = {
             "scene": IntSlider(0, min=0, max=len(self.scenes) - 1, description="scene", **late),
-            "t": IntSlider(500, min=0, max=model.schedule.steps - 1, description="timestep", **late),
+            "t": IntSlider(500, min=0, max=model.schedule.num_train_timesteps - 1, description="timestep", **late),
             "time": Dropdown(options=self.TIMES, description="it is told", **wide),
             "skips": Dropdown(options=lost, description="skips", **wide),
             "attn1": Checkbox(True, description="self-attention"),

@@ -148,7 +148,7 @@ def draw_timesteps(count: int, schedule: NoiseSchedule, generator: torch.Generat
     Each is uniform in 0...N-1, as if drawn alone; together they make less noise in the loss.
     """
     parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return (parts * schedule.steps / count).long().clamp(max=schedule.steps - 1)
+    return (parts * schedule.num_train_timesteps / count).long().clamp(max=schedule.num_train_timesteps - 1)
 
 
 # --- what it is made from -----------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from ..checkpoint import CheckpointError, Parts, load, load_embedding, load_lora
 from ..checkpoint.shipped import list_shipped_models, load_shipped
 from ..controlnet import ControlNet
 from ..finetune import Embedding, LoRA, MergedLoRAs, add_embedding
-from ..guidance import check_guidance, predict_x0, shared_halves
+from ..guidance import check_guidance, predict_uncond_cond_shared, predict_x0
 from ..images import to_images
-from ..samplers import grid_for
-from ..schedule import Grid, NoiseSchedule
+from ..samplers import make_timesteps_for
+from ..schedule import NoiseSchedule, Timesteps
 from ..unet import UNet
 from .cache import with_cache
 from .prompt_warnings import LongPromptWarning, PromptWarning, UnknownWordWarning, unknown_words
@@ -253,22 +253,24 @@ class StableDiffusion:
         task = {name: given[name] for name in given if name in TASK}
         chosen = self.validate(**{name: given[name] for name in given if name not in TASK})
         task, chosen = task_of(self, chosen, **task)
-        grid = get_timesteps(grid_for(chosen.sampler, self.schedule, chosen.num_inference_steps,
-                                      chosen.timestep_spacing), task.strength)
+        grid = get_timesteps(make_timesteps_for(chosen.sampler, self.schedule, chosen.num_inference_steps,
+                                                chosen.timestep_spacing), task.strength)
         for kind, message in self.prompt_warnings(prompt, negative_prompt, long_prompts=chosen.long_prompts):
             warnings.warn(message, kind, stacklevel=3)
         return self._run([prompt, negative_prompt], task, grid, chosen)
 
     @torch.no_grad()        # not inference_mode: steps hand out tensors, with which a learner may want gradients
-    def _run(self, prompts: list[str], task: PipelineInputs, grid: Grid, chosen: Settings) -> Iterator[SamplingStep]:
+    def _run(self, prompts: list[str], task: PipelineInputs, grid: Timesteps,
+             chosen: Settings) -> Iterator[SamplingStep]:
         generators = [torch.Generator().manual_seed(chosen.seed + i) for i in range(chosen.batch)]
         with out_of_memory_as_error("{} of {}x{}".format(chosen.batch, *self.size(chosen.size))):
             start = SamplingState(self, task, grid, generators, self.latent_shape(chosen))
             context, uncond = self.encode(prompts, long=chosen.long_prompts)[:, None]        # each (1, M, T)
             unet = with_cache(start.unet, [t for t, _ in grid])
             denoise = predict_x0(unet, self.schedule, context.expand(chosen.batch, -1, -1), uncond,
-                                 scale=chosen.guidance_scale, rescale=chosen.guidance_rescale,
-                                 interval=chosen.guidance_interval, halves=shared_halves)
+                                 guidance_scale=chosen.guidance_scale,
+                                 guidance_rescale=chosen.guidance_rescale,
+                                 guidance_interval=chosen.guidance_interval, predict_pair=predict_uncond_cond_shared)
             for step in start.sample(denoise, chosen.sampler):
                 if step.index == len(grid) - 1:
                     step = step._replace(x=start.composite(step.x))
@@ -288,7 +290,8 @@ class StableDiffusion:
             if getattr(chosen, name) is None:
                 chosen = replace(chosen, **{name: getattr(default, name)})
         self.size(chosen.size)
-        as_settings_error(grid_for, chosen.sampler, self.schedule, chosen.num_inference_steps, chosen.timestep_spacing)
+        as_settings_error(make_timesteps_for, chosen.sampler, self.schedule, chosen.num_inference_steps,
+                          chosen.timestep_spacing)
         as_settings_error(check_guidance, self.schedule, chosen.guidance_scale, chosen.guidance_rescale,
                           chosen.guidance_interval)
         return chosen

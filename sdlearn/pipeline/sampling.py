@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..controlnet import add_control
-from ..inpaint import blended, latent_mask, masked_pixels, nine_channels, paste, repaint
+from ..inpaint import blended_denoise, latent_mask, masked_pixels, nine_channels, paste, repaint
 from ..samplers import SAMPLERS, Denoise, Step
-from ..schedule import Grid
+from ..schedule import Timesteps
 from ..vae import DiagonalGaussian
 from .settings import SettingsError
 from .task import PipelineInputs, noise_like
 
 
-def get_timesteps(grid: Grid, strength: float) -> Grid:
+def get_timesteps(grid: Timesteps, strength: float) -> Timesteps:
     """The last steps of a grid: the share `strength` of them, rounded down, as in diffusers."""
     count = int(len(grid) * strength)
     if count < 1:
@@ -30,7 +30,7 @@ class SamplingState:
     sample of the masked image's latent; each only where it is needed.
     """
 
-    def __init__(self, model, task: PipelineInputs, grid: Grid, generators: list[torch.Generator],
+    def __init__(self, model, task: PipelineInputs, grid: Timesteps, generators: list[torch.Generator],
                  shape: tuple[int, ...]):
         self.schedule, self.grid, self.task, self.generators = model.schedule, grid, task, generators
         self.blends = task.mask is not None and not model.inpaints
@@ -56,7 +56,7 @@ class SamplingState:
         if self.task.resample > 1:
             sample = repaint(sample, self.known, self.mask, times=self.task.resample)
         elif self.blends:
-            denoise = blended(denoise, self.known, self.mask, self.noise, self.schedule)
+            denoise = blended_denoise(denoise, self.known, self.mask, self.noise, self.schedule)
         return sample(denoise, self.x, self.grid, self.schedule, generator=self.generators)
 
     def composite(self, x: Tensor) -> Tensor:

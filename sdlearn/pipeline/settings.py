@@ -10,7 +10,7 @@ import torch
 
 from ..prompt import LONG
 from ..samplers import SAMPLERS
-from ..schedule import SPACINGS
+from ..schedule import TIMESTEP_SPACINGS
 
 MAX_SIDE = 2048         # pixels; beyond it attention takes hours and all memory
 MAX_BATCH = 256         # images at once
@@ -43,9 +43,9 @@ class Settings:
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise SettingsError(f"there is no sampler '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
-        if self.timestep_spacing not in (None, *SPACINGS):
+        if self.timestep_spacing not in (None, *TIMESTEP_SPACINGS):
             raise SettingsError(f"there is no timestep_spacing '{self.timestep_spacing}'; choose one of "
-                                f"{', '.join(SPACINGS)}")
+                                f"{', '.join(TIMESTEP_SPACINGS)}")
         if self.long_prompts not in LONG:
             raise SettingsError(f"long_prompts is '{self.long_prompts}'; choose one of {', '.join(LONG)}")
         for name, low, high in (("batch", 1, MAX_BATCH), ("seed", 0, 2**63 - MAX_BATCH)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..sizes import even_step, fitted
+from ..sizes import fit_size, size_multiple
 
 if TYPE_CHECKING:
     from .model import StableDiffusion
@@ -26,7 +26,7 @@ def two_pass(model: "StableDiffusion", prompt: str, size: int | tuple[int, int],
     own = model.config.image_size
     if width * height <= own * own:
         return model.text2img(prompt, negative_prompt, size=(width, height), **settings)
-    first = model.text2img(prompt, negative_prompt, size=fitted((width, height), own, even_step(model.config)),
+    first = model.text2img(prompt, negative_prompt, size=fit_size((width, height), own, size_multiple(model.config)),
                            **settings)
     enlarged = [image.resize((width, height), Image.Resampling.BICUBIC) for image in first]
     return model.img2img(prompt, enlarged, negative_prompt, strength=strength, **settings)

@@ -163,7 +163,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         *(f"- {name}: {count / 1e6:.2f} M parameters" for name, count in sizes.items()),
         f"- images of {config.image_size} x {config.image_size}, latents of {config.latent_size} x "
         f"{config.latent_size} x {config.vae.latent_channels}, scaling factor {parts.vae.config.scaling_factor}",
-        f"- prediction: {config.noise.prediction}; terminal signal-to-noise ratio "
+        f"- prediction: {config.noise.prediction_type}; terminal signal-to-noise ratio "
         f"{'zero' if config.noise.zero_terminal_snr else 'above zero'}", "",
         "## Training", "",
         f"`python -m sdlearn train`, lately on {figures['machine']}, torch {figures['torch']}; other work ran on the "

@@ -24,7 +24,7 @@ from ..data import CORE, Scene, World, contact_sheet, scene
 from ..guidance import predict_x0
 from ..images import save_sheet, to_images, to_tensor
 from ..samplers import SAMPLERS
-from ..schedule import NoiseSchedule, timesteps
+from ..schedule import NoiseSchedule, make_timesteps
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -78,8 +78,8 @@ def sample_images(network: Callable, context: torch.Tensor, empty: torch.Tensor,
     the seed first + i. empty (1, L, D): the text "", for guidance."""
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first + i))
                          for i in range(len(context))]).to(context.device)
-    denoise = predict_x0(network, schedule, context, empty, scale=guidance)
-    *_, last = SAMPLERS["ddim"](denoise, noise, timesteps(schedule, steps), schedule)
+    denoise = predict_x0(network, schedule, context, empty, guidance_scale=guidance)
+    *_, last = SAMPLERS["ddim"](denoise, noise, make_timesteps(schedule, steps), schedule)
     return torch.cat([vae.to_pixels(part) for part in last.x.split(8)]).clamp(-1, 1)
 
 
@@ -207,7 +207,7 @@ class LatentRecipe:
         latents, contexts = self.cache.take(rows)
         dropped = torch.rand(self.batch_size, generator=generator) < self.dropout
         contexts[dropped] = self.empty.cpu()
-        t = draw_shifted_timesteps(self.batch_size, self.schedule.steps, self.shift, generator)
+        t = draw_shifted_timesteps(self.batch_size, self.schedule.num_train_timesteps, self.shift, generator)
         return latents, contexts, t, torch.randn(latents.shape, generator=generator), *self.beside(rows)
 
     def draw(self, generator: torch.Generator) -> np.ndarray:

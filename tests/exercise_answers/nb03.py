@@ -161,9 +161,9 @@ def by_way_of_eps(schedule, output, x, t, prediction):
 
 
 def x0_by(eps=lambda e, x, a, s: (x - s * e) / a, v=lambda v, x, a, s: a * x - s * v):
-    def to_x0(schedule, output, x, t, prediction):
+    def to_x0(schedule, output, x, t, prediction_type):
         alpha, sigma = shares(schedule, x, t)
-        return (eps if prediction == "epsilon" else v)(output, x, alpha, sigma)
+        return (eps if prediction_type == "epsilon" else v)(output, x, alpha, sigma)
     return to_x0
 
 
@@ -182,11 +182,11 @@ for words, answer in [
     wrong("to_x0", words)(answer)
 
 
-# --- timesteps ----------------------------------------------------------------------------------------
+# --- make_timesteps -----------------------------------------------------------------------------------
 
-@right("timesteps")
+@right("make_timesteps")
 def counting_down(schedule, n):
-    stride = schedule.steps // n
+    stride = schedule.num_train_timesteps // n
     found, t = [], stride * (n - 1) + 1
     while t >= 1:
         found.append((t, t - stride if t > stride else None))
@@ -194,17 +194,17 @@ def counting_down(schedule, n):
     return found
 
 
-@right("timesteps")
+@right("make_timesteps")
 def lists(schedule, n):
-    times = sorted((i * (schedule.steps // n) + 1 for i in range(n)), reverse=True)
+    times = sorted((i * (schedule.num_train_timesteps // n) + 1 for i in range(n)), reverse=True)
     return [[t, times[i + 1] if i + 1 < n else None] for i, t in enumerate(times)]
 
 
 def grid_of(times, end=None):
-    def timesteps(schedule, n):
-        found = times(schedule.steps, n)
+    def answer(schedule, n):
+        found = times(schedule.num_train_timesteps, n)
         return list(zip(found, found[1:] + [end], strict=True))
-    return timesteps
+    return answer
 
 
 for words, answer in [
@@ -217,7 +217,7 @@ for words, answer in [
     ("must be a pair", lambda schedule, n: [1000 // n * i + 1 for i in range(n)][::-1]),
     ("3 steps where 4", lambda schedule, n: pairwise([1000 // n * i + 1 for i in reversed(range(n))])),
 ]:
-    wrong("timesteps", words)(answer)
+    wrong("make_timesteps", words)(answer)
 
 
 # --- samplers -----------------------------------------------------------------------------------------
@@ -419,8 +419,8 @@ def heun_as_a_mean(denoise, x, grid, schedule, generator=None):
 
 def heun_by(end):
     """Heun with another end of the step; `end(X, d, now, then, slope)` in X, where slope(X, t) asks again."""
-    def heun(denoise, x, grid, schedule):
-        for i, (t, t_prev) in enumerate(grid):
+    def heun(denoise, x, timesteps, schedule):
+        for i, (t, t_prev) in enumerate(timesteps):
             (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
             X, now, then = x / a, s / a, sp / ap
             x0 = denoise(x, t)
@@ -447,8 +447,8 @@ for words, answer in [
 
 def heun_second(second):
     """Heun in x, with `second(denoise, x, end, t, t_prev, a, s, ap, sp)` for the eps at the end."""
-    def heun(denoise, x, grid, schedule):
-        for i, (t, t_prev) in enumerate(grid):
+    def heun(denoise, x, timesteps, schedule):
+        for i, (t, t_prev) in enumerate(timesteps):
             (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
             x0 = denoise(x, t)
             eps = (x - a * x0) / s

@@ -117,9 +117,9 @@ def in_place(original, generated, mask, seam=0):
     return original.lerp_(generated, soft_mask(mask, seam).expand_as(original))
 
 
-# --- blended ------------------------------------------------------------------------------------------
+# --- blended_denoise ------------------------------------------------------------------------------------------
 
-@right("blended")
+@right("blended_denoise")
 def by_products(denoise, known, mask, noise, schedule):
     def told(x, t):
         entering = mask * x + (1 - mask) * schedule.add_noise(known, noise, t)
@@ -127,7 +127,7 @@ def by_products(denoise, known, mask, noise, schedule):
     return told
 
 
-@right("blended")
+@right("blended_denoise")
 class Told:
     """A class with __call__ does as well as a function within a function."""
 
@@ -142,7 +142,7 @@ class Told:
 
 def blends(enters=lambda known, noise, t, s: s.add_noise(known, noise, t), leaves=lambda known, noisy: known,
            flip=False):
-    def blended(denoise, known, mask, noise, schedule):
+    def answer(denoise, known, mask, noise, schedule):
         m = 1 - mask if flip else mask
 
         def told(x, t):
@@ -151,7 +151,7 @@ def blends(enters=lambda known, noise, t, s: s.add_noise(known, noise, t), leave
             back = leaves(known, noisy)
             return x0 if back is None else m * x0 + (1 - m) * back
         return told
-    return blended
+    return answer
 
 
 for words, answer in [
@@ -166,10 +166,10 @@ for words, answer in [
     ("no noise of your own", blends(enters=lambda known, noise, t, s: s.add_noise(known, torch.randn(known.shape), t))),
     ("It must return a function", lambda denoise, known, mask, noise, schedule: known),
 ]:
-    wrong("blended", words)(answer)
+    wrong("blended_denoise", words)(answer)
 
 
-@wrong("blended", "changes `x` in place")
+@wrong("blended_denoise", "changes `x` in place")
 def writes_into_x(denoise, known, mask, noise, schedule):
     def told(x, t):
         keep = (mask == 0).expand_as(x)
@@ -178,7 +178,7 @@ def writes_into_x(denoise, known, mask, noise, schedule):
     return told
 
 
-@wrong("blended", "2 times for one call")
+@wrong("blended_denoise", "2 times for one call")
 def twice(denoise, known, mask, noise, schedule):
     def told(x, t):
         seen = torch.where(mask == 0, schedule.add_noise(known, noise, t), x)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from exercise_answers import right, wrong
 from sdlearn.exercises.exercise import find
-from sdlearn.sizes import even_step, fitted
-from sdlearn.tiles import ramp, tile_starts
+from sdlearn.sizes import fit_size, size_multiple
+from sdlearn.tiles import tile_starts, tile_weights
 
 # --- level_sizes --------------------------------------------------------------------------------------
 
@@ -116,12 +116,12 @@ def one_check(tokens, trained):
     return math.sqrt(math.log(tokens) / math.log(trained))
 
 
-# --- shifted_time -------------------------------------------------------------------------------------
+# --- shift_timestep -------------------------------------------------------------------------------------
 
-@right("shifted_time")
+@right("shift_timestep")
 def by_hand(schedule, t, times):
     alpha, sigma = schedule.at(t)
-    ratios = schedule.ratios.tolist()
+    ratios = schedule.ve_sigmas.tolist()
     if alpha == 0:
         return len(ratios) - 1
     wanted = times * sigma / alpha
@@ -133,10 +133,10 @@ def by_hand(schedule, t, times):
     return len(ratios) - 1
 
 
-@right("shifted_time")
+@right("shift_timestep")
 def by_searchsorted(schedule, t, times):
     alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in schedule.at(t))
-    table = schedule.ratios
+    table = schedule.ve_sigmas
     wanted = (times * sigma / alpha).clamp(table[0], table[-1])
     i = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
     return (i - 1 + (wanted - table[i - 1]) / (table[i] - table[i - 1])).item()
@@ -146,7 +146,7 @@ def interp(factor, last=float):
     def answer(schedule, t, times):
         alpha, sigma = schedule.at(t)
         ratio = sigma / alpha if alpha else math.inf
-        return last(np.interp(factor(times) * ratio, schedule.ratios, np.arange(1000)))
+        return last(np.interp(factor(times) * ratio, schedule.ve_sigmas, np.arange(1000)))
     return answer
 
 
@@ -160,9 +160,9 @@ for words, answer in [
     ("it is t that is multiplied", lambda schedule, t, times: min(t * times, 999)),
     ("timesteps go from 0 to 999", lambda schedule, t, times: times * t),
     ("sigma / alpha is infinite", lambda schedule, t, times: float(np.interp(
-        times * schedule.at(t)[1] / schedule.at(t)[0], schedule.ratios, range(1000)))),
+        times * schedule.at(t)[1] / schedule.at(t)[0], schedule.ve_sigmas, range(1000)))),
 ]:
-    wrong("shifted_time", words)(answer)
+    wrong("shift_timestep", words)(answer)
 
 
 # --- two_pass -----------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def in_other_words(model, prompt, size, negative_prompt="", *, strength=0.5, **s
     w, h = model.size(size)
     own = model.config.image_size
     large = w * h > own ** 2
-    first = fitted((w, h), own, even_step(model.config)) if large else (w, h)
+    first = fit_size((w, h), own, size_multiple(model.config)) if large else (w, h)
     images = model.text2img(prompt, negative_prompt=negative_prompt, size=first, **settings)
     if not large:
         return images
@@ -186,19 +186,21 @@ def by_another_filter(model, prompt, size, negative_prompt="", *, strength=0.5, 
     own = model.config.image_size
     if w * h <= own * own:
         return model.text2img(prompt, negative_prompt, size=(w, h), **settings)
-    images = model.text2img(prompt, negative_prompt, size=fitted((w, h), own, even_step(model.config)), **settings)
+    images = model.text2img(prompt, negative_prompt, size=fit_size((w, h), own, size_multiple(model.config)),
+                            **settings)
     large = list(map(lambda image: image.resize((w, h), Image.Resampling.LANCZOS), images))
     return model.img2img(prompt, large, negative_prompt, strength=strength, **settings)
 
 
-def passes(first=fitted, strength_of=lambda s: s, keep=True, negative=True, take=lambda images: images, small=True,
+def passes(first=fit_size, strength_of=lambda s: s, keep=True, negative=True, take=lambda images: images, small=True,
            filters=Image.Resampling.BICUBIC):
     def two_pass(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
         w, h = model.size(size)
         own = model.config.image_size
         if small and w * h <= own * own:
             return model.text2img(prompt, negative_prompt, size=(w, h), **settings)
-        images = model.text2img(prompt, negative_prompt, size=first((w, h), own, even_step(model.config)), **settings)
+        images = model.text2img(prompt, negative_prompt, size=first((w, h), own, size_multiple(model.config)),
+                                **settings)
         images = take([one.resize((w, h), filters) for one in images])
         return model.img2img(prompt, images, negative_prompt if negative else "", strength=strength_of(strength),
                              **(settings if keep else {}))
@@ -208,7 +210,7 @@ def passes(first=fitted, strength_of=lambda s: s, keep=True, negative=True, take
 for words, answer in [
     ("the full size already", passes(first=lambda size, own, step: size)),
     ("the first pass is a square", passes(first=lambda size, own, step: own)),
-    ("width and height exchanged", passes(first=lambda size, own, step: fitted(size, own, step)[::-1])),
+    ("width and height exchanged", passes(first=lambda size, own, step: fit_size(size, own, step)[::-1])),
     ("half of the sides", passes(first=lambda size, own, step: (size[0] // 2, size[1] // 2))),
     ("passes on 1 - strength", passes(strength_of=lambda s: 1 - s)),
     ("`strength` is not passed on", passes(strength_of=lambda s: 0.8)),
@@ -223,7 +225,7 @@ for words, answer in [
 
 @wrong("two_pass", "The images are 192x96")
 def forgot_to_enlarge(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
-    size = fitted(model.size(size), model.config.image_size, even_step(model.config))
+    size = fit_size(model.size(size), model.config.image_size, size_multiple(model.config))
     images = model.text2img(prompt, negative_prompt, size=size, **settings)
     return model.img2img(prompt, images, negative_prompt, strength=strength, **settings)
 
@@ -231,8 +233,8 @@ def forgot_to_enlarge(model, prompt, size, negative_prompt="", *, strength=0.5, 
 @wrong("two_pass", "there is no second pass")
 def one_pass(model, prompt, size, negative_prompt="", *, strength=0.5, **settings):
     w, h = model.size(size)
-    images = model.text2img(prompt, negative_prompt, size=fitted((w, h), model.config.image_size,
-                                                                 even_step(model.config)), **settings)
+    images = model.text2img(prompt, negative_prompt, size=fit_size((w, h), model.config.image_size,
+                                                                 size_multiple(model.config)), **settings)
     return [one.resize((w, h), Image.Resampling.BICUBIC) for one in images]
 
 
@@ -282,9 +284,9 @@ def the_last_of_equals(size, buckets):
     return find("nearest_bucket").solutions[0](size, buckets[::-1])
 
 
-@wrong("shifted_time", "where timesteps go from 0 to 999")
+@wrong("shift_timestep", "where timesteps go from 0 to 999")
 def in_thousands(*given):
-    return 1000 + find("shifted_time").solutions[0](*given)
+    return 1000 + find("shift_timestep").solutions[0](*given)
 
 
 # --- decode_tiled -------------------------------------------------------------------------------------
@@ -323,15 +325,15 @@ def rows_of_tiles(decode, latent, *, factor, tile=64, overlap=16):
     for top in tile_starts(h, tile, overlap):
         for left in tile_starts(w, tile, overlap):
             part = decode(latent[..., top:top + tile, left:left + tile])
-            down = ramp(part.shape[2], overlap * f, first=top == 0, last=top + tile >= h)
-            across = ramp(part.shape[3], overlap * f, first=left == 0, last=left + tile >= w)
+            down = tile_weights(part.shape[2], overlap * f, first=top == 0, last=top + tile >= h)
+            across = tile_weights(part.shape[3], overlap * f, first=left == 0, last=left + tile >= w)
             weight = (down[:, None] * across).expand(b, 1, -1, -1)
             acc[..., top * f:top * f + part.shape[2], left * f:left * f + part.shape[3]] += torch.cat(
                 [part * weight, weight], dim=1)
     return acc[:, :3] / acc[:, 3:]
 
 
-def tiled(starts=tile_starts, scale=True, weights=ramp, over=False, divide=True, at=lambda y, x: (y, x)):
+def tiled(starts=tile_starts, scale=True, weights=tile_weights, over=False, divide=True, at=lambda y, x: (y, x)):
     def answer(decode, latent, *, factor, tile=64, overlap=16):
         b, _, h, w = latent.shape
         out, total = torch.zeros(b, 3, h * factor, w * factor), torch.zeros(h * factor, w * factor)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from exercise_answers import right, wrong
-from sdlearn.guidance import scale_at
+from sdlearn.guidance import guidance_scale_at
 
 # --- conv_cost ----------------------------------------------------------------------------------------
 
@@ -239,9 +239,9 @@ for words, answer in [
     wrong("ddim_coefficients", words)(answer)
 
 
-# --- guided_passes ------------------------------------------------------------------------------------
+# --- count_nfe ------------------------------------------------------------------------------------
 
-@right("guided_passes")
+@right("count_nfe")
 def by_hand(times, scale, interval=None):
     low, high = interval or (0, 1000)
     inside = [t for t in times if low <= t <= high]
@@ -249,11 +249,11 @@ def by_hand(times, scale, interval=None):
     return len(times) + twice
 
 
-@right("guided_passes")
+@right("count_nfe")
 def in_a_row(times, scale, interval=None):
     n = 0
     for t in times:
-        w = scale_at(t, scale, interval)
+        w = guidance_scale_at(t, scale, interval)
         n += 1 + int(w != 0 and w != 1)
     return n
 
@@ -272,11 +272,11 @@ for words, answer in [
     ("the conditional half is enough", passes(once=(0,))),
     ("two passes of work", lambda times, scale, interval=None: len(times)),
     ("are exchanged", passes(inside=lambda t, interval: interval is None or not interval[0] <= t <= interval[1])),
-    ("needs both", lambda times, scale, interval=None: sum(2 if scale_at(t, scale, interval) > 1 else 1
+    ("needs both", lambda times, scale, interval=None: sum(2 if guidance_scale_at(t, scale, interval) > 1 else 1
                                                            for t in times)),
     ("a whole number", lambda times, scale, interval=None: float(passes()(times, scale, interval))),
 ]:
-    wrong("guided_passes", words)(answer)
+    wrong("count_nfe", words)(answer)
 
 
 # --- fleet --------------------------------------------------------------------------------------------

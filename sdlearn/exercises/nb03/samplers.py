@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import samplers
 from ...samplers import Step
-from ...schedule import NoiseSchedule, timesteps
+from ...schedule import NoiseSchedule, make_timesteps
 from ..testing import Answer, Wrong, randn, require, require_shape
 from . import lesson
 from .schedule import EPS, ZERO_SNR
@@ -26,7 +26,7 @@ def denoise(x: Tensor, t: float) -> Tensor:
 def walk(sampler: Callable, schedule: NoiseSchedule = EPS, grid: list | None = None, look: Callable = denoise,
          **settings) -> list[Tensor]:
     """The latents after each step of the sampler."""
-    steps = sampler(look, START, grid or timesteps(schedule, STEPS), schedule, **settings)
+    steps = sampler(look, START, grid or make_timesteps(schedule, STEPS), schedule, **settings)
     if not isinstance(steps, Iterator):
         raise Wrong("It is no generator: `yield` a Step after each step, in place of returning at the end")
     found = []
@@ -40,13 +40,13 @@ def walk(sampler: Callable, schedule: NoiseSchedule = EPS, grid: list | None = N
 
 def kept(sampler: Callable) -> list[Tensor]:
     """What is held by who keeps the steps in a list, and looks at them at the end."""
-    steps = list(islice(sampler(denoise, START, timesteps(EPS, 3), EPS), LIMIT))
+    steps = list(islice(sampler(denoise, START, make_timesteps(EPS, 3), EPS), LIMIT))
     return [step[2] for step in steps]
 
 
 def steps_are_told(sampler: Answer):
     """Common to all samplers, step "shape": as many steps as pairs, with their index, their t and their x0."""
-    grid = timesteps(EPS, STEPS)
+    grid = make_timesteps(EPS, STEPS)
     sampler.agrees(lambda answer: 0 * len(walk(answer)))            # errors are told here, with what causes them
     require(len(found := walk(sampler)) == STEPS, f"It yields {len(found)} steps where the grid has {STEPS}")
     told = list(islice(sampler(denoise, START, grid, EPS), LIMIT))
@@ -61,7 +61,7 @@ def steps_are_told(sampler: Answer):
 def x0_is_told(sampler: Answer):
     """Each Step holds the x0 that was predicted where the step began."""
     x = START
-    for index, t, after, x0 in islice(sampler(denoise, START, timesteps(EPS, STEPS), EPS), LIMIT):
+    for index, t, after, x0 in islice(sampler(denoise, START, make_timesteps(EPS, STEPS), EPS), LIMIT):
         require(torch.allclose(x0, denoise(x, t), atol=1e-4), f"The x0 of step {index} is another one than "
                 "`denoise(x, t)` gave: yield what was predicted where the step began")
         x = after.detach().clone()
@@ -105,7 +105,7 @@ def posterior(x, x0, a, s, ap, sp, generator=None, *, mean: Callable | None = No
 
 ddpm = lesson.exercise(
     5, samplers.ddpm, grade="supported", minutes=15, also=[samplers.gaussian],
-    asks="Write `ddpm(denoise, x, grid, schedule, *, generator=None)`: draw each x from the posterior.",
+    asks="Write `ddpm(denoise, x, timesteps, schedule, *, generator=None)`: draw each x from the posterior.",
     hints=["q(x_prev | x, x0) is Gaussian. Its mean mixes x0 and x; its variance is what is lost of x_prev in x.",
            "With k = (alpha / alpha_prev)²: mean = (alpha_prev (1 - k) x0 + sqrt(k) sigma_prev² x) / sigma², and the "
            "standard deviation is sigma_prev / sigma sqrt(1 - k).",
@@ -230,7 +230,7 @@ def deterministic(exercise, last: int | None):
 
 ddim = lesson.exercise(
     6, samplers.ddim, grade="guided", minutes=10,
-    asks="Write `ddim(denoise, x, grid, schedule)` without fresh noise (eta 0).",
+    asks="Write `ddim(denoise, x, timesteps, schedule)` without fresh noise (eta 0).",
     beyond="The package's `ddim` can make a part of the noise fresh (eta), and ends at x0 itself only on request; "
            "the exercise asks for eta 0, down to the noise of timestep 0.",
     hints=["Predict x0. What is left of x, x - alpha x0, is noise, sigma times eps.",
@@ -268,7 +268,8 @@ def fresh(denoise, x, grid, schedule):
 
 euler = lesson.exercise(
     7, samplers.euler, grade="guided", minutes=10,
-    asks="Write `euler(denoise, x, grid, schedule)`: Euler's method for dX/ds = eps, X = x / alpha, s = sigma / alpha.",
+    asks="Write `euler(denoise, x, timesteps, schedule)`: Euler's method for dX/ds = eps, with X = x / alpha "
+         "and s = sigma / alpha.",
     hints=["Euler: X_prev = X + (s_prev - s) eps. Since X = x0 + s eps, that is x0 + s_prev eps.",
            "Times alpha_prev: x_prev = alpha_prev x0 + sigma_prev eps, and nothing is divided by alpha.",
            "`schedule.at(None)` is (1, 0): the last step leads to x0 without a case of its own."])

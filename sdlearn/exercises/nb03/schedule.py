@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ...config import NoiseConfig
-from ...schedule import NoiseSchedule, timesteps
+from ...schedule import NoiseSchedule, make_timesteps
 from ..testing import Wrong, randn, require, require_shape
 from . import lesson
 
 EPS = NoiseSchedule(NoiseConfig())
-V = NoiseSchedule(NoiseConfig(prediction="v_prediction"))
-ZERO_SNR = NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
+V = NoiseSchedule(NoiseConfig(prediction_type="v_prediction"))
+ZERO_SNR = NoiseSchedule(NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True))
 X0, NOISE, OUTPUT = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 4, 8, 8, seed=2)
 
 
@@ -96,7 +96,7 @@ def subtracted(x0, noise, alpha, sigma):
 
 @add_noise.mistake("this is the path of flow matching, straight in t/1000; Stable Diffusion's follows the schedule")
 def straight(schedule, x0, noise, t):
-    share = (torch.as_tensor(t) / schedule.steps).reshape(-1, 1, 1, 1).to(x0.dtype)
+    share = (torch.as_tensor(t) / schedule.num_train_timesteps).reshape(-1, 1, 1, 1).to(x0.dtype)
     return (1 - share) * x0 + share * noise
 
 
@@ -172,7 +172,7 @@ target.mistake("noise - x0 is the target of flow matching: v weighs the two by a
 
 to_x0 = lesson.exercise(
     3, NoiseSchedule.to_x0, grade="guided", minutes=8, also=[NoiseSchedule._beside],
-    asks='Write `to_x0(schedule, output, x, t, prediction)` for "epsilon" and "v_prediction".',
+    asks='Write `to_x0(schedule, output, x, t, prediction_type)` for "epsilon" and "v_prediction".',
     beyond="The package's `to_x0` also takes \"sample\", for a network that predicts x0 itself, and falls back on the "
            "schedule's own prediction; the exercise asks for the two others, named each time.",
     hints=["For eps: take x = alpha x0 + sigma eps, and solve it for x0.",
@@ -250,9 +250,10 @@ to_x0.mistake(ONE_NUMBER)(lambda schedule, output, x, t, prediction: at_one(
 # --- 3.4 ----------------------------------------------------------------------------------------------
 
 grid = lesson.exercise(
-    4, timesteps, grade="supported", minutes=8,
-    asks="Write `timesteps(schedule, n)`: the leading grid, n pairs (t, t_prev) from noise to image.",
-    beyond='The package\'s `timesteps` has four more spacings; the exercise asks for "leading" alone, the default.',
+    4, make_timesteps, grade="supported", minutes=8,
+    asks="Write `make_timesteps(schedule, n)`: the leading grid, n pairs (t, t_prev) from noise to image.",
+    beyond='The package\'s `make_timesteps` has four more spacings; the exercise asks for "leading", '
+           'the default.',
     hints=["The stride is N // n. Go in steps of it, from the largest timestep to the smallest.",
            "Multiples of the stride, from 0 on, each plus 1, are Stable Diffusion's grid: 751, 501, 251, 1 for n = 4.",
            "The second of a pair is the next one's first; after the last comes None, the clean image. `zip` the list "
@@ -301,7 +302,7 @@ def numbers_that_do_not_divide_and_one(timesteps):
 def paired(times: Callable) -> Callable:
     """The grid that goes through the timesteps of `times(N, n)`."""
     def answer(schedule, n):
-        found = list(times(schedule.steps, n))
+        found = list(times(schedule.num_train_timesteps, n))
         return list(zip(found, [*found[1:], None], strict=True))
     return answer
 

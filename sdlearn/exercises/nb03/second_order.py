@@ -13,7 +13,7 @@ from .samplers import STEPS, calls, kept, one_call_a_step, steps_are_told, walk,
 
 heun = lesson.exercise(
     8, samplers.heun, grade="supported", minutes=15,
-    asks="Write `heun(denoise, x, grid, schedule)`: Euler's step, then again with the mean of both slopes.",
+    asks="Write `heun(denoise, x, timesteps, schedule)`: Euler's step, then again with the mean of both slopes.",
     beyond="The package's `heun` also falls back to Euler's step where x holds no signal at all; the exercise asks for "
            "grids that begin with some.",
     hints=["Make Euler's step first. At its end, at t_prev, ask `denoise` again: that gives eps there.",
@@ -99,7 +99,7 @@ def asked_at_the_end(denoise, x, grid, schedule):
 
 dpmpp_2m = lesson.exercise(
     9, samplers.dpmpp_2m, grade="on your own", minutes=25,
-    asks="Write `dpmpp_2m(denoise, x, grid, schedule)`: DPM-Solver++(2M), of second order with one call a step.",
+    asks="Write `dpmpp_2m(denoise, x, timesteps, schedule)`: DPM-Solver++(2M), of second order with one call a step.",
     hints=["Between two steps x0 hardly changes: extrapolate it, along lambda = log(alpha / sigma), to the middle of "
            "the step that comes, and make the step of first order with that.",
            "With h = lambda_prev - lambda and h_last the step before: D = x0 + h / h_last (x0 - x0_last) / 2. The "

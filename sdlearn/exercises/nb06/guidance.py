@@ -14,28 +14,30 @@ U, C, N = (randn(3, 4, 5, 6, seed=seed) + shift for seed, shift in ((1, 0.3), (2
 
 # --- 6.1 ----------------------------------------------------------------------------------------------
 
-guided = lesson.exercise(
-    1, guidance.guided, grade="guided", minutes=3,
-    asks="Write `guided(uncond, cond, scale)`: guidance, with 1 the conditional output and 0 the unconditional one.",
+classifier_free_guidance = lesson.exercise(
+    1, guidance.classifier_free_guidance, grade="guided", minutes=3,
+    asks="Write `classifier_free_guidance(uncond, cond, guidance_scale)`: at 1 the conditional output, at 0 the "
+         "unconditional one.",
     hints=["It is a line through two points. Where are you at w = 0, and where at w = 1?",
            "Start at u and go w times the way from u to c.",
            "The way from u to c is c - u."])
 
 
-@guided.test("shape")
-def guided_keeps_the_shape(guided):
-    require_shape(guided(U, C, 7.5), U.shape)
+@classifier_free_guidance.test("shape")
+def guided_keeps_the_shape(classifier_free_guidance):
+    require_shape(classifier_free_guidance(U, C, 7.5), U.shape)
 
 
-@guided.test("value")
-def beyond_the_conditional(guided):
-    guided.agrees(lambda answer: [answer(U, C, scale) for scale in (7.5, 0.5)], what="At w = 7.5 and 0.5, the result")
+@classifier_free_guidance.test("value")
+def beyond_the_conditional(classifier_free_guidance):
+    classifier_free_guidance.agrees(lambda answer: [answer(U, C, scale) for scale in (7.5, 0.5)],
+                                    what="At w = 7.5 and 0.5, the result")
 
 
-@guided.test("edge case")
-def both_ends_and_behind(guided):
-    guided.agrees(lambda answer: [answer(U, C, scale) for scale in (0.0, 1.0, -1.0)],
-                  what="At w = 0, 1 and -1, the result")
+@classifier_free_guidance.test("edge case")
+def both_ends_and_behind(classifier_free_guidance):
+    classifier_free_guidance.agrees(lambda answer: [answer(U, C, scale) for scale in (0.0, 1.0, -1.0)],
+                                    what="At w = 0, 1 and -1, the result")
 
 
 for diagnosis, line in [
@@ -48,33 +50,33 @@ for diagnosis, line in [
     ("this is c, whatever w is", lambda u, c, w: c.clone()),
     ("w is held between 0 and 1: guidance goes beyond c", lambda u, c, w: u + min(max(w, 0), 1) * (c - u)),
 ]:
-    guided.mistake(diagnosis)(line)
+    classifier_free_guidance.mistake(diagnosis)(line)
 
 
 # --- 6.3 ----------------------------------------------------------------------------------------------
 
-repelled = lesson.exercise(
-    3, guidance.repelled, grade="supported", minutes=6,
-    asks="Write `repelled(uncond, cond, negative, scale, away)`: from u, `scale` times the way to c, and `away` times "
-         "the way from n.",
+composed_guidance = lesson.exercise(
+    3, guidance.composed_guidance, grade="supported", minutes=6,
+    asks="Write `composed_guidance(uncond, cond, negative, guidance_scale, negative_scale)`: from u, `guidance_scale` "
+         "times the way to c, and `negative_scale` times the way from n.",
     hints=["Both ways start at u. The one to c is c - u. What is the one to n?",
-           "Add `scale` times the first, take away `away` times the second."])
+           "Add `guidance_scale` times the first, take away `negative_scale` times the second."])
 
 
-@repelled.test("shape")
-def repelled_keeps_the_shape(repelled):
-    require_shape(repelled(U, C, N, 5.0, 2.0), U.shape)
+@composed_guidance.test("shape")
+def repelled_keeps_the_shape(composed_guidance):
+    require_shape(composed_guidance(U, C, N, 5.0, 2.0), U.shape)
 
 
-@repelled.test("value")
-def pushed_from_u(repelled):
-    repelled.same(U, C, N, 5.0, 2.0)
+@composed_guidance.test("value")
+def pushed_from_u(composed_guidance):
+    composed_guidance.same(U, C, N, 5.0, 2.0)
 
 
-@repelled.test("edge case")
-def no_push_and_the_usual_one(repelled):
-    repelled.agrees(lambda answer: [answer(U, C, N, 5.0, 0.0), answer(U, C, N, 5.0, 4.0)],
-                    what="With away = 0, and with away = scale - 1,")
+@composed_guidance.test("edge case")
+def no_push_and_the_usual_one(composed_guidance):
+    composed_guidance.agrees(lambda answer: [answer(U, C, N, 5.0, 0.0), answer(U, C, N, 5.0, 4.0)],
+                             what="With negative_scale = 0, and with negative_scale = guidance_scale - 1,")
 
 
 for diagnosis, line in [
@@ -83,46 +85,46 @@ for diagnosis, line in [
     ("n is taken away whole: only the way from u to n must be", lambda u, c, n, w, v: u + w * (c - u) - v * n),
     ("the push starts at n and goes to c: it goes from u, away from n",
      lambda u, c, n, w, v: u + w * (c - u) - v * (c - n)),
-    ("this is n in the place of u, the usual negative prompt: `away` is not used",
+    ("this is n in the place of u, the usual negative prompt: `negative_scale` is not used",
      lambda u, c, n, w, v: n + w * (c - n)),
-    ("the push has w as a factor, too: `away` is a strength of its own",
+    ("the push has w as a factor, too: `negative_scale` is a strength of its own",
      lambda u, c, n, w, v: u + w * (c - u - v * (n - u))),
     ("n is not used", lambda u, c, n, w, v: u + w * (c - u)),
 ]:
-    repelled.mistake(diagnosis)(line)
+    composed_guidance.mistake(diagnosis)(line)
 
 
 # --- 6.4 ----------------------------------------------------------------------------------------------
 
-rescaled = lesson.exercise(
-    4, guidance.rescaled, grade="supported", minutes=8,
-    asks="Write `rescaled(out, cond, phi)`: each guided output goes a share phi of the way back to the standard "
-         "deviation of its conditional one.",
+rescale_guidance = lesson.exercise(
+    4, guidance.rescale_guidance, grade="supported", minutes=8,
+    asks="Write `rescale_guidance(out, cond, guidance_rescale)`: each guided output goes a share phi = "
+         "`guidance_rescale` of the way back to the standard deviation of its conditional one.",
     hints=["The factor that gives `out` the deviation of `cond` is std(cond) / std(out), for each latent of the batch.",
            "`x.std(dim=(1, 2, 3), keepdim=True)` is (B, 1, 1, 1).",
            "A share phi of the way: phi times the rescaled output, and 1 - phi times `out` as it was. Where `out` is "
            "all zeros, `clamp(min=...)` the deviation that you divide by."])
 
 
-@rescaled.test("shape")
-def rescaled_keeps_the_shape(rescaled):
-    require_shape(rescaled(4 * U, C, 0.7), U.shape)
+@rescale_guidance.test("shape")
+def rescaled_keeps_the_shape(rescale_guidance):
+    require_shape(rescale_guidance(4 * U, C, 0.7), U.shape)
 
 
-@rescaled.test("value")
-def all_the_way(rescaled):
-    rescaled.agrees(lambda answer: answer(stretched(), C, 1.0), what="With phi = 1, the result")
+@rescale_guidance.test("value")
+def all_the_way(rescale_guidance):
+    rescale_guidance.agrees(lambda answer: answer(stretched(), C, 1.0), what="With phi = 1, the result")
 
 
-@rescaled.test("value")
-def a_share_of_the_way(rescaled):
-    rescaled.agrees(lambda answer: [answer(stretched(), C, phi) for phi in (0.7, 0.0)],
-                    what="With phi = 0.7 and 0, the result")
+@rescale_guidance.test("value")
+def a_share_of_the_way(rescale_guidance):
+    rescale_guidance.agrees(lambda answer: [answer(stretched(), C, phi) for phi in (0.7, 0.0)],
+                            what="With phi = 0.7 and 0, the result")
 
 
-@rescaled.test("edge case")
-def zeros_stay_zeros(rescaled):
-    rescaled.agrees(lambda answer: answer(0 * U, C, 0.7), what="Of an output of zeros, the result")
+@rescale_guidance.test("edge case")
+def zeros_stay_zeros(rescale_guidance):
+    rescale_guidance.agrees(lambda answer: answer(0 * U, C, 0.7), what="Of an output of zeros, the result")
 
 
 def stretched() -> Tensor:
@@ -133,10 +135,10 @@ def stretched() -> Tensor:
 
 def by_std(dims=(1, 2, 3), factor: Callable = lambda wanted, there: wanted / there, tiny: float = 1e-30,
            mixed: Callable = lambda out, full, phi: phi * full + (1 - phi) * out) -> Callable:
-    def rescaled(out, cond, phi):
+    def rescale(out, cond, phi):
         wanted, there = cond.std(dims, keepdim=True), out.std(dims, keepdim=True).clamp(min=tiny)
         return mixed(out, out * factor(wanted, there), phi)
-    return rescaled
+    return rescale
 
 
 for diagnosis, parts in [
@@ -155,52 +157,52 @@ for diagnosis, parts in [
     ("it goes all the way, whatever phi is", {"mixed": lambda out, full, phi: full}),
     ("the part that was not rescaled is missing: (1 - phi) of `out`", {"mixed": lambda out, full, phi: phi * full}),
 ]:
-    rescaled.mistake(diagnosis)(by_std(**parts))
+    rescale_guidance.mistake(diagnosis)(by_std(**parts))
 
 
-@rescaled.mistake("the mean is exchanged as well: only the deviation is")
+@rescale_guidance.mistake("the mean is exchanged as well: only the deviation is")
 def mean_too(out, cond, phi):
     dims = (1, 2, 3)
     full = (out - out.mean(dims, keepdim=True)) / out.std(dims, keepdim=True) * cond.std(dims, keepdim=True)
     return phi * (full + cond.mean(dims, keepdim=True)) + (1 - phi) * out
 
 
-@rescaled.mistake("it is `cond` that is stretched: `out` is to be brought back")
+@rescale_guidance.mistake("it is `cond` that is stretched: `out` is to be brought back")
 def the_other(out, cond, phi):
-    return guidance.rescaled(cond, out, phi)
+    return guidance.rescale_guidance(cond, out, phi)
 
 
 # --- 6.5 ----------------------------------------------------------------------------------------------
 
-scale_at = lesson.exercise(
-    5, guidance.scale_at, grade="guided", minutes=4,
-    asks="Write `scale_at(t, scale, interval=None)`: `scale` for low <= t <= high, and outside of it the w that means "
-         "no guidance.",
+guidance_scale_at = lesson.exercise(
+    5, guidance.guidance_scale_at, grade="guided", minutes=4,
+    asks="Write `guidance_scale_at(t, guidance_scale, guidance_interval=None)`: `guidance_scale` for low <= t <= high, "
+         "and outside of the interval the w that means no guidance.",
     hints=["Which w makes the conditional output alone?",
            "Without an interval (None) the scale holds everywhere. The ends belong to it."])
 
 
-@scale_at.test("shape")
-def a_number(scale_at):
-    result = scale_at(500, 7.5, (200, 800))
+@guidance_scale_at.test("shape")
+def a_number(guidance_scale_at):
+    result = guidance_scale_at(500, 7.5, (200, 800))
     require(isinstance(result, (int, float)) and not isinstance(result, bool), "It must return a number")
 
 
-@scale_at.test("value")
-def inside_and_outside(scale_at):
-    scale_at.agrees(lambda answer: [float(answer(t, 7.5, (200, 800))) for t in (999, 500, 20)],
-                    what="At t = 999, 500 and 20 with the interval (200, 800), w")
+@guidance_scale_at.test("value")
+def inside_and_outside(guidance_scale_at):
+    guidance_scale_at.agrees(lambda answer: [float(answer(t, 7.5, (200, 800))) for t in (999, 500, 20)],
+                             what="At t = 999, 500 and 20 with the interval (200, 800), w")
 
 
-@scale_at.test("edge case")
-def at_its_ends(scale_at):
-    scale_at.agrees(lambda answer: [float(answer(t, 7.5, (200, 800))) for t in (800, 800.5, 200, 199)],
-                    what="At t = 800, 800.5, 200 and 199 with the interval (200, 800), w")
+@guidance_scale_at.test("edge case")
+def at_its_ends(guidance_scale_at):
+    guidance_scale_at.agrees(lambda answer: [float(answer(t, 7.5, (200, 800))) for t in (800, 800.5, 200, 199)],
+                             what="At t = 800, 800.5, 200 and 199 with the interval (200, 800), w")
 
 
-@scale_at.test("edge case")
-def everywhere(scale_at):
-    scale_at.agrees(lambda answer: [float(answer(t, 7.5)) for t in (999, 0)], what="Without an interval, w")
+@guidance_scale_at.test("edge case")
+def everywhere(guidance_scale_at):
+    guidance_scale_at.agrees(lambda answer: [float(answer(t, 7.5)) for t in (999, 0)], what="Without an interval, w")
 
 
 def within(inside: Callable, outside: float = 1.0) -> Callable:
@@ -220,4 +222,4 @@ for diagnosis, answer in [
     ("it gives 1 where there is no interval: then the scale holds everywhere",
      lambda t, scale, interval=None: scale if interval and interval[0] <= t <= interval[1] else 1.0),
 ]:
-    scale_at.mistake(diagnosis)(answer)
+    guidance_scale_at.mistake(diagnosis)(answer)

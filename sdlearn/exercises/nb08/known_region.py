@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...config import NoiseConfig
-from ...inpaint import blended, repaint
+from ...inpaint import blended_denoise, repaint
 from ...samplers import ddpm, euler
-from ...schedule import NoiseSchedule, standard_noise, timesteps
+from ...schedule import NoiseSchedule, make_timesteps, standard_noise
 from ..testing import randn, require, require_shape
 from . import lesson
 
@@ -16,7 +16,7 @@ SCHEDULE = NoiseSchedule(NoiseConfig())
 X, KNOWN, NOISE = (randn(2, 4, 6, 8, seed=seed) for seed in (11, 12, 13))
 MASK = torch.zeros(2, 1, 6, 8)
 MASK[0, :, 1:4, 2:6] = MASK[1, :, 2:5, 1:4] = 1
-GRID = timesteps(SCHEDULE, 3)
+GRID = make_timesteps(SCHEDULE, 3)
 
 
 def network(x: Tensor, t: float) -> Tensor:
@@ -27,8 +27,8 @@ def network(x: Tensor, t: float) -> Tensor:
 # --- 8.3 ----------------------------------------------------------------------------------------------
 
 blending = lesson.exercise(
-    3, blended, grade="supported", minutes=12,
-    asks="Write `blended(denoise, known, mask, noise, schedule)`: it returns a function `told(x, t)`. In what "
+    3, blended_denoise, grade="supported", minutes=12,
+    asks="Write `blended_denoise(denoise, known, mask, noise, schedule)`: it returns a function `told(x, t)`. In what "
          "`denoise` sees, the known cells (mask 0) are `known` with `noise` of timestep t; in the x0 that comes back, "
          "they are `known`.",
     beyond="The package's function also checks the sizes.",
@@ -38,62 +38,63 @@ blending = lesson.exercise(
 
 
 @blending.test("shape")
-def a_function_of_x_and_t(blended):
-    told = blended(network, KNOWN, MASK, NOISE, SCHEDULE)
+def a_function_of_x_and_t(blended_denoise):
+    told = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
     require(callable(told), "It must return a function of (x, t), which takes the place of `denoise`")
     require_shape(told(X, 500), X.shape)
 
 
 @blending.test("value")
-def the_same_each_time(blended):
-    told = blended(network, KNOWN, MASK, NOISE, SCHEDULE)
+def the_same_each_time(blended_denoise):
+    told = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
     require(torch.equal(told(X, 500), told(X, 500)),
             "Two calls with the same x and t differ: use the `noise` that is given, and no noise of your own")
 
 
 @blending.test("value")
-def what_denoise_sees(blended):
+def what_denoise_sees(blended_denoise):
     def seen(answer):
         found = []
         answer(lambda x, t: (found.append(x.clone()), x)[1], KNOWN, MASK, NOISE, SCHEDULE)(X, 500)
         require(len(found) == 1, f"`denoise` is called {len(found)} times for one call: once is enough")
         return found
-    blended.agrees(seen, what="What `denoise` sees at t = 500")
+    blended_denoise.agrees(seen, what="What `denoise` sees at t = 500")
 
 
 @blending.test("value")
-def what_comes_back(blended):
-    blended.agrees(lambda answer: answer(network, KNOWN, MASK, NOISE, SCHEDULE)(X, 500), what="The x0 at t = 500")
+def what_comes_back(blended_denoise):
+    blended_denoise.agrees(lambda answer: answer(network, KNOWN, MASK, NOISE, SCHEDULE)(X, 500),
+                           what="The x0 at t = 500")
 
 
 @blending.test("value")
-def at_other_timesteps(blended):
-    blended.agrees(lambda answer: [answer(network, KNOWN, MASK, NOISE, SCHEDULE)(X, t) for t in (20, 950)],
-                   what="At t = 20 and 950, the x0")
+def at_other_timesteps(blended_denoise):
+    blended_denoise.agrees(lambda answer: [answer(network, KNOWN, MASK, NOISE, SCHEDULE)(X, t) for t in (20, 950)],
+                           what="At t = 20 and 950, the x0")
 
 
 @blending.test("edge case")
-def one_image_for_the_batch(blended):
-    blended.agrees(lambda answer: answer(network, KNOWN[:1], MASK[:1], NOISE[:1], SCHEDULE)(X, 500),
-                   what="With one known latent for two of x, the x0")
+def one_image_for_the_batch(blended_denoise):
+    blended_denoise.agrees(lambda answer: answer(network, KNOWN[:1], MASK[:1], NOISE[:1], SCHEDULE)(X, 500),
+                           what="With one known latent for two of x, the x0")
 
 
 @blending.test("edge case")
-def x_stays_as_it_was(blended):
+def x_stays_as_it_was(blended_denoise):
     x = X.clone()
-    blended(network, KNOWN, MASK, NOISE, SCHEDULE)(x, 500)
+    blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)(x, 500)
     require(torch.equal(x, X), "It changes `x` in place: the sampler still needs what it held, so make something new")
 
 
 def telling(before=None, after=None, keep=lambda mask: mask < 0.5):
-    """`blended` with one of its replacements exchanged; before and after get (known, noise, t, schedule)."""
-    def blended(denoise, known, mask, noise, schedule):
+    """`blended_denoise` with one of its replacements exchanged; before and after get (known, noise, t, schedule)."""
+    def answer(denoise, known, mask, noise, schedule):
         def told(x, t):
             entering = x if before is None else torch.where(keep(mask), before(known, noise, t, schedule), x)
             x0 = denoise(entering, t)
             return x0 if after is None else torch.where(keep(mask), after(known, noise, t, schedule), x0)
         return told
-    return blended
+    return answer
 
 
 def noised(known, noise, t, schedule):
@@ -127,8 +128,8 @@ again = lesson.exercise(
          "schedule, *, generator=None), that takes each step of `sample` `times` times, the last step once. Each time "
          "it is blended with new noise; between two times it goes back up from t_prev to t.",
     beyond="The package's function also checks `times` and the sizes.",
-    hints=["For each (t, t_prev): draw the known cells' noise, make `blended(denoise, known, mask, noise, schedule)`, "
-           "and run `sample` on the grid `[(t, t_prev)]`, which yields one step: `step, = sample(...)`.",
+    hints=["For each (t, t_prev): draw the known cells' noise, make `blended_denoise(denoise, known, mask, noise, "
+           "schedule)`, and run `sample` on the grid `[(t, t_prev)]`, which yields one step: `step, = sample(...)`.",
            "Going back up: x_t = k x + sqrt(1 - k^2) noise, with k = alpha_t / alpha_t_prev, the share of the signal "
            "that the forward process keeps on this way. `schedule.at(t)` is (alpha, sigma): alpha is the root of "
            "abar already.",
@@ -195,7 +196,7 @@ def resampled(*, count=lambda times, last: 1 if last else times, back="forward",
                 for i in range(passes):
                     if fresh is True or fresh and i == 0:
                         fixed = standard_noise(x, generator)
-                    told = blended(denoise, known, mask, fixed, schedule) if blend else denoise
+                    told = blended_denoise(denoise, known, mask, fixed, schedule) if blend else denoise
                     step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
                     x = step.x
                     if every and i + 1 < passes:

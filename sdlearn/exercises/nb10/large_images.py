@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import tiles
 from ...config import PRESETS
 from ...pipeline.two_pass import two_pass as package_two_pass
-from ...sizes import even_step, fitted
+from ...sizes import fit_size, size_multiple
 from ..testing import randn, require, require_shape
 from . import lesson
 
@@ -23,8 +23,8 @@ two_pass = lesson.exercise(
          "the model's own area take one pass.",
     hints=["`size` may be one number, for a square: `model.size(size)` gives (width, height). "
            "`model.config.image_size` is the model's own side.",
-           "`fitted((width, height), side, even_step(model.config))` is the size of the first pass: pass it on as "
-           "`size=...`, with all of `settings`.",
+           "`fit_size((width, height), side, size_multiple(model.config))` is the size of the first pass: pass it on "
+           "as `size=...`, with all of `settings`.",
            "`image.resize((width, height), Image.Resampling.BICUBIC)` for each image of the list. `img2img` takes "
            "the whole list, the negative prompt, `strength` and, again, `settings`; the size is the images'."])
 
@@ -108,7 +108,7 @@ def small_and_other_models(two_pass):
                     what="For a model of 512 and 1024x768, what it is asked for")
 
 
-def passes(first: Callable = lambda size, own, step: fitted(size, own, step), filters=Image.Resampling.BICUBIC,
+def passes(first: Callable = lambda size, own, step: fit_size(size, own, step), filters=Image.Resampling.BICUBIC,
            large: Callable = lambda images, size: images, kept: Callable = lambda settings: settings,
            negative: Callable = lambda text: text, small: Callable = lambda w, h, own: w * h <= own * own,
            second: Callable = lambda strength: {"strength": strength},
@@ -117,7 +117,7 @@ def passes(first: Callable = lambda size, own, step: fitted(size, own, step), fi
         (width, height), own = model.size(size), model.config.image_size
         if small(width, height, own):
             return model.text2img(prompt, negative_prompt, size=one(width, height, own), **settings)
-        images = model.text2img(prompt, negative_prompt, size=first((width, height), own, even_step(model.config)),
+        images = model.text2img(prompt, negative_prompt, size=first((width, height), own, size_multiple(model.config)),
                                 **settings)
         images = [image.resize((width, height), filters) for image in images]
         return model.img2img(prompt, large(images, (width, height)), negative(negative_prompt), **second(strength),
@@ -129,7 +129,8 @@ for diagnosis, parts in [
     ("the first pass has the full size already, where things are drawn twice", {"first": lambda size, own, step: size}),
     ("the first pass is a square, whatever the shape: squeezing it into shape distorts it",
      {"first": lambda size, own, step: (own, own)}),
-    ("the first pass has width and height exchanged", {"first": lambda size, own, step: fitted(size[::-1], own, step)}),
+    ("the first pass has width and height exchanged",
+     {"first": lambda size, own, step: fit_size(size[::-1], own, step)}),
     ("the first pass has half of the sides: it must have the area of the model's own images",
      {"first": lambda size, own, step: (size[0] // 2, size[1] // 2)}),
     ("`strength` is not passed on, so img2img takes its own", {"second": lambda strength: {}}),
@@ -161,7 +162,7 @@ def enlarged_alone(model, prompt, size, negative_prompt="", *, strength=0.5, **s
     own = model.config.image_size
     if width * height <= own * own:
         return model.text2img(prompt, negative_prompt, size=(width, height), **settings)
-    images = model.text2img(prompt, negative_prompt, size=fitted((width, height), own, even_step(model.config)),
+    images = model.text2img(prompt, negative_prompt, size=fit_size((width, height), own, size_multiple(model.config)),
                             **settings)
     return [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
 
@@ -169,7 +170,7 @@ def enlarged_alone(model, prompt, size, negative_prompt="", *, strength=0.5, **s
 # --- 10.6 ---------------------------------------------------------------------------------------------
 
 decode_tiled = lesson.exercise(
-    6, tiles.decode_tiled, grade="on your own", minutes=20, also=[tiles.tile_starts, tiles.ramp],
+    6, tiles.decode_tiled, grade="on your own", minutes=20, also=[tiles.tile_starts, tiles.tile_weights],
     asks="Write `decode_tiled(decode, latent, *, factor, tile=64, overlap=16)`: call `decode` on pieces of at most "
          "`tile` x `tile` cells, and put the pixels together. Neighbours share `overlap` cells, in which one fades "
          "into the other.",
@@ -177,8 +178,9 @@ decode_tiled = lesson.exercise(
            "other; then weights need not add up to 1.",
            "`tile_starts(length, tile, overlap)` says where tiles begin along an axis, in cells. A tile's pixels go to "
            "`top * factor` and on.",
-           "`ramp(length, overlap * factor, first=..., last=...)` gives the weights along one axis, in pixels; the "
-           "tile's weights are `down[:, None] * across`. `first` is `left == 0`, `last` is `left + tile >= columns`.",
+           "`tile_weights(length, overlap * factor, first=..., last=...)` gives the weights along one axis, in pixels; "
+           "the tile's weights are `down[:, None] * across`. `first` is `left == 0`, `last` is "
+           "`left + tile >= columns`.",
            "`decode` may return fewer pixels than tile * factor, where the latent is smaller than a tile: take rows "
            "and columns from what it returns."])
 
@@ -258,7 +260,7 @@ def faded(length: int, overlap: int) -> Tensor:
 
 
 def tiling(starts: Callable = tiles.tile_starts, scale: bool = True, divided: bool = True,
-           fade: Callable = tiles.ramp, whole: bool = False) -> Callable:
+           fade: Callable = tiles.tile_weights, whole: bool = False) -> Callable:
     def answer(decode, latent, *, factor, tile=64, overlap=16):
         batch, _, rows, columns = latent.shape
         total = torch.zeros(batch, 3, rows * factor, columns * factor)

@@ -165,11 +165,12 @@ for diagnosis, answer in [
 
 # --- 10.3 ---------------------------------------------------------------------------------------------
 
-SCHEDULES = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
+SCHEDULES = (NoiseSchedule(NoiseConfig()),
+             NoiseSchedule(NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True)))
 
-shifted_time = lesson.exercise(
-    3, sizes.shifted_time, grade="supported", minutes=8,
-    asks="Write `shifted_time(schedule, t, times)`: the timestep, with fraction, at which an image `times` as wide "
+shift_timestep = lesson.exercise(
+    3, sizes.shift_timestep, grade="supported", minutes=8,
+    asks="Write `shift_timestep(schedule, t, times)`: the timestep, with fraction, at which an image `times` as wide "
          "and as high is as noisy, at the usual image's scale, as that one is at t. Beyond the schedule, its ends.",
     hints=["Averages over `times` x `times` cells leave the signal and divide the noise's deviation by `times`. So "
            "what has to become of sigma / alpha?",
@@ -179,34 +180,34 @@ shifted_time = lesson.exercise(
            "sigma / alpha is `math.inf`."])
 
 
-@shifted_time.test("shape")
-def a_timestep(shifted_time):
-    found = shifted_time(SCHEDULES[0], 500, 2)
+@shift_timestep.test("shape")
+def a_timestep(shift_timestep):
+    found = shift_timestep(SCHEDULES[0], 500, 2)
     require(isinstance(found, (int, float, np.number)) or getattr(found, "ndim", 1) == 0, "It must return a number")
     require(0 <= found <= 999, f"It returns {float(found):.1f}, where timesteps go from 0 to 999")
 
 
-@shifted_time.test("value")
-def later_for_larger_images(shifted_time):
-    shifted_time.agrees(lambda answer: [float(answer(SCHEDULES[0], t, 2)) for t in (100, 500)],
+@shift_timestep.test("value")
+def later_for_larger_images(shift_timestep):
+    shift_timestep.agrees(lambda answer: [float(answer(SCHEDULES[0], t, 2)) for t in (100, 500)],
                         what="For an image twice as wide, at t = 100 and 500, the timestep")
 
 
-@shifted_time.test("value")
-def for_smaller_ones_too(shifted_time):
-    shifted_time.agrees(lambda answer: [float(answer(SCHEDULES[1], 600, times)) for times in (0.5, 1, 3)],
+@shift_timestep.test("value")
+def for_smaller_ones_too(shift_timestep):
+    shift_timestep.agrees(lambda answer: [float(answer(SCHEDULES[1], 600, times)) for times in (0.5, 1, 3)],
                         what="For images 0.5, 1 and 3 times as wide, at t = 600, the timestep")
 
 
-@shifted_time.test("edge case")
-def at_the_ends(shifted_time):
-    shifted_time.agrees(lambda answer: [float(answer(SCHEDULES[0], 990, 4)), float(answer(SCHEDULES[0], 1, 0.1))],
+@shift_timestep.test("edge case")
+def at_the_ends(shift_timestep):
+    shift_timestep.agrees(lambda answer: [float(answer(SCHEDULES[0], 990, 4)), float(answer(SCHEDULES[0], 1, 0.1))],
                         what="Beyond both ends, the timestep")
 
 
-@shifted_time.test("edge case")
-def where_there_is_no_signal(shifted_time):
-    shifted_time.agrees(lambda answer: float(answer(SCHEDULES[1], 999, 2)), what="At t = 999 with no signal left, it")
+@shift_timestep.test("edge case")
+def where_there_is_no_signal(shift_timestep):
+    shift_timestep.agrees(lambda answer: float(answer(SCHEDULES[1], 999, 2)), what="At t = 999 with no signal left, it")
 
 
 def looked_up(factor: Callable = lambda times: times, ratio: Callable = lambda alpha, sigma: sigma / alpha,
@@ -214,7 +215,7 @@ def looked_up(factor: Callable = lambda times: times, ratio: Callable = lambda a
     def answer(schedule, t, times):
         alpha, sigma = schedule.at(t)
         wanted = factor(times) * ratio(alpha, sigma) if alpha else math.inf
-        return last(np.interp(wanted, table(schedule.ratios), range(schedule.steps)))
+        return last(np.interp(wanted, table(schedule.ve_sigmas), range(schedule.num_train_timesteps)))
     return answer
 
 
@@ -224,7 +225,7 @@ for diagnosis, answer in [
     ("this is the other direction: a larger image needs more noise", looked_up(lambda times: 1 / times)),
     ("the factor's root is taken", looked_up(lambda times: math.sqrt(times))),
     ("it is t that is multiplied: multiply sigma / alpha, and look up which t has it",
-     lambda schedule, t, times: min(float(t * times), schedule.steps - 1.0)),
+     lambda schedule, t, times: min(float(t * times), schedule.num_train_timesteps - 1.0)),
     ("sigma alone is multiplied: what counts is sigma over alpha",
      looked_up(ratio=lambda alpha, sigma: sigma, table=lambda ratios: ratios / (1 + ratios ** 2).sqrt())),
     ("the result is rounded: keep the fraction", looked_up(last=lambda t: float(round(t)))),
@@ -233,16 +234,16 @@ for diagnosis, answer in [
      lambda schedule, t, times: times * t / (1 + (times - 1) * t)),
     ("this is the formula for straight paths, alpha = 1 - t and sigma = t, times the number of steps: here look up "
      "sigma / alpha in the table",
-     lambda schedule, t, times: times * t / (1 + (times - 1) * t / (schedule.steps - 1))),
+     lambda schedule, t, times: times * t / (1 + (times - 1) * t / (schedule.num_train_timesteps - 1))),
     ("it does not depend on `times`", lambda schedule, t, times: float(t)),
 ]:
-    shifted_time.mistake(diagnosis)(answer)
+    shift_timestep.mistake(diagnosis)(answer)
 
 
-@shifted_time.mistake("where alpha is 0 nothing can be divided by it: sigma / alpha is infinite there")
+@shift_timestep.mistake("where alpha is 0 nothing can be divided by it: sigma / alpha is infinite there")
 def zero_forgotten(schedule, t, times):
     alpha, sigma = schedule.at(t)
-    return float(np.interp(times * sigma / alpha, schedule.ratios, range(schedule.steps)))
+    return float(np.interp(times * sigma / alpha, schedule.ve_sigmas, range(schedule.num_train_timesteps)))
 
 
 # --- 10.5 ---------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from torch import nn
 from ... import guidance, samplers
 from ...config import PRESETS, NoiseConfig
 from ...pipeline import cache
-from ...schedule import NoiseSchedule, timesteps
+from ...schedule import NoiseSchedule, make_timesteps
 from ...unet import UNet
 from ..testing import randn, require
 from . import lesson
 
-SD, ZERO = NoiseSchedule(NoiseConfig()), NoiseSchedule(NoiseConfig(prediction="v_prediction", zero_terminal_snr=True))
+SD, ZERO = (NoiseSchedule(NoiseConfig()),
+            NoiseSchedule(NoiseConfig(prediction_type="v_prediction", zero_terminal_snr=True)))
 TINY = PRESETS["tiny"].unet
 TIMES = [800.0, 500.0, 200.0]
 X, TEXTS = randn(1, 4, 4, 4, seed=1), [randn(1, 5, TINY.context_dim, seed=seed) for seed in (2, 3)]
@@ -137,9 +138,9 @@ for diagnosis, answer in [
 
 ddim_coefficients = lesson.exercise(
     4, samplers.ddim_coefficients, grade="supported", minutes=10,
-    asks="Write `ddim_coefficients(schedule, grid)`: (a, b) for each pair (t, t_prev) of the grid, Python floats, so "
-         "that DDIM's step is x_prev = a x + b x0. `schedule.at(t)` is (alpha, sigma). The last t_prev is None and "
-         "ends at the noise of timestep 0.",
+    asks="Write `ddim_coefficients(schedule, timesteps)`: (a, b) for each pair (t, t_prev) of the timesteps, Python "
+         "floats, so that DDIM's step is x_prev = a x + b x0. `schedule.at(t)` is (alpha, sigma). The last "
+         "t_prev is None and ends at the noise of timestep 0.",
     hints=["The step: eps = (x - alpha x0) / sigma, then x_prev = alpha_prev x0 + sigma_prev eps. Put the first into "
            "the second and collect x and x0.",
            "`alpha, sigma = schedule.at(t)` gives floats. For the last pair take `schedule.at(0)`.",
@@ -147,12 +148,12 @@ ddim_coefficients = lesson.exercise(
 
 
 def factors(answer: Callable, schedule: NoiseSchedule, n: int) -> list[list[float]]:
-    return [[float(value) for value in pair] for pair in answer(schedule, timesteps(schedule, n))]
+    return [[float(value) for value in pair] for pair in answer(schedule, make_timesteps(schedule, n))]
 
 
 @ddim_coefficients.test("shape")
 def a_pair_of_floats_for_each_step(ddim_coefficients):
-    found = ddim_coefficients(SD, timesteps(SD, 3))
+    found = ddim_coefficients(SD, make_timesteps(SD, 3))
     require(isinstance(found, (list, tuple)) and len(found) == 3 and all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in found), "It must return a pair for each step")
     require(not any(isinstance(value, torch.Tensor) for pair in found for value in pair),
@@ -210,42 +211,43 @@ for diagnosis, answer in [
 
 STEPS = [999, 800, 600, 400, 200, 0]
 
-guided_passes = lesson.exercise(
-    5, guidance.guided_passes, grade="guided", minutes=4,
-    asks="Write `guided_passes(times, scale, interval=None)`: how often the network runs for one image at these "
-         "timesteps. Guided steps take two passes, also as one batch; where w is 1, or 0, one half is enough. Outside "
+count_nfe = lesson.exercise(
+    5, guidance.count_nfe, grade="guided", minutes=4,
+    asks="Write `count_nfe(timesteps, guidance_scale, guidance_interval=None)`: how often the network "
+         "runs for one image at these timesteps. Guided steps take two passes, also as one batch; where w is 1, or 0, "
+         "one half is enough. Outside "
          "of the interval (its ends belong to it) w is 1.",
-    hints=["`scale_at(t, scale, interval)` of notebook 06 gives w at a timestep: `scale` within the interval, 1 "
-           "outside.", "At w = 1 u + w (c - u) is c alone, at w = 0 it is u alone."])
+    hints=["`guidance_scale_at(t, guidance_scale, guidance_interval)` of notebook 06 gives w at a timestep: the scale "
+           "within the interval, 1 outside.", "At w = 1 u + w (c - u) is c alone, at w = 0 it is u alone."])
 
 
-@guided_passes.test("shape")
-def a_whole_number(guided_passes):
-    found = guided_passes(STEPS, 5.0)
+@count_nfe.test("shape")
+def a_whole_number(count_nfe):
+    found = count_nfe(STEPS, 5.0)
     require(isinstance(found, int) and not isinstance(found, bool), "It must return a whole number")
 
 
-@guided_passes.test("value")
-def guided_everywhere(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 5.0), answer(STEPS, 0.5)],
+@count_nfe.test("value")
+def guided_everywhere(count_nfe):
+    count_nfe.agrees(lambda answer: [answer(STEPS, 5.0), answer(STEPS, 0.5)],
                          what="At six steps, w 5 and 0.5, the number of passes")
 
 
-@guided_passes.test("value")
-def in_an_interval(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 5.0, (300, 700)), answer(STEPS, 5.0, (200, 800))],
+@count_nfe.test("value")
+def in_an_interval(count_nfe):
+    count_nfe.agrees(lambda answer: [answer(STEPS, 5.0, (300, 700)), answer(STEPS, 5.0, (200, 800))],
                          what="With intervals (300, 700) and (200, 800), the number of passes")
 
 
-@guided_passes.test("edge case")
-def without_guidance(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 1.0), answer(STEPS, 0.0)],
+@count_nfe.test("edge case")
+def without_guidance(count_nfe):
+    count_nfe.agrees(lambda answer: [answer(STEPS, 1.0), answer(STEPS, 0.0)],
                          what="At w = 1 and at w = 0, the number of passes")
 
 
-@guided_passes.test("edge case")
-def unconditional_in_an_interval(guided_passes):
-    guided_passes.agrees(lambda answer: [answer(STEPS, 0.0, (200, 800)), answer([], 5.0)],
+@count_nfe.test("edge case")
+def unconditional_in_an_interval(count_nfe):
+    count_nfe.agrees(lambda answer: [answer(STEPS, 0.0, (200, 800)), answer([], 5.0)],
                          what="At w = 0 in an interval, and for no steps, the number of passes")
 
 
@@ -268,8 +270,8 @@ for diagnosis, answer in [
     ("at w = 0 the unconditional half is enough", counting(once=(1,))),
     ("at w = 1 the conditional half is enough", counting(once=(0,))),
     ("below 1 it is guided, too: u + 0.5 (c - u) needs both", lambda times, scale, interval=None: sum(
-        1 if guidance.scale_at(t, scale, interval) <= 1 else 2 for t in times)),
+        1 if guidance.guidance_scale_at(t, scale, interval) <= 1 else 2 for t in times)),
     ("these are steps: a guided one takes two passes of work, also as one batch",
      lambda times, scale, interval=None: len(times)),
 ]:
-    guided_passes.mistake(diagnosis)(answer)
+    count_nfe.mistake(diagnosis)(answer)
