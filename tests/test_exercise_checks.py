@@ -23,29 +23,29 @@ MOST = 4                # items of a long list that are changed, from each of it
 
 # Tests of which only some results are compared, by value: the others are counted, or looked at for another property.
 PARTLY = {
-    "make_timesteps": ["steps_hang_together"],
-    "ddpm": ["one_step_of_the_posterior", "ddpm_looks_once_a_step"],
+    "make_timesteps": ["each_pair_starts_where_the_last_ended"],
+    "ddpm": ["one_step_of_the_posterior", "ddpm_calls_denoise_once_per_step"],
     "heun": ["heun_at_the_end"],
     "dpmpp_2m": ["dpmpp_at_the_end"],
     "resample": ["up_to_a_size"],
-    "predict_uncond_cond": ["one_run"],
+    "predict_uncond_cond": ["one_network_call"],
     "zero_conv_gradients": ["of_the_weight", "of_the_bias", "of_the_input"],
     "merge_weight": ["in_half_precision"],
     "conv_cost": ["flops_of_one_layer", "bytes_of_one_layer"],
-    "ddim_coefficients": ["on_the_way", "the_last", "from_no_signal"],
+    "ddim_coefficients": ["at_inner_steps", "the_last", "from_zero_signal"],
 }
 # Tests of gradients, of noise, of how often something is run, of what stays unchanged: of no value.
 OTHERWISE = {
     "reparameterise": ["gradients_reach_mean_and_logvar", "without_a_generator_each_call_is_another",
-                       "the_posterior_stays_as_it_was"],
-    "CrossAttention": ["every_layer_learns"],
-    "predict_x0": ["no_run_too_many"],
-    "blended_denoise": ["what_denoise_sees", "x_stays_as_it_was"],
-    "replace_token_embedding": ["gradients_arrive"],
-    "zero_conv": ["can_learn"],
-    "widen_unet": ["can_learn"],
-    "decode_tiled": ["tiles_of_the_size", "one_fades_into_the_other"],
-    "ConditioningCache": ["once_for_a_run"],
+                       "the_posterior_is_unchanged"],
+    "CrossAttention": ["gradients_reach_every_layer"],
+    "predict_x0": ["no_superfluous_network_call"],
+    "blended_denoise": ["inputs_of_denoise", "x_is_unchanged"],
+    "replace_token_embedding": ["gradients_reach_the_vector"],
+    "zero_conv": ["gradients_are_not_zero"],
+    "widen_unet": ["gradients_are_not_zero"],
+    "decode_tiled": ["tiles_of_the_size", "overlapping_tiles_are_blended"],
+    "ConditioningCache": ["each_computed_once"],
 }
 # Tests of step "shape" that ask for a type, or compare in a way that broadcasts: later ones see another shape.
 ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "zero_conv": ["one_cell_at_a_time"],
@@ -53,7 +53,7 @@ ANY_SHAPE = {"encode_word": ["a_list_of_ids"], "skip_channels": ["is_a_list"], "
 # Tests of step "shape" that count the tensors of a result, and leave the shape of each to later ones.
 AS_MANY = {"predict_uncond_cond": ["two_outputs"]}
 # Tests of step "shape" that count calls and steps.
-COUNTED = {"repaint": ["a_step_for_each_pair", "as_many_calls"], "dreambooth_loss": ["one_run"]}
+COUNTED = {"repaint": ["a_step_for_each_pair", "as_many_calls"], "dreambooth_loss": ["one_network_call"]}
 
 
 class Spoiler:

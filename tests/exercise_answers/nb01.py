@@ -188,7 +188,7 @@ class AsInResNet(Block):
         return F.silu(super().forward(x))
 
 
-@wrong("vae_resblock", "the norm comes behind SiLU")
+@wrong("vae_resblock", "the norm comes after SiLU")
 class Turned(Block):
     def forward(self, x):
         h = self.conv1(self.norm1(F.silu(x)))
@@ -431,7 +431,7 @@ for words, answer in [
     ("the generator is not used", lambda vae, x, g=None: vae.encode(x).mean * vae.config.scaling_factor),
     ("each autoencoder has its own", lambda vae, x, g=None: (
         vae.encode(x).sample(g) if g else vae.encode(x).mode()) * 0.18215),
-    ("is a Gaussian where it must be a tensor", lambda vae, x, g=None: vae.encode(x)),
+    ("is a DiagonalGaussian where it must be a tensor", lambda vae, x, g=None: vae.encode(x)),
 ]:
     wrong("scaled", words, of="to_latent")(answer)
 for words, answer in [

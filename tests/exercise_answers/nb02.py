@@ -103,7 +103,7 @@ for answer in (lambda symbols, pair: "".join(symbols), lambda symbols, pair: tup
 # --- learn_merges -------------------------------------------------------------------------------------
 
 @right("learn_merges")
-def counted_anew(words):
+def recounted(words):
     spelled = {word: to_symbols(word) for word in words}
     while True:
         counts = defaultdict(int)
@@ -161,7 +161,7 @@ for words, answer in [
     wrong("learn_merges", words)(answer)
 
 
-@wrong("learn_merges", "count anew after each merge")
+@wrong("learn_merges", "recount after each merge")
 def counted_once(words):
     counts = Counter()
     for word, times in words.items():
@@ -217,7 +217,7 @@ def greedy(word, ranks, vocab):
 
 
 for words, answer in [
-    ("the known pair that stands first", encoding(lambda known, ranks: known[0])),
+    ("the leftmost known pair", encoding(lambda known, ranks: known[0])),
     ("learnt last is merged first", encoding(lambda known, ranks: sorted(known, key=ranks.get)[-1])),
     ("only one merge is made", encoding(lowest, steps=1)),
     ("these are the bytes", encoding(lowest, steps=0)),
@@ -238,7 +238,7 @@ for words, answer in [
     ("keep the diagonal", lambda length: torch.arange(length)[:, None] > torch.arange(length)),
     ("True says what is forbidden", lambda length: torch.arange(length)[:, None] < torch.arange(length)),
     ("nothing is masked", lambda length: torch.full((length, length), True)),
-    ("sees the next one too", lambda length: torch.arange(length)[:, None] + 1 >= torch.arange(length)),
+    ("attends to the next one", lambda length: torch.arange(length)[:, None] + 1 >= torch.arange(length)),
     ("not how much", lambda length: torch.tril(torch.ones(length, length))),
     ("to be added to the scores", lambda length: torch.full((length, length), -torch.inf).triu(1)),
     ("shape (4,) where it must be (4, 4)", lambda length: torch.ones(length, dtype=torch.bool)),
@@ -357,6 +357,6 @@ for words, answer in [
     ("their sentences are axis 1", lambda images, texts: images @ F.normalize(texts.mean(dim=0), dim=1).T),
     ("not the shares of a softmax", lambda images, texts: by_sum(images, texts).softmax(dim=1)),
     ("the number of the best class", lambda images, texts: by_sum(images, texts).max(dim=1).indices),
-    ("images must", lambda images, texts: by_sum(images, texts).mT),
+    ("rows are classes", lambda images, texts: by_sum(images, texts).mT),
 ]:
     wrong("zero_shot", words)(answer)

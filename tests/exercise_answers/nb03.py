@@ -173,7 +173,7 @@ for words, answer in [
     ("take it away", x0_by(lambda e, x, a, s: (x + s * e) / a)),
     ("at its full size", x0_by(lambda e, x, a, s: (x - e) / a)),
     ("abar and 1 - abar", x0_by(lambda e, x, a, s: (x - (1 - a**2) * e) / a**2)),
-    ("does the function look at `prediction`?", x0_by(v=lambda v, x, a, s: (x - s * v) / a)),
+    ("does the function use `prediction`?", x0_by(v=lambda v, x, a, s: (x - s * v) / a)),
     ("wrong sign", x0_by(v=lambda v, x, a, s: a * x + s * v)),
     ("is the noise", x0_by(v=lambda v, x, a, s: a * v + s * x)),
     ("divided by alpha, which is for eps", x0_by(v=lambda v, x, a, s: x - s * v / a)),
@@ -366,8 +366,8 @@ def counted_from_1(denoise, x, grid, schedule):
 
 for words, answer in [
     ("alpha_prev x0 + sigma_prev eps", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x + sp * eps)),
-    ("has kept the old sigma", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + s * eps)),
-    ("has kept the old alpha", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: a * x0 + sp * eps)),
+    ("is multiplied by the old sigma", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + s * eps)),
+    ("is multiplied by the old alpha", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: a * x0 + sp * eps)),
     ("eps is x - x0", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + sp * (x - x0))),
     ("eps is not divided by sigma", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + sp * s * eps)),
     ("only x0 is left", sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0)),
@@ -378,7 +378,7 @@ for words, answer in [
 ]:
     wrong("euler", words)(answer)
     wrong("ddim", words)(ending_at_0(answer))
-wrong("euler", "looked at when all is over")(in_place_steps)
+wrong("euler", "read after the last step")(in_place_steps)
 wrong("ddim", "ends at the noise of timestep 0")(
     sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + sp * eps))
 wrong("euler", "as DDIM does")(ending_at_0(sampler_of(lambda x, x0, eps, a, s, ap, sp, noise: ap * x0 + sp * eps)))
@@ -388,7 +388,7 @@ wrong("euler", "as DDIM does")(ending_at_0(sampler_of(lambda x, x0, eps, a, s, a
 
 @right("heun")
 def heun_in_sigmas(denoise, x, grid, schedule):
-    """Karras et al.'s algorithm 1 as it stands there, with X in place of x."""
+    """Karras et al.'s algorithm 1 as printed, with X in place of x."""
     for i, (t, t_prev) in enumerate(grid):
         (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
         X, now, then = x / a, s / a, sp / ap
@@ -493,21 +493,21 @@ for words, answer in [
 @right("dpmpp_2m")
 def as_in_the_paper(denoise, x, grid, schedule):
     """With r = h_last / h and expm1."""
-    kept, lambdas = [], []
+    predictions, lambdas = [], []
     for i, (t, t_prev) in enumerate(grid):
         (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
-        kept.append(denoise(x, t))
+        predictions.append(denoise(x, t))
         lambdas.append(math.log(a / s))
         if t_prev is None:
-            x = kept[-1]
+            x = predictions[-1]
         else:
             h = math.log(ap / sp) - lambdas[-1]
-            D = kept[-1]
+            D = predictions[-1]
             if i:
                 r = (lambdas[-1] - lambdas[-2]) / h
-                D = (1 + 1 / (2 * r)) * kept[-1] - 1 / (2 * r) * kept[-2]
+                D = (1 + 1 / (2 * r)) * predictions[-1] - 1 / (2 * r) * predictions[-2]
             x = sp / s * x - ap * math.expm1(-h) * D
-        yield Step(i, t, x, kept[-1])
+        yield Step(i, t, x, predictions[-1])
 
 
 @right("dpmpp_2m")
@@ -526,7 +526,7 @@ def in_two_terms(denoise, x, grid, schedule, generator=None):
         yield Step(i, t, x, x0)
 
 
-def dpmpp_by(ahead, forget=False):
+def dpmpp_by(extrapolate, forget=False):
     def dpmpp(denoise, x, grid, schedule):
         x0_last = h_last = None
         for i, (t, t_prev) in enumerate(grid):
@@ -537,7 +537,7 @@ def dpmpp_by(ahead, forget=False):
             else:
                 h = math.log(ap / sp) - math.log(a / s)
                 if x0_last is not None:
-                    D = ahead(x0, x0_last, h / h_last)
+                    D = extrapolate(x0, x0_last, h / h_last)
                 x = sp / s * x - ap * math.expm1(-h) * D
                 if not forget or x0_last is None:
                     x0_last, h_last = x0, h
@@ -548,10 +548,10 @@ def dpmpp_by(ahead, forget=False):
 for words, answer in [
     ("of first order", dpmpp_by(lambda x0, last, r: x0)),
     ("the half is missing", dpmpp_by(lambda x0, last, r: (1 + r) * x0 - r * last)),
-    ("have changed places", dpmpp_by(lambda x0, last, r: x0 + (x0 - last) / r / 2)),
+    ("h and h_last are swapped", dpmpp_by(lambda x0, last, r: x0 + (x0 - last) / r / 2)),
     ("taken for equal", dpmpp_by(lambda x0, last, r: 1.5 * x0 - 0.5 * last)),
-    ("goes back where it must go on", dpmpp_by(lambda x0, last, r: x0 + r * (last - x0) / 2)),
-    ("lies behind, between them", dpmpp_by(lambda x0, last, r: (x0 + last) / 2)),
+    ("the sign is wrong", dpmpp_by(lambda x0, last, r: x0 + r * (last - x0) / 2)),
+    ("interpolates between them", dpmpp_by(lambda x0, last, r: (x0 + last) / 2)),
     ("x0_last stays that of the first step", dpmpp_by(lambda x0, last, r: x0 + r * (x0 - last) / 2, forget=True)),
 ]:
     wrong("dpmpp_2m", words)(answer)

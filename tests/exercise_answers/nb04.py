@@ -41,7 +41,7 @@ for words, split in [
     wrong("heads", words)(split)
 for words, merge in [
     ("swap axes 1 and 2 before", lambda x: x.contiguous().view(x.shape[0], x.shape[2], -1)),
-    ("H must be outside of D", lambda x: rearrange(x, "b h n d -> b n (d h)")),
+    ("H must be the outer axis", lambda x: rearrange(x, "b h n d -> b n (d h)")),
     ("shape (2, 4, 15) where it must be (2, 5, 12)", lambda x: rearrange(x, "b h n d -> b d (h n)")),
 ]:
     wrong("heads", words, of="merge_heads")(merge)
@@ -139,8 +139,8 @@ def causal_by(weights):
 for words, weights in [
     ("nothing is masked", lambda s, ones: s.softmax(-1)),
     ("tril, not triu", lambda s, ones: s.masked_fill(ones.tril(-1), -torch.inf).softmax(-1)),
-    ("keep the diagonal", lambda s, ones: s.masked_fill(ones.triu(), -torch.inf).softmax(-1)),
-    ("sees the next one too", lambda s, ones: s.masked_fill(ones.triu(2), -torch.inf).softmax(-1)),
+    ("allow the diagonal", lambda s, ones: s.masked_fill(ones.triu(), -torch.inf).softmax(-1)),
+    ("attends to the next one", lambda s, ones: s.masked_fill(ones.triu(2), -torch.inf).softmax(-1)),
     ("set to 0", lambda s, ones: s.masked_fill(~ones.tril(), 0).softmax(-1)),
     ("after the softmax", lambda s, ones: s.softmax(-1).masked_fill(~ones.tril(), 0)),
     ("zeros and ones are added", lambda s, ones: (s + ones.tril().float()).softmax(-1)),

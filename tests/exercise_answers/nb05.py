@@ -63,7 +63,7 @@ for words, answer in [
     ("the sines twice", sinusoids(order=("sin", "sin"))),
     ("the fraction of t is cut off", sinusoids(time=lambda t: t.int())),
     ("has shape (5, 32) where it must be (5, 16)", sinusoids(half_of=lambda dim: dim)),
-    ("side by side", lambda t, dim: torch.stack(sinusoids()(t, dim).chunk(2, dim=1), dim=2).reshape(len(t), dim)),
+    ("cy alternate", lambda t, dim: torch.stack(sinusoids()(t, dim).chunk(2, dim=1), dim=2).reshape(len(t), dim)),
 ]:
     wrong("timestep_embedding", words)(answer)
 
@@ -134,7 +134,7 @@ class Bare(Block):
         return self.time_emb_proj(temb)[..., None, None]
 
 
-@wrong("unet_resblock", "SiLU comes behind the linear layer")
+@wrong("unet_resblock", "SiLU comes after the linear layer")
 class Behind(Block):
     def time(self, temb):
         return F.silu(self.time_emb_proj(temb))[..., None, None]
@@ -257,7 +257,7 @@ class WithoutSize(Conv):
 
 for words, answer in [
     ("bilinear", enlarging(lambda self, x, size: self.conv(F.interpolate(x, size, mode="bilinear")))),
-    ("it comes behind", enlarging(lambda self, x, size: F.interpolate(self.conv(x), size))),
+    ("it must come after", enlarging(lambda self, x, size: F.interpolate(self.conv(x), size))),
     ("the convolution is missing", enlarging(lambda self, x, size: F.interpolate(x, size))),
     ("the size is not used", enlarging(
         lambda self, x, size: self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)))),
@@ -362,7 +362,7 @@ for words, answer in [
     wrong("up_inputs", words)(answer)
 
 
-@wrong("up_inputs", "not what it reads")
+@wrong("up_inputs", "not of its input")
 def growing(config):
     made, below, found = made_by(config), config.channels[-1], []
     for _ in config.channels:
@@ -443,7 +443,7 @@ for words, answer in [
     wrong("walk", words, of="encode")(answer)
 
 
-@wrong("walk", "only the last map of each block is kept", of="encode")
+@wrong("walk", "only the last map of each block is a skip", of="encode")
 def last_ones(unet, x, temb, context):
     out = [unet.conv_in(x)]
     for block in unet.down_blocks:
@@ -461,7 +461,7 @@ def going_up(pick, end=lambda unet, h: unet.conv_out(F.silu(unet.conv_norm_out(h
     return answer
 
 
-@wrong("walk", "is `size` that of the last skip that is left", of="decode")
+@wrong("walk", "is `size` that of the last skip that remains", of="decode")
 def as_large_as_its_own(unet, features, temb, context):
     *stack, h = features
     for block in unet.up_blocks:

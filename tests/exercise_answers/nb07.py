@@ -250,7 +250,7 @@ for words, answer in [
     ("weighted as in guess mode", answer_of(change=lambda found, s: [
         s * w * one for w, one in zip(guess_scales(len(found)), found, strict=True)])),
     ("the timestep is not used", answer_of(t_of=lambda t: 0.0)),
-    ("twins of hints", answer_of(spread=lambda e, n: e.repeat_interleave(n, 0))),
+    ("the copies of a hint are adjacent", answer_of(spread=lambda e, n: e.repeat_interleave(n, 0))),
     ("residuals where", answer_of(change=lambda found, s: found[:-1])),
     ("Residual 0 has shape", answer_of(change=lambda found, s: [found[-1], *found[:-1]])),
 ]:

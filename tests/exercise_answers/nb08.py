@@ -121,10 +121,10 @@ def in_place(original, generated, mask, seam=0):
 
 @right("blended_denoise")
 def by_products(denoise, known, mask, noise, schedule):
-    def told(x, t):
+    def denoise_known(x, t):
         entering = mask * x + (1 - mask) * schedule.add_noise(known, noise, t)
         return mask * denoise(entering, t) + (1 - mask) * known
-    return told
+    return denoise_known
 
 
 @right("blended_denoise")
@@ -145,12 +145,12 @@ def blends(enters=lambda known, noise, t, s: s.add_noise(known, noise, t), leave
     def answer(denoise, known, mask, noise, schedule):
         m = 1 - mask if flip else mask
 
-        def told(x, t):
+        def denoise_known(x, t):
             noisy = enters(known, noise, t, schedule)
             x0 = denoise(x if noisy is None else m * x + (1 - m) * noisy, t)
             back = leaves(known, noisy)
             return x0 if back is None else m * x0 + (1 - m) * back
-        return told
+        return denoise_known
     return answer
 
 
@@ -171,24 +171,24 @@ for words, answer in [
 
 @wrong("blended_denoise", "changes `x` in place")
 def writes_into_x(denoise, known, mask, noise, schedule):
-    def told(x, t):
+    def denoise_known(x, t):
         keep = (mask == 0).expand_as(x)
         x[keep] = schedule.add_noise(known, noise, t).expand_as(x)[keep]
         return torch.where(keep, known, denoise(x, t))
-    return told
+    return denoise_known
 
 
 @wrong("blended_denoise", "2 times for one call")
 def twice(denoise, known, mask, noise, schedule):
-    def told(x, t):
+    def denoise_known(x, t):
         seen = torch.where(mask == 0, schedule.add_noise(known, noise, t), x)
         return torch.where(mask == 0, denoise(seen, t) * 0 + known, denoise(seen, t))
-    return told
+    return denoise_known
 
 
 # --- repaint ------------------------------------------------------------------------------------------
 
-def told_by(denoise, known, mask, noise, schedule):
+def blend_by(denoise, known, mask, noise, schedule):
     return by_products(denoise, known, mask, noise, schedule)
 
 
@@ -199,7 +199,7 @@ def with_a_while(sample, known, mask, *, times=10):
             left = 1 if t_prev is None else times
             while True:
                 noise = standard_noise(x, generator)
-                [step] = list(sample(told_by(denoise, known, mask, noise, schedule), x, [(t, t_prev)], schedule,
+                [step] = list(sample(blend_by(denoise, known, mask, noise, schedule), x, [(t, t_prev)], schedule,
                                      generator=generator))
                 x, left = step.x, left - 1
                 if left == 0:
@@ -218,8 +218,8 @@ def going_back_first(sample, known, mask, times=10):
                 if i > 0:
                     k = schedule.at(t)[0] / schedule.at(t_prev)[0]
                     x = k * x + (1 - k * k) ** 0.5 * standard_noise(x, generator)
-                told = told_by(denoise, known, mask, standard_noise(x, generator), schedule)
-                for step in sample(told, x, [(t, t_prev)], schedule, generator=generator):
+                denoise_known = blend_by(denoise, known, mask, standard_noise(x, generator), schedule)
+                for step in sample(denoise_known, x, [(t, t_prev)], schedule, generator=generator):
                     x = step.x
             yield type(step)(index, t, x, step.x0)
     return sampler
@@ -236,8 +236,8 @@ def resampler(passes=lambda times, last: 1 if last else times, noise_each=True, 
                 n = passes(times, t_prev is None)
                 for i in range(n):
                     noise = standard_noise(x, generator) if noise_each else one
-                    told = told_by(denoise, known, mask, noise, schedule) if blend else denoise
-                    [step] = sample(told, x, [(t, t_prev)], schedule, generator=generator)
+                    denoise_known = blend_by(denoise, known, mask, noise, schedule) if blend else denoise
+                    [step] = sample(denoise_known, x, [(t, t_prev)], schedule, generator=generator)
                     x = step.x
                     if i < n - 1 or (too_late and t_prev is not None):
                         k = schedule.at(t)[0] / schedule.at(1 if t_prev is None else t_prev)[0]
@@ -322,8 +322,8 @@ def base_first(old):
 
 
 for words, answer in [
-    ("stand before the old ones", wide_of(lambda old: torch.cat([nothing(old), old], 1))),
-    ("the mask's channel stands first", wide_of(lambda old: torch.cat([nothing(old, 1), old, nothing(old, 4)], 1))),
+    ("come before the old ones", wide_of(lambda old: torch.cat([nothing(old), old], 1))),
+    ("the mask's channel comes first", wide_of(lambda old: torch.cat([nothing(old, 1), old, nothing(old, 4)], 1))),
     ("all of it is zero", wide_of(lambda old: nothing(old, 9))),
     ("are there twice", wide_of(lambda old: torch.cat([old, nothing(old, 1), old], 1))),
     ("the mean of the old ones",
@@ -423,7 +423,7 @@ for words, answer in [
     ("the mask is turned round", reading(lambda x, m, z: [x, 1 - m, z])),
     ("the noisy latent is masked", reading(lambda x, m, z: [x * m, m, z])),
     ("cut out once more", reading(lambda x, m, z: [x, m, z * (m < 0.5)])),
-    ("twins of masks", reading(in_order, copies=lambda one, n: one.repeat_interleave(n, 0))),
+    ("the two copies of a mask are adjacent", reading(in_order, copies=lambda one, n: one.repeat_interleave(n, 0))),
     ("the residuals are not passed on", reading(in_order, passed=lambda residuals: None)),
     ("the timestep is not passed on", reading(in_order, at=lambda t: 0)),
     ("has shape (2, 8, 6, 8)", reading(lambda x, m, z: [x, z])),

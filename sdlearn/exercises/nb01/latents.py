@@ -1,4 +1,4 @@
-"""Exercises of notebook 01: VAE latents."""
+"""Exercises of notebook 01: PSNR, the reparameterisation trick, the KL divergence, the scaling of latents."""
 
 import math
 from collections.abc import Callable
@@ -59,7 +59,7 @@ for diagnosis, answer in [
     ("the factor 10 is missing: a decibel is a tenth of a bel", of_errors(lambda e: (4 / e).log10())),
     ("decibels are made with the decimal logarithm, and this is the natural one",
      of_errors(lambda e: 10 * (4 / e).log())),
-    ("the error stands above the peak: the more error, the fewer decibels", of_errors(lambda e: 10 * (e / 4).log10())),
+    ("the fraction is inverted: the more error, the fewer decibels", of_errors(lambda e: 10 * (e / 4).log10())),
     ("the errors of an image are summed up: take their mean",
      of_errors(lambda e: 10 * (4 / e).log10(), lambda off: off.square().sum(dim=(1, 2, 3)))),
     ("this is the mean absolute error: square first",
@@ -128,11 +128,11 @@ def gradients_reach_mean_and_logvar(reparameterise):
 @reparameterise.test("edge case")
 def without_a_generator_each_call_is_another(reparameterise):
     one, other = reparameterise(posterior()), reparameterise(posterior())
-    require(not torch.equal(one, other), "Without a generator two calls give the same sample: noise must be drawn anew")
+    require(not torch.equal(one, other), "Without a generator two calls give the same sample: new noise must be drawn")
 
 
 @reparameterise.test("edge case")
-def the_posterior_stays_as_it_was(reparameterise):
+def the_posterior_is_unchanged(reparameterise):
     given = posterior()
     reparameterise(given, torch.Generator().manual_seed(3))
     require(torch.equal(given.mean, MEAN) and torch.equal(given.logvar, LOGVAR),
@@ -225,7 +225,7 @@ def right_terms(mean: Tensor, logvar: Tensor) -> Tensor:
 for diagnosis, answer in [
     ("the half is missing", of_terms(lambda m, lv: m.square() + lv.exp() - 1 - lv)),
     ("everything has the wrong sign: a divergence is never below zero", of_terms(lambda m, lv: -right_terms(m, lv))),
-    ("logvar has the wrong sign: narrow posteriors are dear, since - logvar grows",
+    ("logvar has the wrong sign: the divergence of a narrow posterior is large, since -logvar grows",
      of_terms(lambda m, lv: 0.5 * (m.square() + lv.exp() - 1 + lv))),
     ("the - 1 is missing: the divergence of the standard normal from itself is 0",
      of_terms(lambda m, lv: 0.5 * (m.square() + lv.exp() - lv))),
@@ -234,13 +234,13 @@ for diagnosis, answer in [
      of_terms(lambda m, lv: 0.5 * (m.square() - lv.exp() - 1 - lv))),
     ("the variance is missing: a posterior that is too wide must cost something as well",
      of_terms(lambda m, lv: 0.5 * (m.square() - lv))),
-    ("the standard deviation stands for the variance, in both places: logvar is the logarithm of the variance",
+    ("the standard deviation is used for the variance, in both places: logvar is the logarithm of the variance",
      of_terms(lambda m, lv: 0.5 * (m.square() + (lv / 2).exp() - 1 - lv / 2))),
     ("the mean is missing: a posterior far from zero must cost something",
      of_terms(lambda m, lv: 0.5 * (lv.exp() - 1 - lv))),
-    ("exp(logvar / 2) is the standard deviation where the variance must stand",
+    ("exp(logvar / 2) is the standard deviation where the variance is needed",
      of_terms(lambda m, lv: 0.5 * (m.square() + (lv / 2).exp() - 1 - lv))),
-    ("the variance stands where its logarithm must: exp is taken once too often, or the log is missing",
+    ("the variance is used where its logarithm is needed: exp is taken once too often, or the log is missing",
      of_terms(lambda m, lv: 0.5 * (m.square() + lv.exp() - 1 - lv.exp()))),
     ("this is KL(p||q), the divergence of the standard normal from the posterior: the other way round",
      of_terms(lambda m, lv: 0.5 * ((1 + m.square()) / lv.exp() - 1 + lv))),
@@ -276,7 +276,7 @@ LATENT = randn(2, 4, 4, 4, seed=5)                                              
 
 
 def small_vae(factor: float = 0.3) -> VAE:
-    """The same one each time; its posteriors are wide enough to tell a sample from the mode."""
+    """The same one each time; its posteriors are so wide that a sample differs from the mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = VAE(VAEConfig(**{**vars(VAES), "scaling_factor": factor}))

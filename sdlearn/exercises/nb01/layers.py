@@ -1,4 +1,4 @@
-"""Exercises of notebook 01, its layers: group normalisation, the residual block, going down."""
+"""Exercises of notebook 01: group normalisation, the autoencoder's residual block, Downsample."""
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def with_weight_and_bias(group_norm):
 
 
 @norm.test("edge case")
-def an_image_does_not_know_its_neighbours(group_norm):
+def images_of_a_batch_are_independent(group_norm):
     alone = group_norm(X[:1], 3, WEIGHT, BIAS)
     require(torch.allclose(group_norm(X, 3, WEIGHT, BIAS)[:1], alone, atol=1e-5),
             "An image comes out otherwise in another batch: its mean and variance must be its own")
@@ -115,7 +115,7 @@ for diagnosis, answer in [
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, unbiased=True), w, b)),
     ("it is divided by the variance: divide by its root",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, root=False), w, b)),
-    ("the mean is not taken away: this is RMS normalisation",
+    ("the mean is not subtracted: this is RMS normalisation",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, centred=False), w, b)),
     ("weight and bias line up with the last axis, the columns: give them the shape (C, 1, 1)",
      lambda x, g, w, b, eps=1e-6: normalised(x, rows_of(x, g), eps=eps) * w + b),
@@ -125,7 +125,7 @@ for diagnosis, answer in [
     ("the bias is not used", lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps), w, 0 * b)),
     ("the weight is added, and the bias multiplied",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps), b, w)),
-    ("eps is added behind the root: add it to the variance",
+    ("eps is added after the root: add it to the variance",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=eps, outside=True), w, b)),
     ("without eps a map without variance is divided by zero",
      lambda x, g, w, b, eps=1e-6: scaled(normalised(x, rows_of(x, g), eps=0), w, b)),
@@ -225,7 +225,7 @@ class ShortcutAlways(Variant):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
 
 
-@resblock.mistake("the input has not the width of the result: bring it along by `conv_shortcut`")
+@resblock.mistake("the input has another number of channels than the result: project it by `conv_shortcut`")
 class ShortcutUnused(Variant):
     def forward(self, x):
         return x + self.both(x)
@@ -256,7 +256,7 @@ class ConvolutionFirst(Variant):
         return F.silu(self.norm2(self.conv2(F.silu(self.norm2(self.conv1(x))))))
 
 
-@resblock.mistake("the norm comes behind SiLU: it must stand before")
+@resblock.mistake("the norm comes after SiLU: it must come before")
 class NormBehind(Variant):
     def both(self, x):
         return self.conv2(self.norm2(F.silu(self.conv1(self.norm1(F.silu(x))))))
@@ -284,7 +284,7 @@ class NormedShortcut(Variant):
         return self.conv_shortcut(F.silu(self.norm1(x))) + self.both(x)
 
 
-@resblock.mistake("there is a SiLU behind the sum: nothing comes after it")
+@resblock.mistake("there is a SiLU after the sum: nothing comes after it")
 class ActivationBehind(Variant):
     def forward(self, x):
         return F.silu(super().forward(x))
@@ -353,7 +353,7 @@ class Padded(nn.Module):
         return self.conv(F.pad(x, self.sides, mode=self.mode))
 
 
-@down.mistake("every cell looks one pixel too far to the left and up: is it padded on all four sides, as in the U-Net, "
+@down.mistake("every output is shifted by a pixel, left and up: is it padded on all four sides, as in the U-Net, "
               "or on the wrong two?")
 class AllSides(Padded):
     sides, padding = (0, 0, 0, 0), 1

@@ -1,4 +1,4 @@
-"""Exercises of notebook 02: CLIP conditioning."""
+"""Exercises of notebook 02: causal mask, QuickGELU, pooling, contrastive loss, zero-shot classification."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def causal_mask(length: int) -> Tensor:
 
 mask = lesson.exercise(
     4, causal_mask, grade="guided", minutes=2,
-    asks="Write `causal_mask(length)`: (L, L) of bool; row i is True at the places that token i may look at.",
+    asks="Write `causal_mask(length)`: (L, L) of bool; row i is True at the positions that token i may attend to.",
     hints=["Write the mask for three tokens on paper: token 0 sees one place, token 2 sees three.",
            "`torch.ones(L, L, dtype=torch.bool)` is the mask of an encoder that sees all; `.tril()` and `.triu()` each "
            "keep a triangle of it."])
@@ -38,7 +38,7 @@ def as_many_as_stand_before(causal_mask):
 
 
 @mask.test("edge case")
-def one_token_sees_itself(causal_mask):
+def one_token_attends_to_itself(causal_mask):
     causal_mask.agrees(lambda answer: answer(1), what="With one token, the mask")
 
 
@@ -47,10 +47,10 @@ def ones(length: int) -> Tensor:
 
 
 for diagnosis, answer in [
-    ("a token sees those behind it: this is the other triangle", lambda length: ones(length).triu()),
+    ("a token attends to later ones: this is the other triangle", lambda length: ones(length).triu()),
     ("a token must see itself too: keep the diagonal", lambda length: ones(length).tril(-1)),
     ("True says what is forbidden here, and it must say what is allowed", lambda length: ones(length).triu(1)),
-    ("a token sees the next one too: the diagonal is the last that is kept", lambda length: ones(length).tril(1)),
+    ("a token attends to the next one: the diagonal is the last to allow", lambda length: ones(length).tril(1)),
     ("nothing is masked: every token sees all", ones),
     ("the mask is to say where to look, True or False, not how much",
      lambda length: ones(length).tril().float()),
@@ -116,14 +116,14 @@ pool = lesson.exercise(
     asks="Write `pooled(hidden, ids, end)`: the hidden state (B, L, D) at the first end token of each row, (B, D).",
     beyond="In the package it is the last lines of `TextEncoder.forward`, where a row without an end token is read at "
            "its first one.",
-    hints=["First the places: where in each row of ids does `end` stand for the first time?",
+    hints=["First the places: where is the first `end` in each row of ids?",
            "`(ids == end).int().argmax(dim=1)` gives the first of the largest, and True is larger than False.",
            "Row b wants place `places[b]`: index with two lists of the same length, `hidden[rows, places]`."])
 
 END = 90
 IDS = torch.tensor([[89, 5, 7, END, END, END], [89, 3, 4, 6, 8, END], [89, END, END, END, END, END]])   # (B, L)
 HIDDEN = randn(3, 6, 4)                                                             # (B, L, D)
-GROWN = torch.tensor([[89, 95, 7, END, END, END], [89, 3, 91, 6, END, 0]])          # with words added behind `end`
+GROWN = torch.tensor([[89, 95, 7, END, END, END], [89, 3, 91, 6, END, 0]])          # with words added after `end`
 
 
 @pool.test("shape")
@@ -156,7 +156,7 @@ def first(ids: Tensor, end: int) -> Tensor:
 
 
 for diagnosis, answer in [
-    ("this is the last end token of a row: those behind the first are padding",
+    ("this is the last end token of a row: those after the first are padding",
      rows_at(lambda ids, end: ids.shape[1] - 1 - (ids == end).flip(1).int().argmax(1))),
     ("this is the last place of a row, which is padding in most: look for the end token",
      lambda hidden, ids, end: hidden[:, -1]),
@@ -206,13 +206,13 @@ def of_random_vectors(contrastive_loss):
 
 
 @contrast.test("value")
-def both_directions_count_alike(contrastive_loss):
+def both_directions_weigh_equally(contrastive_loss):
     there, back = contrastive_loss(IMAGES, TEXTS, SCALE), contrastive_loss(TEXTS, IMAGES, SCALE)
     require(torch.allclose(there, back, atol=1e-5), "The loss is another one when images and texts change places")
 
 
 @contrast.test("edge case")
-def equal_vectors_are_a_guess(contrastive_loss):
+def equal_vectors_give_chance(contrastive_loss):
     same = IMAGES[:1].expand(5, -1)
     contrastive_loss.agrees(lambda answer: answer(same, same, SCALE), what="With five equal vectors, the loss")
 
@@ -264,7 +264,7 @@ for diagnosis, answer in [
 # --- 2.8 ----------------------------------------------------------------------------------------------
 
 def zero_shot(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Cosines (B, C) of images (B, S) with classes, of which each is told in P sentences: (C, P, S).
+    """Cosines (B, C) of images (B, S) with classes, each of which is described by P sentences: (C, P, S).
 
     All vectors have length 1. A class is the mean of its sentences, brought back to length 1 (Radford et
     al. 2021, section 3.1.4).
@@ -275,8 +275,8 @@ def zero_shot(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 
 classify = lesson.exercise(
     8, zero_shot, grade="on your own", minutes=8,
-    asks="Write `zero_shot(image_embeds, text_embeds)`: cosines (B, C) of images (B, S) with C classes, each told in "
-         "P sentences (C, P, S). A class is the mean of its sentences' unit vectors, brought back to length 1.",
+    asks="Write `zero_shot(image_embeds, text_embeds)`: cosines (B, C) of images (B, S) with C classes, described by "
+         "P sentences each, (C, P, S). A class is the mean of its sentences' unit vectors, brought back to length 1.",
     hints=["Which axis of (C, P, S) holds the sentences of one class?",
            "The mean of unit vectors is shorter than 1, and shorter for a class whose sentences disagree.",
            "`F.normalize(x, dim=-1)` brings vectors to length 1; then one matrix product."])
@@ -325,7 +325,7 @@ for diagnosis, answer in [
      lambda images, texts: zero_shot(images, texts).softmax(-1)),
     ("this is the number of the best class: give the cosines of all of them",
      lambda images, texts: zero_shot(images, texts).argmax(-1)),
-    ("classes stand in the rows: images must", lambda images, texts: zero_shot(images, texts).T),
+    ("rows are classes: they must be images", lambda images, texts: zero_shot(images, texts).T),
     ("the vectors are brought to length 1 along the classes: along the last axis, each by itself",
      lambda images, texts: images @ F.normalize(texts.mean(1), dim=0).T),
 ]:

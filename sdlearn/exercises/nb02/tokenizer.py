@@ -1,4 +1,4 @@
-"""Exercises of notebook 02 on the tokenizer: byte-pair encoding."""
+"""Exercises of notebook 02: byte-pair encoding: merging, learning merges, encoding a word."""
 
 from collections import Counter
 from itertools import islice, pairwise
@@ -9,7 +9,7 @@ from . import lesson
 
 
 def spelled(symbols) -> str:
-    """Symbols as one string, to be told in a sentence. Raises Wrong unless they are a list of strings."""
+    """Symbols as one string, for a message. Raises Wrong unless they are a list of strings."""
     require(isinstance(symbols, list) and all(isinstance(one, str) for one in symbols),
             f"It gives {symbols!r} where it must give a list of strings")
     return " ".join(symbols)
@@ -108,7 +108,7 @@ learn = lesson.exercise(
     2, learn_merges, grade="on your own", minutes=12,
     asks="Write the generator `learn_merges(words)`, words a dictionary of how often each word occurs: yield the pair "
          "of neighbours that occurs most often, merge it everywhere, and so on. Of equals, the smallest pair.",
-    beyond="The package's counts anew only in the words that a merge changed: that makes tens of thousands of merges "
+    beyond="The package's recounts only the words that a merge changed: that makes tens of thousands of merges "
            "affordable.",
     hints=["Spell each word with `to_symbols`, once, and keep how often it occurs.",
            "In a loop: a `Counter` of pairs, to which each `pairwise(symbols)` of a word adds the word's number.",
@@ -153,7 +153,7 @@ def twice_in_a_word(learn_merges):
 
 
 @learn.test("edge case")
-def until_none_is_left(learn_merges):
+def until_no_pair_is_left(learn_merges):
     words = {"a": 7, "ab": 2, "é": 1}
     learn_merges.agrees(lambda answer: first_merges(answer, words, 9), what="Of a, ab and é, the list")
 
@@ -186,7 +186,7 @@ for diagnosis, answer in [
      learner(count=lambda symbols, times: Counter(pairwise(symbols)))),
     ("the pair is not merged in the words, so it is found again and again",
      learner(join=lambda symbols, pair: symbols)),
-    ("the pairs are counted once, at the start: count anew after each merge", learner(again=False)),
+    ("the pairs are counted once, at the start: recount after each merge", learner(again=False)),
     ("of pairs that occur equally often this takes the one met first: take the smallest",
      learner(choose=lambda counts: max(counts, key=counts.get))),
     ("of pairs that occur equally often this takes the largest: take the smallest",
@@ -201,7 +201,7 @@ for diagnosis, answer in [
 
 
 def until_error(choose):
-    """It goes on where no pair is left, and there `min` or `max` raises."""
+    """It continues where no pair is left, and there `min` or `max` raises."""
     def endless(words):
         yield from learn_merges(words)
         yield choose(Counter())
@@ -253,14 +253,14 @@ def words_of_the_corpus(encode_word):
 
 
 @encode.test("value")
-def what_was_learnt_first_goes_first(encode_word):
+def earlier_merges_come_first(encode_word):
     for word, merges in (("abc", REACH), ("abcd", CHAIN)):
         given = word, {pair: rank for rank, pair in enumerate(merges)}, build_vocabulary(merges)
         encode_word.agrees(lambda answer, given=given: answer(*given), what=f"Of '{word}' the list of ids")
 
 
 @encode.test("edge case")
-def a_word_never_seen(encode_word):
+def an_unknown_word(encode_word):
     for word in ("tractor", "x", "cafés"):
         encode_word.agrees(lambda answer, word=word: answer(word, RANKS, VOCAB), what=f"Of '{word}' the list of ids")
 
@@ -309,7 +309,7 @@ def all_merged(word, ranks, vocab):
 
 
 for diagnosis, answer in [
-    ("the known pair that stands first is merged: the one that was learnt first goes first",
+    ("the leftmost known pair is merged: the one that was learnt first comes first",
      encoder(lambda known, ranks: known[0])),
     ("the pair that was learnt last is merged first", encoder(lambda known, ranks: max(known, key=ranks.get))),
     ("only one merge is made: go on until no known pair is left", encoder(once=True)),

@@ -1,4 +1,4 @@
-"""Exercises 3.5 to 3.7: DDPM, DDIM, Euler, and what is asked of any sampler."""
+"""Exercises of notebook 03: DDPM, DDIM, Euler, and tests common to all samplers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from . import lesson
 from .schedule import EPS, ZERO_SNR
 
 STEPS, START = 6, randn(2, 4, 8, 8, seed=3)
-LIMIT = 40              # of steps that are asked of a sampler: one that goes on for ever is told so
+LIMIT = 40              # the most steps that are drawn from a sampler, which may never end
 
 
 def denoise(x: Tensor, t: float) -> Tensor:
-    """Stands for a network: smooth in x and t, never linear, and each image by itself."""
+    """In place of a network: smooth in x and t, never linear, and each image by itself."""
     return torch.tanh(1.3 * x + 0.5 * math.cos(t / 150)) + 0.2 * x.flip(-1)
 
 
@@ -38,27 +38,27 @@ def walk(sampler: Callable, schedule: NoiseSchedule = EPS, grid: list | None = N
     return found
 
 
-def kept(sampler: Callable) -> list[Tensor]:
-    """What is held by who keeps the steps in a list, and looks at them at the end."""
+def yielded(sampler: Callable) -> list[Tensor]:
+    """The x of each step, read after the last step: a sampler must not overwrite what it has yielded."""
     steps = list(islice(sampler(denoise, START, make_timesteps(EPS, 3), EPS), LIMIT))
     return [step[2] for step in steps]
 
 
-def steps_are_told(sampler: Answer):
+def require_valid_steps(sampler: Answer):
     """Common to all samplers, step "shape": as many steps as pairs, with their index, their t and their x0."""
     grid = make_timesteps(EPS, STEPS)
-    sampler.agrees(lambda answer: 0 * len(walk(answer)))            # errors are told here, with what causes them
+    sampler.agrees(lambda answer: 0 * len(walk(answer)))            # errors are reported here, with their cause
     require(len(found := walk(sampler)) == STEPS, f"It yields {len(found)} steps where the grid has {STEPS}")
-    told = list(islice(sampler(denoise, START, grid, EPS), LIMIT))
-    require(not torch.equal(told[0][2], START), "The x of the first step is the one that it began with: `yield` after "
+    steps = list(islice(sampler(denoise, START, grid, EPS), LIMIT))
+    require(not torch.equal(steps[0][2], START), "The x of the first step is the one that it began with: `yield` after "
             "the step is made, with the x that it leads to")
-    for index, (step, (t, _)) in enumerate(zip(told, grid, strict=True)):
+    for index, (step, (t, _)) in enumerate(zip(steps, grid, strict=True)):
         require(step[0] == index, f"Step {index} says that its index is {step[0]}: it counts from 0")
         require(step[1] == t, f"Step {index} says that its t is {step[1]} where it started from {t}")
         require_shape(step[3], START.shape, "x0 of a step")
 
 
-def x0_is_told(sampler: Answer):
+def require_predicted_x0(sampler: Answer):
     """Each Step holds the x0 that was predicted where the step began."""
     x = START
     for index, t, after, x0 in islice(sampler(denoise, START, make_timesteps(EPS, STEPS), EPS), LIMIT):
@@ -67,7 +67,7 @@ def x0_is_told(sampler: Answer):
         x = after.detach().clone()
 
 
-def calls(sampler: Callable) -> int:
+def count_calls(sampler: Callable) -> int:
     """How often it calls `denoise` on the grid."""
     count = 0
 
@@ -79,8 +79,8 @@ def calls(sampler: Callable) -> int:
     return count
 
 
-def one_call_a_step(sampler: Answer):
-    require((count := calls(sampler)) == STEPS,
+def require_one_call_per_step(sampler: Answer):
+    require((count := count_calls(sampler)) == STEPS,
             f"It calls `denoise` {count} times for {STEPS} steps where once a step will do: each is a run of the U-Net")
 
 
@@ -96,9 +96,9 @@ def stepping(step: Callable) -> Callable:
 
 def posterior(x, x0, a, s, ap, sp, generator=None, *, mean: Callable | None = None, std: Callable | None = None):
     """DDPM's step, or one with another mean or standard deviation."""
-    kept = (a / ap) ** 2
-    middle = (ap * (1 - kept) * x0 + math.sqrt(kept) * sp**2 * x) / s**2 if mean is None else mean(x, x0, a, s, ap, sp)
-    return middle + samplers.gaussian(x, sp / s * math.sqrt(1 - kept) if std is None else std(a, s, ap, sp), generator)
+    k = (a / ap) ** 2
+    middle = (ap * (1 - k) * x0 + math.sqrt(k) * sp**2 * x) / s**2 if mean is None else mean(x, x0, a, s, ap, sp)
+    return middle + samplers.gaussian(x, sp / s * math.sqrt(1 - k) if std is None else std(a, s, ap, sp), generator)
 
 
 # --- 3.5 ----------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-ddpm.test("shape")(steps_are_told)
+ddpm.test("shape")(require_valid_steps)
 
 
 @ddpm.test("value")
@@ -140,9 +140,9 @@ def ddpm_at_the_end(ddpm):
 
 
 @ddpm.test("edge case")
-def ddpm_looks_once_a_step(ddpm):
-    one_call_a_step(ddpm)
-    x0_is_told(ddpm)
+def ddpm_calls_denoise_once_per_step(ddpm):
+    require_one_call_per_step(ddpm)
+    require_predicted_x0(ddpm)
 
 
 for diagnosis, parts in [
@@ -189,7 +189,7 @@ def in_X(last: int | None, look: Callable = lambda denoise, x, X, t: denoise(x, 
 
 def deterministic(exercise, last: int | None):
     """Tests and mistakes of DDIM and Euler, which are one line in two notations; `last` is where they end."""
-    exercise.test("shape")(steps_are_told)
+    exercise.test("shape")(require_valid_steps)
 
     @exercise.test("value")
     def one_step(sampler):
@@ -206,9 +206,9 @@ def deterministic(exercise, last: int | None):
     for diagnosis, step in [
         ("x is scaled by alpha_prev, where the x0 that was predicted must be: alpha_prev x0 + sigma_prev eps",
          lambda x, x0, a, s, ap, sp, _: ap * x + sp * (x - a * x0) / s),
-        ("eps has kept the old sigma: the new x has sigma_prev of it",
+        ("eps is multiplied by the old sigma: the new x has sigma_prev of it",
          lambda x, x0, a, s, ap, sp, _: ap * x0 + x - a * x0),
-        ("x0 has kept the old alpha: the new x has alpha_prev of it",
+        ("x0 is multiplied by the old alpha: the new x has alpha_prev of it",
          lambda x, x0, a, s, ap, sp, _: a * x0 + sp * (x - a * x0) / s),
         ("eps is x - x0 where it must be (x - alpha x0) / sigma",
          lambda x, x0, a, s, ap, sp, _: ap * x0 + sp * (x - x0)),
@@ -222,7 +222,7 @@ def deterministic(exercise, last: int | None):
          lambda x, x0, a, s, ap, sp, g: ap * x0 + samplers.gaussian(x, sp, g)),
         ("this is the step for X = x / alpha: divide x by alpha first, and multiply by alpha_prev at the end",
          lambda x, x0, a, s, ap, sp, _: x + (sp / ap - s / a) * (x - a * x0) / s),
-        ("the variances stand where their square roots must",
+        ("the variances are used where their square roots are needed",
          lambda x, x0, a, s, ap, sp, _: ap**2 * x0 + sp**2 * (x - a**2 * x0) / s**2),
     ]:
         exercise.mistake(diagnosis)(stepping(step))
@@ -246,14 +246,14 @@ def it_ends_at_timestep_0(ddim):
 
 
 @ddim.test("edge case")
-def it_starts_without_signal(ddim):
+def starts_at_zero_signal(ddim):
     ddim.agrees(lambda answer: walk(answer, ZERO_SNR), what="Where x begins as noise alone, the way down,")
 
 
 @ddim.test("edge case")
-def ddim_leaves_what_it_has_yielded(ddim):
-    ddim.agrees(kept, what="What was yielded, looked at when all is over,")
-    x0_is_told(ddim)
+def ddim_does_not_overwrite_yielded_steps(ddim):
+    ddim.agrees(yielded, what="The x of all steps, read after the last step,")
+    require_predicted_x0(ddim)
 
 
 @ddim.mistake("it ends at x0 itself: DDIM of Stable Diffusion ends at the noise of timestep 0, `schedule.at(0)`")
@@ -287,9 +287,9 @@ def it_starts_with_alpha_0(euler):
 
 
 @euler.test("edge case")
-def euler_leaves_what_it_has_yielded(euler):
-    euler.agrees(kept, what="What was yielded, looked at when all is over,")
-    x0_is_told(euler)
+def euler_does_not_overwrite_yielded_steps(euler):
+    euler.agrees(yielded, what="The x of all steps, read after the last step,")
+    require_predicted_x0(euler)
 
 
 @euler.mistake("it ends at the noise of timestep 0, as DDIM does: Euler goes down to s = 0, which is x0")

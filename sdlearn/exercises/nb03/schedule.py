@@ -1,4 +1,4 @@
-"""Exercises of notebook 03, its first part: noise, what a network predicts, and grids of timesteps."""
+"""Exercises of notebook 03: the noise schedule, prediction types, timestep grids."""
 
 from collections.abc import Callable, Iterator
 
@@ -198,7 +198,7 @@ def x0_from_v(to_x0):
 
 
 @to_x0.test("edge case")
-def x0_from_v_where_there_is_no_signal(to_x0):
+def x0_from_v_at_zero_signal(to_x0):
     """Where alpha is 0, eps says nothing about x0; v says all of it."""
     to_x0.same(ZERO_SNR, OUTPUT, X0, 999, "v_prediction")
 
@@ -233,8 +233,8 @@ for diagnosis, eps, v in [
     ("these are the variances, abar and 1 - abar: their square roots are alpha and sigma",
      lambda e, x, a, s: (x - s**2 * e) / a**2, right_v),
     ("alpha and sigma have changed places", lambda e, x, a, s: (x - a * e) / s, right_v),
-    ("the v is taken for eps: does the function look at `prediction`?", right_eps, right_eps),
-    ("the eps is taken for v: does the function look at `prediction`?", right_v, right_v),
+    ("the v is taken for eps: does the function use `prediction`?", right_eps, right_eps),
+    ("the eps is taken for v: does the function use `prediction`?", right_v, right_v),
     ("alpha x + sigma v has the wrong sign: put v = alpha eps - sigma x0 in, and see whether eps drops out",
      right_eps, lambda v, x, a, s: a * x + s * v),
     ("alpha v + sigma x is the noise: the image is the other one", right_eps, lambda v, x, a, s: a * v + s * x),
@@ -277,7 +277,7 @@ def as_many_pairs_as_steps(timesteps):
 
 
 @grid.test("value")
-def steps_hang_together(timesteps):
+def each_pair_starts_where_the_last_ended(timesteps):
     found = pairs(timesteps, 4)
     require(found[0][0] > found[-1][0],
             f"It goes from t = {found[0][0]} to {found[-1][0]}: sampling leads from noise to image, so t falls")
@@ -318,7 +318,7 @@ for diagnosis, times in [
      lambda N, n: [round(N / n * i) + 1 for i in range(n)][::-1]),
     ("the stride is N / n, cut off each time: take N // n once",
      lambda N, n: [int(N / n * i) + 1 for i in range(n)][::-1]),
-    ("a `range` up to N goes on where n does not divide N: take n multiples of the stride",
+    ("a `range` up to N does not stop where n does not divide N: take n multiples of the stride",
      lambda N, n: list(range(1, N, N // n))[::-1]),
     ("it counts from 1 where it must count from 0: the smallest is 1",
      lambda N, n: [N // n * i for i in range(1, n + 1)][::-1]),

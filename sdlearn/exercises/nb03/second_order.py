@@ -1,4 +1,4 @@
-"""Exercises 3.8 and 3.9: samplers of second order, by asking twice or by remembering."""
+"""Exercises of notebook 03: samplers of second order, Heun and DPM++ 2M."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,15 @@ from ... import samplers
 from ...samplers import Step
 from ..testing import require
 from . import lesson
-from .samplers import STEPS, calls, kept, one_call_a_step, steps_are_told, walk, x0_is_told
+from .samplers import (
+    STEPS,
+    count_calls,
+    require_one_call_per_step,
+    require_predicted_x0,
+    require_valid_steps,
+    walk,
+    yielded,
+)
 
 # --- 3.8 ----------------------------------------------------------------------------------------------
 
@@ -19,8 +27,8 @@ heun = lesson.exercise(
     hints=["Make Euler's step first. At its end, at t_prev, ask `denoise` again: that gives eps there.",
            "In X = x / alpha and s = sigma / alpha: X_prev = X + (s_prev - s) (eps + eps_prev) / 2, from the old X.",
            "So Euler's x moves by alpha_prev (s_prev - s) (eps_prev - eps) / 2. In the last step t_prev is None, there "
-           "is nothing to ask, and Euler's step stands."])
-heun.test("shape")(steps_are_told)
+           "is no second call, and Euler's step is the result."])
+heun.test("shape")(require_valid_steps)
 
 
 @heun.test("value")
@@ -29,21 +37,21 @@ def one_step_of_heun(heun):
 
 
 @heun.test("value")
-def heun_the_whole_way(heun):
+def heun_over_all_steps(heun):
     heun.agrees(walk, what="The way down,")
 
 
 @heun.test("edge case")
 def heun_at_the_end(heun):
     heun.agrees(lambda answer: walk(answer, grid=[(100, None)]), what="The last step,")
-    require((count := calls(heun)) == 2 * STEPS - 1,
+    require((count := count_calls(heun)) == 2 * STEPS - 1,
             f"It calls `denoise` {count} times for {STEPS} steps where {2 * STEPS - 1} will do: one in the last step")
 
 
 @heun.test("edge case")
-def heun_leaves_what_it_has_yielded(heun):
-    heun.agrees(kept, what="What was yielded, looked at when all is over,")
-    x0_is_told(heun)
+def heun_does_not_overwrite_yielded_steps(heun):
+    heun.agrees(yielded, what="The x of all steps, read after the last step,")
+    require_predicted_x0(heun)
 
 
 def twice(second: Callable) -> Callable:
@@ -89,7 +97,7 @@ for diagnosis, second in [
     heun.mistake(diagnosis)(twice(second))
 
 
-@heun.mistake("after the last step, where t_prev is None, there is nothing to ask: Euler's step stands")
+@heun.mistake("after the last step, where t_prev is None, there is no second call: Euler's step is the result")
 def asked_at_the_end(denoise, x, grid, schedule):
     yield from samplers.heun(denoise, x, grid[:-1], schedule)
     denoise(x, grid[-1][1])
@@ -106,7 +114,7 @@ dpmpp_2m = lesson.exercise(
            "first step has no x0_last and takes D = x0.",
            "x_prev = sigma_prev / sigma x + (alpha_prev - sigma_prev alpha / sigma) D. In the last step sigma_prev is "
            "0 and lambda infinite: take D = x0 there."])
-dpmpp_2m.test("shape")(steps_are_told)
+dpmpp_2m.test("shape")(require_valid_steps)
 
 
 @dpmpp_2m.test("value")
@@ -120,31 +128,31 @@ def then_of_second_order(dpmpp_2m):
 
 
 @dpmpp_2m.test("value")
-def dpmpp_the_whole_way(dpmpp_2m):
+def dpmpp_over_all_steps(dpmpp_2m):
     dpmpp_2m.agrees(walk, what="The way down,")
 
 
 @dpmpp_2m.test("edge case")
 def dpmpp_at_the_end(dpmpp_2m):
     dpmpp_2m.agrees(lambda answer: walk(answer, grid=[(300, 100), (100, None)]), what="The way to the end,")
-    one_call_a_step(dpmpp_2m)
+    require_one_call_per_step(dpmpp_2m)
 
 
 @dpmpp_2m.test("edge case")
-def dpmpp_leaves_what_it_has_yielded(dpmpp_2m):
-    dpmpp_2m.agrees(kept, what="What was yielded, looked at when all is over,")
-    x0_is_told(dpmpp_2m)
+def dpmpp_does_not_overwrite_yielded_steps(dpmpp_2m):
+    dpmpp_2m.agrees(yielded, what="The x of all steps, read after the last step,")
+    require_predicted_x0(dpmpp_2m)
 
 
-def multistep(ahead: Callable, remember: bool = True) -> Callable:
-    """A sampler of the step of first order with `ahead(x0, x0_last, h, h_last)` in place of x0."""
+def multistep(extrapolate: Callable, remember: bool = True) -> Callable:
+    """A sampler of the step of first order with `extrapolate(x0, x0_last, h, h_last)` in place of x0."""
     def sampler(denoise, x, grid, schedule, **_):
         last = h_last = None
         for index, (t, t_prev) in enumerate(grid):
             (a, s), (ap, sp) = schedule.at(t), schedule.at(t_prev)
             x0 = denoise(x, t)
             h = math.log(ap / sp) - math.log(a / s) if sp else math.inf
-            D = x0 if last is None or not sp else ahead(x0, last, h, h_last)
+            D = x0 if last is None or not sp else extrapolate(x0, last, h, h_last)
             x = sp / s * x + (ap - sp * a / s) * D
             if remember or last is None:
                 last, h_last = x0, h
@@ -175,22 +183,22 @@ def without_last_case(lam: Callable) -> Callable:
     return sampler
 
 
-for diagnosis, ahead in [
+for diagnosis, extrapolate in [
     ("this is of first order, DDIM's step: x0 is to be extrapolated", lambda x0, last, h, h_last: x0),
     ("the half is missing: x0 is extrapolated to the middle of the step",
      lambda x0, last, h, h_last: x0 + h / h_last * (x0 - last)),
-    ("h and h_last have changed places: how far ahead, over how far it has changed",
+    ("h and h_last are swapped: the step to come, divided by the step before it",
      lambda x0, last, h, h_last: x0 + h_last / h * (x0 - last) / 2),
     ("the steps are taken for equal: the change goes with h / h_last",
      lambda x0, last, h, h_last: x0 + (x0 - last) / 2),
-    ("it goes back where it must go on: x0 - x0_last is the way ahead",
+    ("the sign is wrong: extrapolate along x0 - x0_last",
      lambda x0, last, h, h_last: x0 - h / h_last * (x0 - last) / 2),
-    ("the mean of the two x0 lies behind, between them: extrapolate beyond the newer one",
+    ("the mean of the two x0 interpolates between them: extrapolate beyond the newer one",
      lambda x0, last, h, h_last: (x0 + last) / 2),
     ("it extrapolates from x0_last: start at x0, the newer",
      lambda x0, last, h, h_last: last + h / h_last * (x0 - last) / 2),
 ]:
-    dpmpp_2m.mistake(diagnosis)(multistep(ahead))
+    dpmpp_2m.mistake(diagnosis)(multistep(extrapolate))
 for extrapolated, said in ((True, "x0_last is the x0 that was predicted, not the D that was made of it"),
                            (False, "h is the way in lambda = log(alpha / sigma), not in t")):
     dpmpp_2m.mistake(said)(otherwise(extrapolated))

@@ -1,4 +1,4 @@
-"""Exercises of notebook 04: cross-attention."""
+"""Exercises of notebook 04: heads, attention, causal attention, the cross-attention module."""
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ heads = lesson.exercise(
 
 @heads.test("shape")
 def heads_are_an_axis(split_heads, merge_heads):
-    """Of splitting alone, as the next: whoever has not written merge_heads yet is told how split_heads does."""
+    """Of splitting alone, as the next: split_heads is tested before merge_heads is written."""
     split_heads.agrees(lambda split: split(X, HEADS) * 0, what="split_heads' result")
 
 
 @heads.test("value")
-def channels_of_a_head_lie_side_by_side(split_heads, merge_heads):
+def channels_of_a_head_are_adjacent(split_heads, merge_heads):
     split_heads.agrees(lambda split: split(X, HEADS), what="split_heads' result")
 
 
@@ -56,7 +56,7 @@ def interleaved(x, heads):
     return x.reshape(*x.shape[:2], -1, heads).permute(0, 3, 1, 2)
 
 
-@heads.mistake("the heads stand behind the tokens: swap the axes 1 and 2")
+@heads.mistake("the heads' axis comes after the tokens': swap the axes 1 and 2")
 def not_swapped(x, heads):
     return x.reshape(*x.shape[:2], heads, -1)
 
@@ -71,7 +71,7 @@ def merged_without_swapping(x):
     return x.reshape(len(x), x.shape[2], -1)
 
 
-@heads.mistake("the channels of a head are strewn: H must be outside of D", of="merge_heads")
+@heads.mistake("the channels of a head are not adjacent: H must be the outer axis, D the inner", of="merge_heads")
 def merged_interleaved(x):
     return x.permute(0, 2, 3, 1).flatten(2)
 
@@ -102,7 +102,7 @@ def as_many_as_queries(attention):
 
 
 @attention.test("value")
-def weights_are_shared_out(attention):
+def weights_are_split(attention):
     """Values of 1 come out as 1 exactly if the weights of every query sum to 1."""
     out = attention.agrees(lambda answer: answer(Q, K, torch.ones_like(V), HEADS), what="With v of ones, the result")
     require_sums(out, out.shape[-1], -1, "the weights of a query must sum to 1")
@@ -167,10 +167,10 @@ attention.mistake("the heads are put together without swapping tokens and heads 
 
 causal = lesson.exercise(
     3, causal_attention, grade="supported", minutes=10,
-    asks="Write `causal_attention(q, k, v, heads)`: a token sees itself and those before it. q, k, v are (B, L, C).",
-    hints=["The mask is (L, L): row i says what token i may look at.",
+    asks="Write `causal_attention(q, k, v, heads)`: a token attends to itself and those before. q, k, v are (B, L, C).",
+    hints=["The mask is (L, L): row i says which tokens token i may attend to.",
            "Forbid before the softmax, not after: a score of minus infinity becomes a weight of 0; the rest sums to 1.",
-           "`torch.ones(L, L, dtype=torch.bool).tril()` is True where a token may look. `attend` takes it as mask."])
+           "`torch.ones(L, L, dtype=torch.bool).tril()` is True where it may attend. `attend` takes it as mask."])
 
 
 @causal.test("shape")
@@ -179,12 +179,12 @@ def as_many_as_tokens(causal_attention):
 
 
 @causal.test("value")
-def tokens_see_those_before(causal_attention):
+def tokens_attend_to_earlier_ones(causal_attention):
     causal_attention.same(X, X, X, HEADS)
 
 
 @causal.test("value")
-def what_comes_later_changes_nothing(causal_attention):
+def later_tokens_have_no_effect(causal_attention):
     later = torch.cat([X[:, :3], randn(2, 2, 12, seed=9)], dim=1)
     before, after = (causal_attention(x, x, x, HEADS)[:, :3] for x in (X, later))
     require(torch.allclose(before, after, atol=1e-5), "Other words at the end change the tokens before them")
@@ -201,11 +201,11 @@ def ones(length: int) -> Tensor:
 
 
 for diagnosis, mask in [
-    ("nothing is masked: a token sees those behind it as well", lambda n: ones(n)),
-    ("the mask is turned round: a token sees those behind it; tril, not triu", lambda n: ones(n).triu()),
+    ("nothing is masked: a token attends to later ones as well", lambda n: ones(n)),
+    ("the mask is turned round: a token attends to later ones; tril, not triu", lambda n: ones(n).triu()),
     ("the mask says what is forbidden where `attend` wants to know what is allowed", lambda n: ones(n).triu(1)),
-    ("a token must see itself too: keep the diagonal", lambda n: ones(n).tril(-1)),
-    ("a token sees the next one too: the diagonal is the last that is kept", lambda n: ones(n).tril(1)),
+    ("a token must attend to itself, too: allow the diagonal", lambda n: ones(n).tril(-1)),
+    ("a token attends to the next one: the diagonal is the last to allow", lambda n: ones(n).tril(1)),
     ("zeros and ones are added to the scores: a forbidden score must become minus infinity",
      lambda n: ones(n).tril().float()),
     ("the scores that are forbidden are set to 0, which is a score like others: make them minus infinity", None),
@@ -216,13 +216,13 @@ for diagnosis, mask in [
         return of_heads(lambda q, k: (scaled(q, k) * ones(q.shape[2]).tril()).softmax(-1))(q, k, v, heads)
     causal.mistake(diagnosis)(answer)
 
-causal.mistake("0 times infinity is no number: write minus infinity where a token may not look, 0 where it may")(
+causal.mistake("0 times infinity is no number: write minus infinity where it is forbidden, 0 where it is allowed")(
     lambda q, k, v, heads: attend(q, k, v, heads, ones(q.shape[1]).tril().float() * -torch.inf))
-causal.mistake("0 times infinity is no number: write minus infinity where a token may not look, 0 where it may")(
+causal.mistake("0 times infinity is no number: write minus infinity where it is forbidden, 0 where it is allowed")(
     lambda q, k, v, heads: attend(q, k, v, heads, ones(q.shape[1]).triu(1).float() * -torch.inf))
 causal.mistake("the heads are not split: this is one head of all channels")(
     lambda q, k, v, heads: causal_attention(q, k, v, 1))
-causal.mistake("a token must see itself too: keep the diagonal")(    # by hand, the first token's row is NaN
+causal.mistake("a token must attend to itself, too: allow the diagonal")(    # by hand, the first token's row is NaN
     of_heads(lambda q, k: scaled(q, k).masked_fill(~ones(q.shape[2]).tril(-1), -torch.inf).softmax(-1)))
 causal.mistake("the mask comes after the softmax: then a row no longer sums to 1")(
     of_heads(lambda q, k: scaled(q, k).softmax(-1) * ones(q.shape[2]).tril()))
@@ -232,12 +232,12 @@ causal.mistake("the mask comes after the softmax: then a row no longer sums to 1
 
 cross_attention = lesson.exercise(
     4, CrossAttention, grade="on your own", minutes=20,
-    asks="Write the module `CrossAttention(dim, context_dim, heads)`, whose forward(x, context) reads the text.",
-    beyond="The package's module is self-attention as well (no context), takes a mask, and can be watched; the "
+    asks="Write the module `CrossAttention(dim, context_dim, heads)`, whose forward(x, context) attends to the text.",
+    beyond="The package's module is self-attention as well (no context), takes a mask, and takes hooks; the "
            "exercise asks for an image that reads a text.",
     hints=["Four linear layers: to_q, to_k, to_v without bias, and to_out, a Sequential of one with bias. The names "
            "are those of the checkpoints.",
-           "The image asks: q from x. The text answers: k and v from the context, whose tokens have `context_dim` "
+           "Queries come from the image, x; keys and values from the context, whose tokens have `context_dim` "
            "channels.",
            "`self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))`."])
 
@@ -276,7 +276,7 @@ def it_reads_with_three(CrossAttention):
 
 
 @cross_attention.test("value")
-def every_layer_learns(CrossAttention):
+def gradients_reach_every_layer(CrossAttention):
     module = with_weights(CrossAttention(12, 9, HEADS), WEIGHTS)
     module(X, TEXT).square().sum().backward()
     for name, parameter in module.named_parameters():
@@ -347,7 +347,7 @@ class KeysTwice(Variant):
         return self.to_out(attend(q, k, k, self.heads))
 
 
-@cross_attention.mistake("the text asks and the image answers: q comes from x, k and v from the context")
+@cross_attention.mistake("queries come from the text and keys from the image: q comes from x, k and v from the context")
 class TurnedRound(Variant):
     def __init__(self, dim, context_dim, heads):
         super().__init__(dim, context_dim, heads)

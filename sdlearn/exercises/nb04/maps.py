@@ -1,4 +1,4 @@
-"""Exercises of notebook 04, its second part: around attention, what it costs, and its maps."""
+"""Exercises of notebook 04: GEGLU, the cost of attention, heat maps."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ geglu = lesson.exercise(
     asks="Write the module `GEGLU(dim, hidden)`: one linear layer `proj` makes value and gate; value * GELU(gate).",
     hints=["`proj` makes twice `hidden` channels, with a bias. Then cut its result in two.",
            "`chunk(2, dim=-1)`: the first half is the value, the second the gate.",
-           "`value * F.gelu(gate)`, with the exact GELU: that is what `F.gelu` is unless told otherwise."])
+           "`value * F.gelu(gate)`, with the exact GELU: that is the default of `F.gelu`."])
 
 GEGLU_WEIGHTS = {"proj.weight": randn(10, 6, seed=1), "proj.bias": randn(10, seed=2)}
 
@@ -139,7 +139,7 @@ for diagnosis, answer in [
      lambda n, m, c, h: (4 * n * m * c, 2 * c * n * m)),
     ("these are the bytes of q, k and v: the map is queries times keys",
      lambda n, m, c, h: (4 * n * m * c, 2 * c * (n + 2 * m))),
-    ("cells look at the text, not at each other: queries times keys",
+    ("the queries are cells and the keys are tokens: queries times keys",
      lambda n, m, c, h: (4 * n * n * c, 2 * h * n * n)),
 ]:
     cost.mistake(diagnosis)(answer)
@@ -186,7 +186,7 @@ def the_mean_over_layers(heat_maps):
 
 
 @heat.test("value")
-def tokens_share_out_a_whole(heat_maps):
+def weights_sum_to_one(heat_maps):
     require_sums(heat_maps(SQUARE, (32, 32)), 1, 1, "at each place the tokens share out a whole, as in each row of "
                                                     "the softmax: a mean keeps that, a sum does not")
 
@@ -233,6 +233,6 @@ for diagnosis, answer in [
     ("this enlarges by repeating cells, and the bilinear way was asked for", heat_by(mode="nearest")),
     ("this is bicubic, and the bilinear way was asked for", heat_by(mode="bicubic")),
     ("align_corners stretches the cells to the border of the image: leave it out", heat_by(align_corners=True)),
-    ("the image is not square: the number of cells alone does not tell its rows", heat_by(square=True)),
+    ("the image is not square: the number of cells alone does not give its rows", heat_by(square=True)),
 ]:
     heat.mistake(diagnosis)(answer)

@@ -1,4 +1,4 @@
-"""Exercises of notebook 05, its first part: the timestep, the residual block, down and up."""
+"""Exercises of notebook 05: the timestep embedding, the U-Net's residual block, Downsample and Upsample."""
 
 import math
 
@@ -72,7 +72,7 @@ def both(angles):
 for diagnosis, answer in [
     ("the sines come first: in Stable Diffusion's checkpoints the cosines do",
      lambda t, dim: torch.cat([waves(t, dim).sin(), waves(t, dim).cos()], dim=-1)),
-    ("sine and cosine of one frequency stand side by side: first all cosines, then all sines",
+    ("sine and cosine of one frequency alternate: first all cosines, then all sines",
      lambda t, dim: torch.stack([waves(t, dim).cos(), waves(t, dim).sin()], dim=-1).flatten(1)),
     ("this is the embedding of the first DDPM, sines first and i over dim/2 - 1: here cosines first, i over dim/2",
      lambda t, dim: torch.cat([(angles := waves(t, dim, over=max(dim // 2 - 1, 1))).sin(), angles.cos()], dim=-1)),
@@ -105,7 +105,7 @@ resblock = lesson.exercise(
            "new: `time_emb_proj`, from embed_dim to outputs.",
            "`self.time_emb_proj(F.silu(temb))` is (B, outputs). It is added to a map (B, outputs, h, w): which two "
            "axes does it lack?",
-           "It is added behind conv1 and before norm2: `h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]`."])
+           "It is added after conv1 and before norm2: `h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]`."])
 
 CHANNELS, WIDER, EMBED, GROUPS = 6, 9, 5, 3
 WEIGHTS = {outputs: weights_of(ResBlock(CHANNELS, outputs, EMBED, GROUPS)) for outputs in (CHANNELS, WIDER)}
@@ -189,19 +189,19 @@ class TimeAsItIs(Variant):
         return self.time_emb_proj(temb)[:, :, None, None]
 
 
-@resblock.mistake("SiLU comes behind the linear layer of the time: it comes before")
+@resblock.mistake("SiLU comes after the linear layer of the time: it must come before")
 class TimeTurned(Variant):
     def time(self, temb):
         return F.silu(self.time_emb_proj(temb))[:, :, None, None]
 
 
-@resblock.mistake("the time is added at the end, behind conv2: it is added between the two convolutions")
+@resblock.mistake("the time is added at the end, after conv2: it is added between the two convolutions")
 class TimeAtTheEnd(Variant):
     def forward(self, x, temb):
         return self.conv_shortcut(x) + self.second(self.first(x)) + self.time(temb)
 
 
-@resblock.mistake("the time is added behind norm2: it is added before")
+@resblock.mistake("the time is added after norm2: it must be added before")
 class TimeBehindTheNorm(Variant):
     def forward(self, x, temb):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.first(x)) + self.time(temb)))
@@ -248,7 +248,7 @@ resample = lesson.exercise(
          "one on all sides; and `Upsample(channels)`, whose forward(x, size=None) repeats the nearest cell up to "
          "`size`, twice the rows and columns without one, and then convolves.",
     hints=["Both hold one convolution, `conv`, from channels to channels, 3x3 with padding=1. The stride differs.",
-           "`F.interpolate(x, size=..., mode=\"nearest\")` repeats cells; the convolution comes behind it.",
+           "`F.interpolate(x, size=..., mode=\"nearest\")` repeats cells; the convolution comes after it.",
            "`size = size or (2 * x.shape[2], 2 * x.shape[3])`."])
 
 CONV = weights_of(Downsample(3))
@@ -262,7 +262,7 @@ def moved(block, x: Tensor = WIDE, *size) -> Tensor:
 
 @resample.test("shape")
 def half(Downsample, Upsample):
-    """Of going down alone, as the next: whoever has not written Upsample yet is told how Downsample does."""
+    """Of going down alone, as the next: Downsample is tested before Upsample is written."""
     Downsample.agrees(lambda block: 0 * moved(block, WIDE[:, :, :4]), what="Downsample's result")
 
 
@@ -336,7 +336,7 @@ def up(enlarge):
 for diagnosis, enlarge in [
     ("the new cells are blends of neighbours, bilinear: repeat the nearest",
      lambda self, x, size: self.conv(F.interpolate(x, size=size, mode="bilinear"))),
-    ("the convolution comes before the enlarging: it comes behind",
+    ("the convolution comes before the upsampling: it must come after",
      lambda self, x, size: F.interpolate(self.conv(x), size=size, mode="nearest")),
     ("the convolution is missing", lambda self, x, size: F.interpolate(x, size=size, mode="nearest")),
     ("the size is not used: twice of 3 rows is 6, and 5 may be asked for",

@@ -1,4 +1,4 @@
-"""Exercises of notebook 05, its second part: which skip goes where, and the way down and up."""
+"""Exercises of notebook 05: skip connections, encoder and decoder."""
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +49,13 @@ def other_levels(skip_channels):
     skip_channels.agrees(lambda answer: list(answer(FLAT)), what="With a single level, the list")
 
 
-def levels(config, *, first=True, down=True, lowest=False, layers=0, ahead=False):
+def levels(config, *, first=True, down=True, lowest=False, layers=0, next_level=False):
     """The list; the switches are mistakes."""
     found, widths = [config.channels[0]] * first, config.channels
     for level, width in enumerate(widths):
         found += [width] * (config.layers_per_block + layers)
         if down and (lowest or level < len(widths) - 1):
-            found.append(widths[min(level + ahead, len(widths) - 1)])
+            found.append(widths[min(level + next_level, len(widths) - 1)])
     return found
 
 
@@ -65,7 +65,7 @@ for diagnosis, switches in [
     ("there is one too many at the end: the lowest level has no Downsample, and the middle's output is no skip",
      {"lowest": True}),
     ("there is one ResBlock too many in a level: there is one more on the way up, not down", {"layers": 1}),
-    ("a Downsample keeps the channels of its level: the next level's first ResBlock widens", {"ahead": True}),
+    ("a Downsample keeps the channels of its level: the next level's first ResBlock widens", {"next_level": True}),
 ]:
     skips.mistake(diagnosis)(lambda config, switches=switches: levels(config, **switches))
 
@@ -127,16 +127,16 @@ def upwards(config, *, take=-1, layers=1, with_skip=True, stays=False, early=Fal
 for diagnosis, switches in [
     ("the skip that was made first is read first: it is a stack, the last made comes first", {"take": 0}),
     ("a level has one ResBlock more on the way up", {"layers": 0}),
-    ("the skips are not counted: they lie beside what comes from below", {"with_skip": False}),
+    ("the skips are not counted: they are concatenated to the features from below", {"with_skip": False}),
     ("only the first ResBlock of a level reads what comes from below: the next reads what the first made",
      {"stays": True}),
     ("the first ResBlock of a level reads what comes from below, as wide as the level below", {"early": True}),
-    ("what goes on is what a ResBlock makes, as wide as its level, not what it reads", {"grows": True}),
+    ("the next input has the channels of a ResBlock's output, its level's, not of its input", {"grows": True}),
 ]:
     inputs.mistake(diagnosis)(lambda config, switches=switches: upwards(config, **switches))
 
 
-@inputs.mistake("the levels stand the other way round: the lowest comes first")
+@inputs.mistake("the order of the levels is reversed: the lowest comes first")
 def from_above(config):
     return upwards(config)[::-1]
 
@@ -182,7 +182,7 @@ def went_up(decode, features=None) -> Tensor:
 
 @walk.test("shape")
 def maps_and_their_shapes(encode, decode):
-    """Of encode alone, as the next: whoever has not written decode yet is told how encode does."""
+    """Of encode alone, as the next: encode is tested before decode is written."""
     encode.agrees(lambda answer: [0 * one for one in went_down(answer)], what="encode's result")
 
 
@@ -215,7 +215,7 @@ def without_the_first(unet, x, temb, context):
     return down(unet, x, temb, context, first=False)
 
 
-@walk.mistake("only the last map of each block is kept: every ResBlock and every Downsample makes a skip")
+@walk.mistake("only the last map of each block is a skip: every ResBlock and every Downsample makes a skip")
 def one_of_each(unet, x, temb, context):
     return down(unet, x, temb, context, all_of_it=False)
 
@@ -225,7 +225,7 @@ def without_the_middle(unet, x, temb, context):
     return down(unet, x, temb, context, middle=False)
 
 
-@walk.mistake("every block begins anew from conv_in's output: it goes on from the last map")
+@walk.mistake("every block starts from conv_in's output: it must start from the last map")
 def from_the_start(unet, x, temb, context):
     features = [unet.conv_in(x)]
     for block, width in zip(unet.down_blocks, (SMALL.channels[0], *SMALL.channels), strict=False):
@@ -252,11 +252,11 @@ for diagnosis, switches in [
     ("the skips of a block are read in the order in which they were made: the last made comes first",
      {"order": slice(None)}),
     # Both of these meet a map of another size, and PyTorch says the same of them.
-    ("are the skips taken from the end of the list, and is `size` that of the last skip that is left behind them?",
+    ("are the skips taken from the end of the list, and is `size` that of the last skip that remains?",
      {"from_front": True, "order": slice(None)}),
-    ("are the skips taken from the end of the list, and is `size` that of the last skip that is left behind them?",
+    ("are the skips taken from the end of the list, and is `size` that of the last skip that remains?",
      {"own": True}),
-    ("no size is told to the block: half of 7 rows is 4, and twice 4 is 8", {"sized": False}),
+    ("no size is passed to the block: half of 7 rows is 4, and twice 4 is 8", {"sized": False}),
     ("SiLU before conv_out is missing", {"end": lambda x: x}),
     ("the norm before conv_out is missing", {"norm": False}),
 ]:

@@ -1,4 +1,4 @@
-"""Exercises of notebook 06, its second part: one batch for both halves, and the denoiser that samplers take."""
+"""Exercises of notebook 06: both predictions in one batch, and the denoiser that samplers take."""
 
 from collections.abc import Callable
 
@@ -28,9 +28,9 @@ class Network:
         require(len(x) == len(context), f"The network is given {len(x)} latents and {len(context)} texts: give one "
                                         "text for each latent")
         self.batches.append(len(x))
-        heard = context.mean(dim=1)[:, :4, None, None]
+        text = context.mean(dim=1)[:, :4, None, None]
         time = torch.as_tensor(t, dtype=torch.float32).reshape(-1, 1, 1, 1)         # one for all, or one each
-        return torch.tanh(x * heard + torch.sin(time / 100)) + heard
+        return torch.tanh(x * text + torch.sin(time / 100)) + text
 
 
 # --- 6.2 ----------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ predict_uncond_cond = lesson.exercise(
     asks="Write `predict_uncond_cond(unet, x, t, contexts)`: u and c from one run of the network. contexts holds the "
          "empty texts first, then the prompts.",
     hints=["There are twice as many texts as latents. Each latent is needed twice, in the order of the texts.",
-           "`torch.cat([x, x])` puts the whole batch behind itself; `repeat_interleave` would put twins side by side.",
+           "`torch.cat([x, x])` repeats the whole batch; `repeat_interleave` would repeat each image in its place.",
            "`output.chunk(2)` cuts along the batch into the first half and the second."])
 
 
@@ -62,7 +62,7 @@ def the_halves_in_their_order(predict_uncond_cond):
 
 
 @predict_uncond_cond.test("edge case")
-def one_run(predict_uncond_cond):
+def one_network_call(predict_uncond_cond):
     network = Network()
     predict_uncond_cond(network, X, 500.0, texts())
     require(len(network.batches) == 1, f"It runs the network {len(network.batches)} times where once will do, on a "
@@ -76,7 +76,7 @@ def halves_exchanged(unet, x, t, texts):
     return tuple(reversed(guidance.predict_uncond_cond(unet, x, t, texts)))
 
 
-@predict_uncond_cond.mistake("twins of latents stand side by side, but their texts are half a batch apart")
+@predict_uncond_cond.mistake("the two copies of a latent are adjacent, but their texts are half a batch apart")
 def side_by_side(unet, x, t, texts):
     return unet(x.repeat_interleave(2, dim=0), t, texts).chunk(2)
 
@@ -162,7 +162,7 @@ def without_guidance(predict_x0):
 
 
 @predict_x0.test("edge case")
-def no_run_too_many(predict_x0):
+def no_superfluous_network_call(predict_x0):
     for settings, t, batches, said in (
             ({"guidance_scale": 5.0}, 500.0, [4], "With guidance"), ({"guidance_scale": 1.0}, 500.0, [2], "At scale 1"),
             ({"guidance_scale": 5.0, "guidance_interval": (200, 800)}, 900.0, [2], "Outside of the interval")):

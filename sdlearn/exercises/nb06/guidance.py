@@ -1,4 +1,4 @@
-"""Exercises of notebook 06: the line of guidance, a push away, rescale, interval."""
+"""Exercises of notebook 06: classifier-free guidance, composed guidance, guidance rescale, the guidance interval."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def beyond_the_conditional(classifier_free_guidance):
 
 
 @classifier_free_guidance.test("edge case")
-def both_ends_and_behind(classifier_free_guidance):
+def at_both_ends_and_below_zero(classifier_free_guidance):
     classifier_free_guidance.agrees(lambda answer: [answer(U, C, scale) for scale in (0.0, 1.0, -1.0)],
                                     what="At w = 0, 1 and -1, the result")
 
@@ -69,12 +69,12 @@ def repelled_keeps_the_shape(composed_guidance):
 
 
 @composed_guidance.test("value")
-def pushed_from_u(composed_guidance):
+def away_from_the_negative(composed_guidance):
     composed_guidance.same(U, C, N, 5.0, 2.0)
 
 
 @composed_guidance.test("edge case")
-def no_push_and_the_usual_one(composed_guidance):
+def without_negative_and_with_the_usual_one(composed_guidance):
     composed_guidance.agrees(lambda answer: [answer(U, C, N, 5.0, 0.0), answer(U, C, N, 5.0, 4.0)],
                              what="With negative_scale = 0, and with negative_scale = guidance_scale - 1,")
 

@@ -1,4 +1,4 @@
-"""Exercises of notebook 07, its second part: what a ControlNet gives the U-Net, and several at once."""
+"""Exercises of notebook 07: the residuals that a ControlNet adds to the U-Net, and several ControlNets."""
 
 from functools import cache
 
@@ -37,7 +37,7 @@ residuals = lesson.exercise(
          "ControlNet adds to the U-Net's skips and, as the last, to its middle.",
     beyond="The package's method also checks its inputs, and weights the residuals for guess mode.",
     hints=["`net.encode(x, temb, context, hint)` gives the features of all skips, then of the middle. The hint goes in "
-           "behind conv_in. temb is `net.embed_time(t, x)`.",
+           "after conv_in. temb is `net.embed_time(t, x)`.",
            "Each feature goes through its own convolution: `net.controlnet_down_blocks`, then "
            "`net.controlnet_mid_block`.",
            "One hint may serve a larger batch: `encoded.repeat(len(x) // len(encoded), 1, 1, 1)`. Last, everything "
@@ -152,6 +152,6 @@ def no_time(net, x, t, context, encoded, conditioning_scale=1.0):
     return [conditioning_scale * one for one in made(net, x, 0.0, context, encoded)]
 
 
-@residuals.mistake("twins of hints stand side by side: the batch [u; c] holds all images twice, one after the other")
+@residuals.mistake("the copies of a hint are adjacent: the batch [u; c] holds all images twice, one after the other")
 def side_by_side(net, x, t, context, encoded, conditioning_scale=1.0):
     return [conditioning_scale * one for one in made(net, x, t, context, encoded, spread=twins)]

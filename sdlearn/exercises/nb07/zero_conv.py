@@ -1,4 +1,4 @@
-"""Exercises of notebook 07: the zero convolution, its gradients, the hint's encoder, the residuals, guess mode."""
+"""Exercises of notebook 07: zero convolution, its gradients, the hint encoder, guess mode."""
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def outputs_zero(zero_conv):
 
 
 @zero.test("edge case")
-def can_learn(zero_conv):
+def gradients_are_not_zero(zero_conv):
     conv = zero_conv(3)
     require(all(one.requires_grad for one in conv.parameters()),
             "Its parameters are frozen: a zero convolution starts at zero and must leave it")

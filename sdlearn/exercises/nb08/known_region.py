@@ -1,4 +1,4 @@
-"""Exercises of notebook 08, its second part: a plain U-Net is told the known cells, and steps are taken again."""
+"""Exercises of notebook 08: blending the known region into a plain U-Net's steps, and RePaint."""
 
 import math
 
@@ -28,7 +28,7 @@ def network(x: Tensor, t: float) -> Tensor:
 
 blending = lesson.exercise(
     3, blended_denoise, grade="supported", minutes=12,
-    asks="Write `blended_denoise(denoise, known, mask, noise, schedule)`: it returns a function `told(x, t)`. In what "
+    asks="Write `blended_denoise(denoise, known, mask, noise, schedule)`: it returns `denoise_known(x, t)`. In what "
          "`denoise` sees, the known cells (mask 0) are `known` with `noise` of timestep t; in the x0 that comes back, "
          "they are `known`.",
     beyond="The package's function also checks the sizes.",
@@ -39,20 +39,20 @@ blending = lesson.exercise(
 
 @blending.test("shape")
 def a_function_of_x_and_t(blended_denoise):
-    told = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
-    require(callable(told), "It must return a function of (x, t), which takes the place of `denoise`")
-    require_shape(told(X, 500), X.shape)
+    denoise_known = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
+    require(callable(denoise_known), "It must return a function of (x, t), which takes the place of `denoise`")
+    require_shape(denoise_known(X, 500), X.shape)
 
 
 @blending.test("value")
 def the_same_each_time(blended_denoise):
-    told = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
-    require(torch.equal(told(X, 500), told(X, 500)),
+    denoise_known = blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)
+    require(torch.equal(denoise_known(X, 500), denoise_known(X, 500)),
             "Two calls with the same x and t differ: use the `noise` that is given, and no noise of your own")
 
 
 @blending.test("value")
-def what_denoise_sees(blended_denoise):
+def inputs_of_denoise(blended_denoise):
     def seen(answer):
         found = []
         answer(lambda x, t: (found.append(x.clone()), x)[1], KNOWN, MASK, NOISE, SCHEDULE)(X, 500)
@@ -62,7 +62,7 @@ def what_denoise_sees(blended_denoise):
 
 
 @blending.test("value")
-def what_comes_back(blended_denoise):
+def returned_x0(blended_denoise):
     blended_denoise.agrees(lambda answer: answer(network, KNOWN, MASK, NOISE, SCHEDULE)(X, 500),
                            what="The x0 at t = 500")
 
@@ -80,20 +80,20 @@ def one_image_for_the_batch(blended_denoise):
 
 
 @blending.test("edge case")
-def x_stays_as_it_was(blended_denoise):
+def x_is_unchanged(blended_denoise):
     x = X.clone()
     blended_denoise(network, KNOWN, MASK, NOISE, SCHEDULE)(x, 500)
     require(torch.equal(x, X), "It changes `x` in place: the sampler still needs what it held, so make something new")
 
 
-def telling(before=None, after=None, keep=lambda mask: mask < 0.5):
+def replacing_known(before=None, after=None, keep=lambda mask: mask < 0.5):
     """`blended_denoise` with one of its replacements exchanged; before and after get (known, noise, t, schedule)."""
     def answer(denoise, known, mask, noise, schedule):
-        def told(x, t):
+        def denoise_known(x, t):
             entering = x if before is None else torch.where(keep(mask), before(known, noise, t, schedule), x)
             x0 = denoise(entering, t)
             return x0 if after is None else torch.where(keep(mask), after(known, noise, t, schedule), x0)
-        return told
+        return denoise_known
     return answer
 
 
@@ -106,16 +106,16 @@ def clean(known, noise, t, schedule):
 
 
 for diagnosis, answer in [
-    ("the mask is turned round: known is where it is 0", telling(noised, clean, keep=lambda mask: mask >= 0.5)),
+    ("the mask is turned round: known is where it is 0", replacing_known(noised, clean, keep=lambda mask: mask >= 0.5)),
     ("the known cells enter without noise: at timestep t the network expects them as noisy as the others",
-     telling(clean, clean)),
+     replacing_known(clean, clean)),
     ("the known cells get as much noise at every t: how much, `schedule.add_noise` knows",
-     telling(lambda known, noise, t, schedule: known + noise, clean)),
+     replacing_known(lambda known, noise, t, schedule: known + noise, clean)),
     ("the known cells of x are not replaced before the call: the network would see whatever is in them",
-     telling(None, clean)),
-    ("the known cells of x0 are not replaced after the call", telling(noised, None)),
-    ("in the x0 that comes back the known cells are noisy: x0 is the clean latent", telling(noised, noised)),
-    ("the noise alone enters in the known cells", telling(lambda known, noise, t, schedule: noise, clean)),
+     replacing_known(None, clean)),
+    ("the known cells of x0 are not replaced after the call", replacing_known(noised, None)),
+    ("in the x0 that comes back the known cells are noisy: x0 is the clean latent", replacing_known(noised, noised)),
+    ("the noise alone enters in the known cells", replacing_known(lambda known, noise, t, schedule: noise, clean)),
 ]:
     blending.mistake(diagnosis)(answer)
 
@@ -196,8 +196,8 @@ def resampled(*, count=lambda times, last: 1 if last else times, back="forward",
                 for i in range(passes):
                     if fresh is True or fresh and i == 0:
                         fixed = standard_noise(x, generator)
-                    told = blended_denoise(denoise, known, mask, fixed, schedule) if blend else denoise
-                    step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
+                    denoise_known = blended_denoise(denoise, known, mask, fixed, schedule) if blend else denoise
+                    step, = sample(denoise_known, x, [(t, t_prev)], schedule, generator=generator)
                     x = step.x
                     if every and i + 1 < passes:
                         yield step._replace(index=index)
@@ -211,13 +211,13 @@ def resampled(*, count=lambda times, last: 1 if last else times, back="forward",
 def returned(x: Tensor, noise: Tensor, t: float, t_prev: float, schedule: NoiseSchedule, back: str) -> Tensor:
     """From t_prev back to t; every way but "forward" is a mistake."""
     (alpha, sigma), (alpha_prev, _) = schedule.at(t), schedule.at(1 if t_prev is None else t_prev)
-    kept = alpha / alpha_prev
-    return {"forward": lambda: kept * x + math.sqrt(1 - kept**2) * noise,
+    ratio = alpha / alpha_prev
+    return {"forward": lambda: ratio * x + math.sqrt(1 - ratio**2) * noise,
             "clean": lambda: alpha * x + sigma * noise,
-            "unsquared": lambda: kept * x + math.sqrt(1 - kept) * noise,
-            "root": lambda: math.sqrt(kept) * x + math.sqrt(1 - kept) * noise,
-            "squared": lambda: kept**2 * x + math.sqrt(1 - kept**2) * noise,
-            "added": lambda: x + math.sqrt(1 - kept**2) * noise,
+            "unsquared": lambda: ratio * x + math.sqrt(1 - ratio) * noise,
+            "root": lambda: math.sqrt(ratio) * x + math.sqrt(1 - ratio) * noise,
+            "squared": lambda: ratio**2 * x + math.sqrt(1 - ratio**2) * noise,
+            "added": lambda: x + math.sqrt(1 - ratio**2) * noise,
             "none": lambda: x,
             "noise": lambda: noise}[back]()
 
@@ -230,8 +230,8 @@ for diagnosis, answer in [
      resampled(count=lambda times, last: 1 if last else times + 1)),
     ("no step is taken again: `times` is not used", resampled(count=lambda times, last: 1)),
     ("the known cells are not blended in", resampled(blend=False)),
-    ("the known cells have the same noise each time: draw it anew for each pass", resampled(fresh=False)),
-    ("the known cells get new noise for each pair of the grid only: draw it anew for each pass",
+    ("the known cells have the same noise each time: draw new noise for each pass", resampled(fresh=False)),
+    ("the known cells get new noise for each pair of the grid only: draw new noise for each pass",
      resampled(fresh="pair")),
     ("on the way back x is taken for a clean latent: it holds the noise of t_prev already, so less is added",
      resampled(back="clean")),

@@ -1,4 +1,4 @@
-"""Exercises of notebook 08: the latent's mask, and pasting the original back."""
+"""Exercises of notebook 08: masks of the latent, pasting the original back."""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ MASKS = (F.avg_pool2d(randn(2, 1, 24, 32, seed=5), 5, 1, 2) > 0.02).float()     
 
 
 @cells.test("shape")
-def a_cell_for_each_square(latent_mask):
+def one_mask_cell_for_each_square(latent_mask):
     require_shape(latent_mask(MASKS, 8), (2, 1, 3, 4), "With factor 8, the mask of the latent")
 
 

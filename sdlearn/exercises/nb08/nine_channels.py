@@ -1,4 +1,4 @@
-"""Exercises of notebook 08, its third part: a U-Net widened to nine channels, and what it is given to read."""
+"""Exercises of notebook 08: a U-Net widened to nine input channels, and its inputs."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ wide = lesson.exercise(
     hints=["Only `conv_in.weight` has another shape: (C, 9, 3, 3) in place of (C, 4, 3, 3). What must its five new "
            "columns be, so that they add nothing?",
            "`UNet(replace(unet.config, in_channels=9))` makes one with the right shapes; `replace` is that of "
-           "`dataclasses`, and `unet.config.out_channels` tells how many channels the latent has.",
+           "`dataclasses`, and `unet.config.out_channels` is the number of the latent's channels.",
            "Take `weights = unet.state_dict()`, put `conv_in.weight` in as zeros whose first four columns are the "
            "base's, and `load_state_dict`, which copies."])
 
@@ -61,7 +61,7 @@ def the_output_is_the_bases(widened):
 
 
 @wide.test("edge case")
-def the_base_stays_as_it_is(widened):
+def the_base_is_unchanged(widened):
     base = base_unet()
     before = base(X, 500.0, TEXT)
     made = widened(base)
@@ -73,7 +73,7 @@ def the_base_stays_as_it_is(widened):
 
 
 @wide.test("edge case")
-def can_learn(widened):
+def gradients_are_not_zero(widened):
     made = widened(base_unet()).requires_grad_(True)
     with torch.enable_grad():
         made(torch.cat([X, BESIDE], 1), 500.0, TEXT).square().sum().backward()
@@ -95,25 +95,25 @@ def filled(columns, others=True):
     return widened
 
 
-def beside(old: Tensor, count: int = 5) -> Tensor:
+def new_weights(old: Tensor, count: int = 5) -> Tensor:
     return old.new_zeros(len(old), count, 3, 3)
 
 
 for diagnosis, answer in [
-    ("the new channels stand before the old ones: the noisy latent comes first",
-     filled(lambda old: torch.cat([beside(old), old], 1))),
-    ("the mask's channel stands first: the noisy latent does",
-     filled(lambda old: torch.cat([beside(old, 1), old, beside(old, 4)], 1))),
+    ("the new channels come before the old ones: the noisy latent comes first",
+     filled(lambda old: torch.cat([new_weights(old), old], 1))),
+    ("the mask's channel comes first: the noisy latent must",
+     filled(lambda old: torch.cat([new_weights(old, 1), old, new_weights(old, 4)], 1))),
     ("all of it is zero: then the U-Net is deaf to the noisy latent as well",
-     filled(lambda old: torch.cat([beside(old, 4), beside(old)], 1))),
+     filled(lambda old: torch.cat([new_weights(old, 4), new_weights(old)], 1))),
     ("the base's weights are there twice: what reads the masked latent starts at zero",
-     filled(lambda old: torch.cat([old, beside(old, 1), old], 1))),
+     filled(lambda old: torch.cat([old, new_weights(old, 1), old], 1))),
     ("they are the mean of the old ones: they must start at zero, to add nothing",
      filled(lambda old: torch.cat([old, old.mean(1, keepdim=True).expand(-1, 5, -1, -1)], 1))),
     ("they are ones: they must start at zero, to add nothing",
-     filled(lambda old: torch.cat([old, 1 + beside(old)], 1))),
+     filled(lambda old: torch.cat([old, 1 + new_weights(old)], 1))),
     ("only `conv_in.weight` was taken from the base: all the other weights are its, too",
-     filled(lambda old: torch.cat([old, beside(old)], 1), others=False)),
+     filled(lambda old: torch.cat([old, new_weights(old)], 1), others=False)),
 ]:
     wide.mistake(diagnosis)(answer)
 
@@ -136,47 +136,47 @@ MASK = (randn(2, 1, 6, 8, seed=7) > 0).float()
 MASKED = randn(2, 4, 6, 8, seed=8)
 
 
-def tells(x: Tensor, t: float, context: Tensor, residuals=None) -> Tensor:
+def network(x: Tensor, t: float, context: Tensor, residuals=None) -> Tensor:
     """A U-Net that outputs what it was given."""
-    told = x + float(t) / 1000 + context.mean(dim=(1, 2))[:, None, None, None]
-    return told if residuals is None else told + residuals[0]
+    output = x + float(t) / 1000 + context.mean(dim=(1, 2))[:, None, None, None]
+    return output if residuals is None else output + residuals[0]
 
 
 @nine.test("shape")
 def a_function_that_hands_over_nine(nine_channels):
-    run = nine_channels(tells, MASK, MASKED)
+    run = nine_channels(network, MASK, MASKED)
     require(callable(run), "It must return a function, which a sampler can call again and again")
     require_shape(run(X, 500.0, TEXT), (2, 9, 6, 8), "What it hands to the U-Net")
 
 
 @nine.test("value")
 def in_this_order(nine_channels):
-    nine_channels.agrees(lambda answer: answer(tells, MASK, MASKED)(X, 500.0, TEXT), what="What the U-Net is given")
+    nine_channels.agrees(lambda answer: answer(network, MASK, MASKED)(X, 500.0, TEXT), what="What the U-Net is given")
 
 
 @nine.test("value")
 def t_and_text_are_passed_on(nine_channels):
-    nine_channels.agrees(lambda answer: answer(tells, MASK, MASKED)(X, 20.0, 2 * TEXT),
+    nine_channels.agrees(lambda answer: answer(network, MASK, MASKED)(X, 20.0, 2 * TEXT),
                          what="At another timestep, with another text, what the U-Net is given")
 
 
 @nine.test("edge case")
 def guidance_holds_all_twice(nine_channels):
     nine_channels.agrees(
-        lambda answer: answer(tells, MASK, MASKED)(X.repeat(2, 1, 1, 1), 500.0, TEXT.repeat(2, 1, 1)),
+        lambda answer: answer(network, MASK, MASKED)(X.repeat(2, 1, 1, 1), 500.0, TEXT.repeat(2, 1, 1)),
         what="With two masks for the four latents of [u; c], what the U-Net is given")
 
 
 @nine.test("edge case")
 def one_mask_for_all(nine_channels):
-    nine_channels.agrees(lambda answer: answer(tells, MASK[:1], MASKED[:1])(X, 500.0, TEXT),
+    nine_channels.agrees(lambda answer: answer(network, MASK[:1], MASKED[:1])(X, 500.0, TEXT),
                          what="With one mask for two latents, what the U-Net is given")
 
 
 @nine.test("edge case")
 def residuals_are_passed_on(nine_channels):
     more = [randn(2, 9, 6, 8, seed=9)]
-    nine_channels.agrees(lambda answer: answer(tells, MASK, MASKED)(X, 500.0, TEXT, more),
+    nine_channels.agrees(lambda answer: answer(network, MASK, MASKED)(X, 500.0, TEXT, more),
                          what="With a ControlNet's residuals, what the U-Net is given")
 
 
@@ -195,15 +195,15 @@ def twins(one: Tensor, times: int, *_: int) -> Tensor:
 
 
 for diagnosis, answer in [
-    ("the mask is the last: it stands between the noisy latent and the masked one", handing(lambda x, m, z: [x, z, m])),
+    ("the mask is the last: it comes between the noisy latent and the masked one", handing(lambda x, m, z: [x, z, m])),
     ("the mask is the first: the noisy latent is", handing(lambda x, m, z: [m, x, z])),
     ("the noisy and the masked latent have changed places", handing(lambda x, m, z: [z, m, x])),
     ("the mask is turned round: 1 is what is repainted", handing(lambda x, m, z: [x, 1 - m, z])),
-    ("the noisy latent is masked: all of it is noisy, and all of it is handed over",
+    ("the noisy latent is masked: all of it is noisy, and all of it is passed on",
      handing(lambda x, m, z: [x * m, m, z])),
     ("the masked latent is cut out once more: it was made from grey-filled pixels, and stays as it was encoded",
      handing(lambda x, m, z: [x, m, z * (1 - m)])),
-    ("twins of masks stand side by side: [u; c] holds all images twice, one after the other",
+    ("the two copies of a mask are adjacent: [u; c] holds all images twice, one after the other",
      handing(lambda x, m, z: [x, m, z], spread=twins)),
     ("the masks are not repeated: [u; c] holds all images twice, and one mask may serve several",
      handing(lambda x, m, z: [x, m, z], spread=lambda one, *_: one)),

@@ -1,4 +1,4 @@
-"""Exercises of notebook 09: a new word's rows, prior preservation, DreamBooth's loss."""
+"""Exercises of notebook 09: textual inversion's token embedding, prior preservation, DreamBooth's loss."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ def where_the_word_is_not_there(exchanged):
 
 
 @rows_of.test("edge case")
-def gradients_arrive(exchanged):
+def gradients_reach_the_vector(exchanged):
     with torch.enable_grad():
         found = exchanged(VECTORS, TOKENS, IDS, ROWS.clone().requires_grad_())
     require(found.requires_grad, "No gradient reaches `rows`: take them as they are, without `.detach()`, `.data`, "
@@ -90,7 +90,7 @@ for diagnosis, answer in [
     ("all new tokens get the first row: token ids[k] gets rows[k]", by_masks(row_of=lambda rows, k: rows[0])),
     ("the rows come in the wrong order: token ids[k] gets rows[k]", by_masks(row_of=lambda rows, k: rows[-1 - k])),
     ("only the first place of the token in a prompt is changed: a word may come twice", by_masks(place=first_places)),
-    ("it is the other way round: the new token kept its vector and all others lost theirs",
+    ("it is the other way round: the new token has its old vector and all others are replaced",
      by_masks(place=lambda tokens, one: tokens != one)),
     ("only the first prompt is changed", by_masks(
         place=lambda tokens, one: (tokens == one) & (torch.arange(len(tokens)) == 0)[:, None])),
@@ -167,8 +167,8 @@ def toy_network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
     if not len(x) == len(context) == len(t):
         raise ValueError(f"the network is given {len(x)} latents, {len(context)} contexts and {len(t)} timesteps: it "
                          "needs as many of each")
-    told = context.mean(dim=1)[:, :, None, None] * torch.linspace(1, 3, 4)[:, None, None]
-    return 0.3 * x + told + t[:, None, None, None] / 1000
+    text = context.mean(dim=1)[:, :, None, None] * torch.linspace(1, 3, 4)[:, None, None]
+    return 0.3 * x + text + t[:, None, None, None] / 1000
 
 
 def of_both(answer: Callable, weight: float | None = None) -> Tensor:
@@ -182,7 +182,7 @@ def one_number(dreambooth_loss):
 
 
 @whole.test("shape")
-def one_run(dreambooth_loss):
+def one_network_call(dreambooth_loss):
     seen = []
 
     def counted(x, t, context):

@@ -1,4 +1,4 @@
-"""Exercises of notebook 09 on LoRA: what it adds to a weight, a linear layer with one, a weight with several."""
+"""Exercises of notebook 09: LoRA: the weight's update, a linear layer, merging."""
 
 import copy
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def named_and_shaped(LoRALinear):
 
 
 @linear.test("shape")
-def what_learns(LoRALinear):
+def trainable_parameters(LoRALinear):
     made = LoRALinear(layer(), 4)
     open_ = {name for name, one in made.named_parameters() if one.requires_grad}
     require("base.weight" not in open_ and "base.bias" not in open_, "The base is not frozen: only `down` and `up` "
@@ -270,7 +270,7 @@ for diagnosis, parts in [
     ("the strengths are not used", {"add": lambda total, d, s, base: total + d}),
     ("the strength counts twice: it multiplies the product, not both factors",
      {"add": lambda total, d, s, base: total + s * s * d}),
-    ("only the last LoRA is there: each starts from the weight anew", {"add": lambda total, d, s, base: base + s * d}),
+    ("only the last LoRA is there: each starts from the weight again", {"add": lambda total, d, s, base: base + s * d}),
     ("only the first LoRA is there", {"all_of": lambda changes: changes[:1]}),
     ("alpha is not used", {"delta": lambda one: one.up @ one.down}),
     ("the mean of the changes is taken: they add up",

@@ -1,4 +1,4 @@
-"""Exercises of notebook 10, its second part: an image in two passes, and decoding in tiles."""
+"""Exercises of notebook 10: an image in two passes, decoding in tiles."""
 
 from collections.abc import Callable
 
@@ -56,8 +56,8 @@ class Recorder:
         return [Image.fromarray(255 - np.asarray(one)) for one in images]
 
 
-def told(answer: Callable, size, *given, preset: str = "mini", **settings) -> list[str]:
-    """The calls in words, so that what differs is told by name."""
+def calls_of(answer: Callable, size, *given, preset: str = "mini", **settings) -> list[str]:
+    """The calls as text, so that a difference names its argument."""
     model = Recorder(preset)
     answer(model, "a star", size, *given, **settings)
     return [", ".join(f"{name} {value}" for name, value in call.items()) for call in model.calls]
@@ -77,14 +77,14 @@ def images_of_the_size(two_pass):
 
 
 @two_pass.test("value")
-def two_calls(two_pass):
-    two_pass.agrees(lambda answer: told(answer, 256, "a cat", strength=0.6, num_inference_steps=8, seed=3),
+def two_network_calls(two_pass):
+    two_pass.agrees(lambda answer: calls_of(answer, 256, "a cat", strength=0.6, num_inference_steps=8, seed=3),
                     what="For 256x256, what the model is asked for")
 
 
 @two_pass.test("value")
 def in_the_shape(two_pass):
-    two_pass.agrees(lambda answer: told(answer, (256, 128), num_inference_steps=8),
+    two_pass.agrees(lambda answer: calls_of(answer, (256, 128), num_inference_steps=8),
                     what="For 256x128, what the model is asked for")
 
 
@@ -95,21 +95,21 @@ def the_images_themselves(two_pass):
 
 @two_pass.test("edge case")
 def several_images(two_pass):
-    two_pass.agrees(lambda answer: told(answer, 192, batch=3), what="For three images, what the model is asked for")
+    two_pass.agrees(lambda answer: calls_of(answer, 192, batch=3), what="For three images, what the model is asked for")
 
 
 @two_pass.test("edge case")
 def small_and_other_models(two_pass):
-    two_pass.agrees(lambda answer: told(answer, (64, 128), num_inference_steps=8),
+    two_pass.agrees(lambda answer: calls_of(answer, (64, 128), num_inference_steps=8),
                     what="For 64x128, what the model is asked for")
-    two_pass.agrees(lambda answer: told(answer, (256, 64), num_inference_steps=8),
+    two_pass.agrees(lambda answer: calls_of(answer, (256, 64), num_inference_steps=8),
                     what="For 256x64, what the model is asked for")
-    two_pass.agrees(lambda answer: told(answer, (1024, 768), preset="sd15"),
+    two_pass.agrees(lambda answer: calls_of(answer, (1024, 768), preset="sd15"),
                     what="For a model of 512 and 1024x768, what it is asked for")
 
 
 def passes(first: Callable = lambda size, own, step: fit_size(size, own, step), filters=Image.Resampling.BICUBIC,
-           large: Callable = lambda images, size: images, kept: Callable = lambda settings: settings,
+           large: Callable = lambda images, size: images, passed: Callable = lambda settings: settings,
            negative: Callable = lambda text: text, small: Callable = lambda w, h, own: w * h <= own * own,
            second: Callable = lambda strength: {"strength": strength},
            one: Callable = lambda w, h, own: (w, h)) -> Callable:
@@ -121,7 +121,7 @@ def passes(first: Callable = lambda size, own, step: fit_size(size, own, step), 
                                 **settings)
         images = [image.resize((width, height), filters) for image in images]
         return model.img2img(prompt, large(images, (width, height)), negative(negative_prompt), **second(strength),
-                             **kept(settings))
+                             **passed(settings))
     return answer
 
 
@@ -136,7 +136,7 @@ for diagnosis, parts in [
     ("`strength` is not passed on, so img2img takes its own", {"second": lambda strength: {}}),
     ("strength is the share that is run: this passes on 1 - strength",
      {"second": lambda strength: {"strength": 1 - strength}}),
-    ("the second pass does not get `settings`: seed and steps belong to it as well", {"kept": lambda settings: {}}),
+    ("the second pass does not get `settings`: seed and steps belong to it as well", {"passed": lambda settings: {}}),
     ("the second pass does not get the negative prompt", {"negative": lambda text: ""}),
     ("only the first image is enlarged and passed on", {"large": lambda images, size: images[:1]}),
     ("compare areas: width * height with the square of the model's own side",
@@ -221,11 +221,11 @@ def tiles_of_the_size(decode_tiled):
 @decode_tiled.test("value")
 def everything_in_its_place(decode_tiled):
     decode_tiled.agrees(lambda answer: answer(local, LATENT, factor=2, tile=8, overlap=2),
-                        what="With a decoder that looks at each cell alone, the image")
+                        what="With a decoder of each cell alone, the image")
 
 
 @decode_tiled.test("value")
-def one_fades_into_the_other(decode_tiled):
+def overlapping_tiles_are_blended(decode_tiled):
     """Any weights will do that are gentle: a straight line jumps by 1 / 32 of the difference from pixel to pixel."""
     found = decode_tiled(levelled, SLOPE, factor=8, tile=8, overlap=4)[0, 0, 0]
     require(bool(found.isfinite().all()), "The image has values that are not finite: is something divided by a sum "

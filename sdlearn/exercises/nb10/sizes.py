@@ -1,4 +1,4 @@
-"""Exercises of notebook 10: levels of a size, attention and noise that fit it, buckets."""
+"""Exercises of notebook 10: levels of a size, attention's scale and the noise schedule for it, buckets."""
 
 import math
 from collections.abc import Callable
@@ -206,7 +206,7 @@ def at_the_ends(shift_timestep):
 
 
 @shift_timestep.test("edge case")
-def where_there_is_no_signal(shift_timestep):
+def at_zero_signal(shift_timestep):
     shift_timestep.agrees(lambda answer: float(answer(SCHEDULES[1], 999, 2)), what="At t = 999 with no signal left, it")
 
 

@@ -1,4 +1,4 @@
-"""Exercises of notebook 11, by arithmetic: a convolution's cost, a chip's least time, a service's size."""
+"""Exercises of notebook 11: the cost of a convolution, the roofline model, the size of a service."""
 
 import math
 from collections.abc import Callable
@@ -51,13 +51,13 @@ def a_stride_over_odd_sizes(conv_cost):
 
 
 def convolution(two: int = 2, area: Callable = lambda k: k * k, half: Callable = lambda n, s: -(-n // s),
-                kept: Callable = lambda batch: batch, weight: Callable = lambda i, o, k, batch: o * i * k * k + o,
+                counted: Callable = lambda batch: batch, weight: Callable = lambda i, o, k, batch: o * i * k * k + o,
                 moved: Callable = lambda given, made: given + made, size: Callable = lambda each: each,
                 added: int = 0) -> Callable:
     def answer(rows, columns, inputs, outputs, kernel=3, *, stride=1, batch=1, bytes_each=2):
         cells = half(rows, stride) * half(columns, stride)
         numbers = batch * moved(rows * columns * inputs, cells * outputs) + weight(inputs, outputs, kernel, batch)
-        flops = kept(batch) * cells * outputs * (two * inputs * area(kernel) + added)
+        flops = counted(batch) * cells * outputs * (two * inputs * area(kernel) + added)
         return flops, size(bytes_each) * numbers
     return answer
 
@@ -72,7 +72,7 @@ for diagnosis, parts in [
     ("the output has to be written, too", {"moved": lambda given, made: given}),
     ("the input has to be read, too", {"moved": lambda given, made: made}),
     ("these are numbers, not bytes", {"size": lambda each: 1}),
-    ("FLOPs grow with the batch", {"kept": lambda batch: 1}),
+    ("FLOPs grow with the batch", {"counted": lambda batch: 1}),
     ("the weight is read once for the whole batch", {"weight": lambda i, o, k, batch: batch * (o * i * k * k + o)}),
     ("a stride of 2 leaves half of the rows and half of the columns", {"half": lambda n, s: n}),
     ("half of an odd number is rounded up: the padding makes room for one more", {"half": lambda n, s: n // s}),
@@ -142,7 +142,7 @@ SECONDS = {1: 1.0, 2: 1.6, 4: 2.7, 8: 6.0}          # of one chip, by batch
 fleet = lesson.exercise(
     6, costs.fleet, grade="on your own", minutes=20,
     asks="Write `fleet(rate, seconds, within, *, busy=0.7)`: (batch, chips) of the cheapest service for `rate` "
-         "images a second. `seconds` tells, by batch size, how long one chip takes for such a batch. The first "
+         "images a second. `seconds` maps a batch size to the time one chip takes for such a batch. The first "
          "image of a batch waits for the others to come, (batch - 1) / rate, and then for the batch: at most "
          "`within` seconds in all. Chips may be busy the share `busy` of the time. Fewest chips win; among equals the "
          "smaller batch. Where no batch is in time, raise ValueError.",

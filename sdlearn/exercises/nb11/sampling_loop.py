@@ -1,4 +1,4 @@
-"""Exercises of notebook 11, its second part: what a sampling loop need not do at every step."""
+"""Exercises of notebook 11: caching, DDIM coefficients on the host, the number of function evaluations."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -86,8 +86,8 @@ def the_same_output(ConditioningCache):
 
 
 @ConditioningCache.test("value")
-def once_for_a_run(ConditioningCache):
-    ConditioningCache.agrees(computed, what="Over three timesteps with two contexts, what is computed anew")
+def each_computed_once(ConditioningCache):
+    ConditioningCache.agrees(computed, what="Over three timesteps with two contexts, what is computed again")
 
 
 @ConditioningCache.test("edge case")
@@ -161,7 +161,7 @@ def a_pair_of_floats_for_each_step(ddim_coefficients):
 
 
 @ddim_coefficients.test("value")
-def on_the_way(ddim_coefficients):
+def at_inner_steps(ddim_coefficients):
     ddim_coefficients.agrees(lambda answer: factors(answer, SD, 4)[:-1], what="Of four steps, the first three pairs")
 
 
@@ -171,7 +171,7 @@ def the_last(ddim_coefficients):
 
 
 @ddim_coefficients.test("edge case")
-def from_no_signal(ddim_coefficients):
+def from_zero_signal(ddim_coefficients):
     ddim_coefficients.agrees(lambda answer: factors(answer, ZERO, 4)[0],
                              what="From t = 999 of a schedule without signal there, the pair")
 
