@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ControlNetConfig, UNetConfig
-from .layers import zero_conv, zeroed
+from .layers import zero_conv, zero_module
 from .schedule import Timesteps
 from .unet import Encoder, UNet
 
@@ -43,7 +43,7 @@ class HintEncoder(nn.Module):
         for inputs, outputs in zip(config.hint_widths, rest, strict=False):
             self.blocks.append(nn.Conv2d(inputs, inputs, 3, padding=1))
             self.blocks.append(nn.Conv2d(inputs, outputs, 3, padding=1, stride=2))
-        self.conv_out = zeroed(nn.Conv2d(config.hint_widths[-1], config.unet.channels[0], 3, padding=1))
+        self.conv_out = zero_module(nn.Conv2d(config.hint_widths[-1], config.unet.channels[0], 3, padding=1))
 
     def forward(self, hint: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""

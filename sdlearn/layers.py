@@ -1,4 +1,4 @@
-"""The U-Net's layers that are not attention: time, residual blocks, up and down.
+"""The U-Net's layers other than attention: time embedding, residual blocks, down- and upsampling.
 
 B  batch        C  channels              E  channels of the time embedding
 h, w  rows and columns of the feature map
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Timesteps as sines and cosines of falling frequency, the cosines first.
+    """Sinusoidal timestep embedding: cosines, then sines, of decreasing frequency.
 
     t: (B,), in 0...999, fractions allowed; dim: even. Gives (B, dim) in float32, on t's
-    device. As in Stable Diffusion: frequencies 10000^(-i / (dim/2)), i = 0 ... dim/2 - 1.
-    Vaswani et al. 2017; Ho et al. 2020.
+    device. Frequencies as in Stable Diffusion: 10000^(-i / (dim/2)), i = 0 ... dim/2 - 1.
+    Raises ValueError for an odd width. Vaswani et al. 2017; Ho et al. 2020.
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"the timestep embedding needs an even width of at least 2, not {dim}")
@@ -29,7 +29,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers that make of the sinusoids what the ResBlocks need."""
+    """Time embedding MLP: two linear layers with a SiLU, on the sinusoidal embedding."""
 
     def __init__(self, dim: int, embed_dim: int):
         super().__init__()
@@ -42,10 +42,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x) + time): the block that does most of the U-Net's work.
+    """Residual block, x + conv(conv(x) + time): norm and SiLU before each convolution.
 
-    conv2 starts at zero, as in the training of Stable Diffusion, so that a fresh block
-    passes x on.
+    conv2 is initialised to zero, as in the training of Stable Diffusion, so that before training
+    the block is the identity.
     """
 
     def __init__(self, inputs: int, outputs: int, embed_dim: int, groups: int = 32):
@@ -54,7 +54,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(embed_dim, outputs)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-5)
-        self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.conv2 = zero_module(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.conv_shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, rounded up, by a convolution of stride 2."""
+    """Downsampling by a convolution of stride 2: half the rows and columns, rounded up."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -78,7 +78,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeat the nearest cell up to `size`, then a convolution."""
+    """Nearest-neighbour upsampling to `size`, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -93,7 +93,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_module(module: nn.Module) -> nn.Module:
     """The same module, with every parameter set to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -101,9 +101,9 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def zero_conv(channels: int) -> nn.Conv2d:
-    """A 1x1 convolution that starts as zero, weight and bias. Zhang et al. 2023, ControlNet.
+    """Zero convolution: 1x1, weight and bias initialised to zero. Zhang et al. 2023, ControlNet.
 
     Added to a trained model it changes nothing at first, yet learns: the gradient of its
-    weight is its input times the gradient behind it, neither of them zero.
+    weight is its input times the upstream gradient, neither of them zero.
     """
-    return zeroed(nn.Conv2d(channels, channels, 1))
+    return zero_module(nn.Conv2d(channels, channels, 1))

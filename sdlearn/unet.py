@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdlearn.attention import SpatialTransformer, repeat_for_contexts
 from sdlearn.config import UNetConfig
-from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zeroed
+from sdlearn.layers import Downsample, ResBlock, TimeEmbedding, Upsample, timestep_embedding, zero_module
 
 
 def skip_channels(config: UNetConfig) -> list[int]:
@@ -52,11 +52,13 @@ class NoAttention(nn.Module):
         return x
 
 
-def res_block(config: UNetConfig, inputs: int, outputs: int) -> ResBlock:
+def make_res_block(config: UNetConfig, inputs: int, outputs: int) -> ResBlock:
+    """A ResBlock with the config's groups and width of the time embedding."""
     return ResBlock(inputs, outputs, embed_dim=4 * config.channels[0], groups=config.groups)
 
 
-def transformer(config: UNetConfig, channels: int, attention: bool = True) -> nn.Module:
+def make_transformer(config: UNetConfig, channels: int, attention: bool = True) -> nn.Module:
+    """A SpatialTransformer with the config's heads, groups and projections, or `NoAttention`."""
     if not attention:
         return NoAttention()
     return SpatialTransformer(channels, config.context_dim, config.heads_at(channels),
@@ -70,8 +72,8 @@ class DownBlock(nn.Module):
         super().__init__()
         outputs, attention = config.channels[level], config.attention[level]
         widths = [inputs] + [outputs] * (config.layers_per_block - 1)
-        self.resnets = nn.ModuleList(res_block(config, width, outputs) for width in widths)
-        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in widths)
+        self.resnets = nn.ModuleList(make_res_block(config, width, outputs) for width in widths)
+        self.attentions = nn.ModuleList(make_transformer(config, outputs, attention) for _ in widths)
         last = level == len(config.channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(outputs)])
 
@@ -93,8 +95,8 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         width = config.channels[-1]
-        self.resnets = nn.ModuleList(res_block(config, width, width) for _ in range(2))
-        self.attentions = nn.ModuleList([transformer(config, width)])
+        self.resnets = nn.ModuleList(make_res_block(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([make_transformer(config, width)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor, cache=None) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
@@ -111,8 +113,8 @@ class UpBlock(nn.Module):
     def __init__(self, config: UNetConfig, inputs: Sequence[int], level: int):
         super().__init__()
         outputs, attention = config.channels[level], config.attention[level]
-        self.resnets = nn.ModuleList(res_block(config, width, outputs) for width in inputs)
-        self.attentions = nn.ModuleList(transformer(config, outputs, attention) for _ in inputs)
+        self.resnets = nn.ModuleList(make_res_block(config, width, outputs) for width in inputs)
+        self.attentions = nn.ModuleList(make_transformer(config, outputs, attention) for _ in inputs)
         self.upsamplers = nn.ModuleList([Upsample(outputs)] if level > 0 else [])
 
     def forward(self, x: Tensor, skips: Sequence[Tensor], temb: Tensor, context: Tensor,
@@ -205,7 +207,7 @@ class UNet(Encoder):
         self.up_blocks = nn.ModuleList(
             UpBlock(config, inputs, level) for inputs, level in zip(up_inputs(config), levels, strict=True))
         self.conv_norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
-        self.conv_out = zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        self.conv_out = zero_module(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor | float, context: Tensor,
                 residuals: Sequence[Tensor] | None = None, cache=None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention equals PyTorch's and diffusers', and its maps can be watched without changing it."""
+"""Attention equals PyTorch's and diffusers', and recording its maps does not change it."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_attend_is_scaled_dot_product_attention(mask):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_map_rows_sum_to_one_and_keep_out_what_is_masked(mask):
+def test_rows_of_the_map_sum_to_one_and_masked_keys_have_weight_zero(mask):
     q, k, _ = qkv()
     weights = attention_map(q, k, 3, mask)
     assert weights.shape == (2, 3, 7, 5)
@@ -88,7 +88,7 @@ def test_map_rows_sum_to_one_and_keep_out_what_is_masked(mask):
         assert (weights[~mask.expand_as(weights)] == 0).all()
 
 
-def test_the_scale_is_that_of_a_head():
+def test_scores_are_scaled_by_the_width_of_one_head():
     # Scores of 4 and 0 in each head of width 4: over sqrt(4) that is 2 and 0, not 4 / sqrt(8).
     q, k = torch.ones(1, 1, 8), torch.stack([torch.ones(8), torch.zeros(8)])[None]
     expected = math.exp(2) / (math.exp(2) + 1)
@@ -97,7 +97,7 @@ def test_the_scale_is_that_of_a_head():
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5))
-def test_attend_does_not_care_for_the_order_of_keys(batch, queries, keys, heads, width):
+def test_attention_is_invariant_to_the_order_of_keys(batch, queries, keys, heads, width):
     q, k, v = qkv(batch, queries, keys, heads * width)
     order = torch.randperm(keys)
     torch.testing.assert_close(attend(q, k[:, order], v[:, order], heads), attend(q, k, v, heads))
@@ -138,7 +138,7 @@ def test_cross_attention_is_multihead_attention(context_dim):
     ([(2, 7, 12), (2, 5, 12), (2, 5, 12)], 3, torch.ones(5, 7), "must broadcast to (2, 3, 7, 5)"),
     ([(2, 7, 12), (2, 5, 12), (2, 5, 12)], 3, torch.ones(1, 1, 1, 1, 5), "must broadcast"),
 ])
-def test_attend_names_what_does_not_fit(shapes, heads, mask, words):
+def test_attend_raises_for_shapes_that_do_not_fit(shapes, heads, mask, words):
     with pytest.raises(ValueError) as error:
         attend(*(torch.randn(shape) for shape in shapes), heads, mask)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -152,7 +152,7 @@ def test_causal_attention_is_pytorchs():
 
 
 @pytest.mark.parametrize(("queries", "keys", "channels", "heads"), [(4096, 4096, 320, 8), (64, 77, 128, 4)])
-def test_the_cost_is_what_pytorch_counts(queries, keys, channels, heads):
+def test_attention_cost_equals_pytorchs_flop_counter(queries, keys, channels, heads):
     q, k, v = (torch.empty(1, n, channels, dtype=torch.float16, device="meta") for n in (queries, keys, keys))
     with FlopCounterMode(display=False) as counter:
         weights = split_heads(q, heads) @ split_heads(k, heads).mT
@@ -197,7 +197,7 @@ def test_transformer_block_is_diffusers():
     same(ours(x, context), reference(x, encoder_hidden_states=context))
 
 
-def test_both_kinds_of_projection_are_one_arithmetic():
+def test_linear_and_convolutional_projections_are_equal():
     conv, linear = (SpatialTransformer(8, 6, 2, linear=kind, groups=4) for kind in (False, True))
     randomise(conv)
     assert conv.proj_in.weight.shape == (8, 8, 1, 1) and linear.proj_in.weight.shape == (8, 8)
@@ -209,7 +209,7 @@ def test_both_kinds_of_projection_are_one_arithmetic():
     same(conv.proj_in(x.flatten(2).mT), as_convolution(x).flatten(2).mT)
 
 
-def test_a_fresh_transformer_changes_nothing():
+def test_an_untrained_transformer_is_the_identity():
     x = torch.randn(2, 8, 5, 3)
     assert torch.equal(SpatialTransformer(8, 6, 2, groups=4)(x, torch.randn(2, 4, 6)), x)
 
@@ -254,7 +254,7 @@ def test_res_block_is_diffusers(inputs, outputs):
     same(ours(x, temb[:1]), reference(x, temb[:1].expand(2, -1)))
 
 
-def test_a_fresh_res_block_passes_its_input_on():
+def test_an_untrained_res_block_is_the_identity():
     x = torch.randn(2, 8, 5, 3)
     assert torch.equal(ResBlock(8, 8, 6, groups=4)(x, torch.randn(2, 6)), x)
 
@@ -277,7 +277,7 @@ def test_upsample_repeats_cells():
     assert up(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
 
 
-def test_a_zero_convolution_says_nothing_but_learns():
+def test_a_zero_convolution_outputs_zero_and_has_gradients():
     conv, x = zero_conv(4), torch.randn(2, 4, 5, 3, requires_grad=True)
     out = conv(x)
     assert torch.equal(out, torch.zeros(2, 4, 5, 3))
@@ -298,7 +298,7 @@ def run(blocks, x, context):
     return x
 
 
-def test_recording_gives_every_map_and_changes_nothing():
+def test_recording_returns_every_map_and_does_not_change_the_output():
     blocks, x, context = two_blocks(), torch.randn(3, 5, 8), torch.randn(3, 7, 6)
     plain = run(blocks, x, context)
     with record_attention(blocks) as record:
@@ -326,7 +326,7 @@ def test_recording_some_layers_and_the_latest_pass():
     torch.testing.assert_close(record.maps["first.attn2"], expected)
 
 
-def test_recording_ends_whatever_happens_and_nests():
+def test_recordings_nest_and_end_after_an_error():
     blocks, x, context = two_blocks(), torch.randn(1, 5, 8), torch.randn(1, 7, 6)
     with record_attention(blocks) as outer:
         with pytest.raises(ZeroDivisionError), record_attention(blocks, only="first") as inner:
@@ -339,7 +339,7 @@ def test_recording_ends_whatever_happens_and_nests():
     assert all(m.attend is attend for m in blocks.modules() if isinstance(m, CrossAttention))
 
 
-def test_recording_nothing_is_an_error():
+def test_recording_no_layer_raises():
     with pytest.raises(ValueError, match="no attention layer of this ModuleDict has 'attn3' in its name"):
         with record_attention(two_blocks(), only="attn3"):
             pass
@@ -351,7 +351,7 @@ def test_recording_nothing_is_an_error():
 # ---------------------------------------------------------------------------- heat maps
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
-def test_a_heat_map_shows_the_cell_that_a_token_is_looked_at_from(rows, columns, halvings):
+def test_a_heat_map_is_highest_at_the_cell_that_attends_to_the_token(rows, columns, halvings):
     """All that token 1 gets, it gets from one cell: there the map is highest."""
     h, w = (-(-side // 2**halvings) for side in (rows, columns))
     row, column = h // 2, w - 1
@@ -381,12 +381,12 @@ def test_heat_maps_are_enlarged_bilinearly():
 
 @pytest.mark.parametrize(("maps", "words"), [({}, "no attention maps"), ({"x.attn2": torch.rand(1, 2, 5, 3)},
                                                                           "x.attn2 has 5 cells")])
-def test_maps_that_are_not_the_images_are_told(maps, words):
+def test_heat_maps_of_another_size_raise(maps, words):
     with pytest.raises(ValueError, match=words):
         heat_maps(maps, (8, 8))
 
 
-def test_attention_in_the_open_is_the_same_attention():
+def test_eager_attention_has_the_same_output_and_gradients():
     """Values and gradients of the fused kernel; afterwards it is back, also after an error."""
     torch.manual_seed(0)
     layer, x, text = CrossAttention(24, 10, heads=3), torch.randn(2, 6, 24, requires_grad=True), torch.randn(2, 5, 10)

@@ -93,14 +93,14 @@ def test_residuals_are_those_of_diffusers(name, h, w):
     same(ours(x, t, context, hint), theirs(x, t, context, hint, return_dict=False))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.35, 0.0, -2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.35, 0.0, -2.0])
 @pytest.mark.parametrize("guess", [False, True])
-def test_strength_and_guess_mode_are_those_of_diffusers(strength, guess):
+def test_conditioning_scale_and_guess_mode_equal_diffusers(scale, guess):
     ours, theirs = pair("sd1_small")
     x, context, hint = inputs("sd1_small")
-    mine = ours(x, 400, context, hint, conditioning_scale=strength, guess_mode=guess)
-    wanted = theirs(x, 400, context, hint, strength, guess_mode=guess, return_dict=False)
-    if strength:
+    mine = ours(x, 400, context, hint, conditioning_scale=scale, guess_mode=guess)
+    wanted = theirs(x, 400, context, hint, scale, guess_mode=guess, return_dict=False)
+    if scale:
         same(mine, wanted)
     else:
         assert all(not residual.any() for residual in mine)
@@ -121,7 +121,7 @@ def test_a_controlled_unet_is_that_of_diffusers(name):
     wanted = reference(x, 300, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
     made = add_control(unet, [Control(ours, hint)])(x, 300, context)
     assert difference(made, wanted.sample) <= 1e-5
-    assert difference(unet(x, 300, context), wanted.sample) > 1e-2          # the control is heard
+    assert difference(unet(x, 300, context), wanted.sample) > 1e-2          # the control has an effect
     assert torch.equal(made, unet(x, 300, context, ours(x, 300, context, hint)))
 
 
@@ -129,11 +129,11 @@ def test_two_controls_add_up_as_in_diffusers():
     nets = [pair("tiny"), pair("tiny", seed=1)]
     unet, reference = bases("tiny")
     x, context, hint = inputs()
-    hints, strengths = [hint, torch.rand_like(hint)], [0.7, 1.3]
+    hints, scales = [hint, torch.rand_like(hint)], [0.7, 1.3]
     skips, middle = MultiControlNetModel([theirs for _, theirs in nets])(
-        x, torch.tensor(200), context, hints, strengths, return_dict=False)
+        x, torch.tensor(200), context, hints, scales, return_dict=False)
     wanted = reference(x, 200, context, down_block_additional_residuals=skips, mid_block_additional_residual=middle)
-    controls = [Control(ours, one, strength) for (ours, _), one, strength in zip(nets, hints, strengths, strict=True)]
+    controls = [Control(ours, one, scale) for (ours, _), one, scale in zip(nets, hints, scales, strict=True)]
     assert difference(add_control(unet, controls)(x, 200, context), wanted.sample) <= 1e-5
     assert difference(add_control(unet, controls[::-1])(x, 200, context), wanted.sample) <= 1e-5
     assert difference(add_control(unet, controls[:1])(x, 200, context), wanted.sample) > 1e-3
@@ -195,7 +195,7 @@ def test_every_key_and_shape_of_the_full_size_controlnet():
     assert sum(p.numel() for p in net.parameters()) == 361_279_120
 
 
-def test_a_hint_has_pixels_and_the_latent_cells():
+def test_the_hint_encoder_reduces_pixels_to_the_latents_cells():
     assert [CONFIGS[name].factor for name in CONFIGS] == [2, 8, 8, 2]
     net, _ = pair("sd1_small")
     assert net.encode_hint(torch.rand(1, 3, 24, 40)).shape == (1, 32, 3, 5)
@@ -207,7 +207,7 @@ def test_a_hint_has_pixels_and_the_latent_cells():
 
 @pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("name", ["tiny", "sd2_small"])
-def test_a_fresh_one_changes_no_bit(name, guess):
+def test_an_untrained_controlnet_changes_no_bit(name, guess):
     unet, _ = bases(name)
     config = CONFIGS[name]
     net = ControlNet.from_unet(unet, hint_channels=config.hint_channels, hint_widths=config.hint_widths)
@@ -238,7 +238,7 @@ def test_from_unet_is_that_of_diffusers():
     assert all(torch.equal(mine[key], theirs[key]) for key in mine if "cond_embedding" not in key)
 
 
-def test_of_nine_channels_the_latent_s_four_are_read():
+def test_from_an_inpainting_unet_the_latents_four_channels_are_copied():
     unet = UNet(replace(PRESETS["tiny"].unet, in_channels=9))
     randomise(unet, torch.Generator().manual_seed(3))
     net = ControlNet.from_unet(unet, hint_widths=(4, 8))
@@ -248,7 +248,7 @@ def test_of_nine_channels_the_latent_s_four_are_read():
     assert len(net(x, 300, context, hint)) == len(unet.feature_channels)
 
 
-def test_from_unet_keeps_the_type():
+def test_from_unet_preserves_the_dtype():
     unet, _ = bases("tiny")
     half = UNet(unet.config).to(torch.bfloat16)
     net = ControlNet.from_unet(half, hint_widths=(4, 8))
@@ -280,7 +280,7 @@ def test_gradients_of_a_1x1_convolution_are_autograds(size):
     assert (found[2].abs().max() == 0) == (size == 0)
 
 
-def test_zero_convolutions_learn_at_once_and_the_copy_a_step_later():
+def test_zero_convolutions_learn_at_the_first_step_and_the_copy_at_the_second():
     unet, _ = bases("tiny")
     net = ControlNet.from_unet(unet, hint_widths=(4, 8))
     data = inputs()
@@ -305,7 +305,7 @@ def test_zero_convolutions_learn_at_once_and_the_copy_a_step_later():
     assert min(hint.values()) > 0
 
 
-def test_a_fresh_one_learns_what_its_hint_says():
+def test_an_untrained_controlnet_learns_to_follow_its_hint():
     """The output is to follow the hint: after some steps it does, and with the hint inverted it does not."""
     unet, _ = bases("tiny")
     net = ControlNet.from_unet(unet, hint_widths=(4, 8))
@@ -331,7 +331,7 @@ def test_a_fresh_one_learns_what_its_hint_says():
 # --- in a run ---------------------------------------------------------------------------------------
 
 class Counted(ControlNet):
-    """Counts what it is asked."""
+    """A ControlNet that counts its calls."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -364,7 +364,7 @@ def test_a_hint_is_encoded_once_for_a_run(sampler):
     assert {size for _, size in net.batches} == {4}                             # [u; c] of two images
 
 
-def test_outside_of_its_span_a_control_costs_nothing_and_changes_no_bit():
+def test_outside_of_its_interval_a_control_is_not_run_and_changes_no_bit():
     net, unet = counted(), bases("tiny")[0]
     x, context, hint = inputs()
     grid = make_timesteps(SCHEDULE, 10)
@@ -387,7 +387,7 @@ def test_in_guess_mode_only_the_half_with_the_prompt_is_controlled():
     assert difference(run(x, 300, context), unet(x, 300, context, residuals)) < 1e-5
 
 
-def test_one_hint_serves_all_images_and_several_serve_theirs():
+def test_one_hint_applies_to_all_images_and_several_to_one_each():
     net, unet = pair("tiny")[0], bases("tiny")[0]
     x, context, hint = inputs(batch=3)
     one = add_control(unet, [Control(net, hint[:1])])
@@ -413,11 +413,11 @@ def test_an_inpainting_unet_can_be_controlled():
     assert guided.shape == x.shape and guided.isfinite().all()
 
 
-def test_nothing_given_is_changed():
+def test_arguments_are_not_modified():
     x, context, hint = inputs()
-    kept = [each.clone() for each in (x, context, hint)]
+    copies = [each.clone() for each in (x, context, hint)]
     add_control(bases("tiny")[0], [Control(pair("tiny")[0], hint, 0.5)])(x, 300, context)
-    assert all(torch.equal(a, b) for a, b in zip(kept, (x, context, hint), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copies, (x, context, hint), strict=True))
 
 
 # --- what cannot be ---------------------------------------------------------------------------------
@@ -437,18 +437,18 @@ def test_nothing_given_is_changed():
     ({"hint": torch.zeros(3, 16, 12)}, r"\(3, 16, 12\), but this ControlNet reads"),
     ({"hint": torch.zeros(1, 3, 15, 12)}, "the hint is 15 x 12 pixels .* multiples of 2"),
 ])
-def test_a_control_that_cannot_be_is_told_in_a_sentence(options, words):
+def test_invalid_controls_raise_one_sentence(options, words):
     net, _ = pair("tiny")
-    with pytest.raises(ValueError, match=words) as told:
+    with pytest.raises(ValueError, match=words) as error:
         Control(**{"net": net, "hint": torch.zeros(1, 3, 16, 12), **options})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("cells, words", [
     ((8, 8), "the hint is 16 x 12 pixels .* but a latent of 8 x 8 needs one of 16 x 16, .* resize the hint"),
     ((4, 3), "the hint is 16 x 12 pixels .* a latent of 4 x 3 needs one of 8 x 6"),
 ])
-def test_a_hint_of_another_size_is_told_with_both_sizes(cells, words):
+def test_a_hint_of_another_size_raises_with_both_sizes(cells, words):
     net, _ = pair("tiny")
     x, context, _ = inputs(h=cells[0], w=cells[1])
     hint = torch.rand(2, 3, 16, 12)
@@ -458,7 +458,7 @@ def test_a_hint_of_another_size_is_told_with_both_sizes(cells, words):
         add_control(bases("tiny")[0], [Control(net, hint)])(x, 300, context)
 
 
-def test_hints_that_do_not_go_with_the_latents_are_told():
+def test_hints_for_another_number_of_latents_raise():
     net, _ = pair("tiny")
     x, context, hint = inputs(batch=3, hints=2)
     with pytest.raises(ValueError, match="2 hints do not go with 3 latents"):
@@ -471,16 +471,16 @@ def test_hints_that_do_not_go_with_the_latents_are_told():
     ({"channels": (8, 24)}, r"has feature maps of \(8, 24\) channels, but the U-Net has .*\(8, 16\)"),
     ({"layers_per_block": 2}, "has 2 ResBlocks in a level, but the U-Net has 1"),
 ])
-def test_a_controlnet_of_another_version_is_told(change, words):
+def test_a_controlnet_of_another_version_raises(change, words):
     config = replace(CONFIGS["tiny"], unet=replace(CONFIGS["tiny"].unet, **change))
     net = ControlNet(config)
-    with pytest.raises(ValueError, match=f"the ControlNet {words}") as told:
+    with pytest.raises(ValueError, match=f"the ControlNet {words}") as error:
         add_control(bases("tiny")[0], [Control(net, torch.zeros(1, 3, 16, 12))])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     check_version(CONFIGS["tiny"].unet, replace(CONFIGS["tiny"].unet, in_channels=9))   # serves an inpainting U-Net
 
 
-def test_what_a_run_needs_to_know_is_asked_for():
+def test_a_missing_grid_or_batch_raises():
     net, unet, hint = pair("tiny")[0], bases("tiny")[0], torch.zeros(1, 3, 16, 12)
     with pytest.raises(ValueError, match="needs the grid"):
         add_control(unet, [Control(net, hint, end=0.5)])
@@ -519,7 +519,7 @@ def test_published_configs_of_controlnets_are_read():
     ("global_pool_conditions", True), ("act_fn", "gelu"), ("addition_embed_type", "text_time"),
     ("transformer_layers_per_block", [1, 2]), ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]),
 ])
-def test_what_our_class_cannot_do_is_refused_by_name(key, value):
+def test_unsupported_options_of_a_config_raise_by_name(key, value):
     values = configs.controlnet_to_dict(CONFIGS["tiny"])
     with pytest.raises(CheckpointError, match=key):
         configs.controlnet_from_dict(values | {key: value})
@@ -531,7 +531,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny", "sd1_small", "sd2_small"])
-def test_diffusers_opens_what_is_written(name, tmp_path):
+def test_diffusers_opens_saved_controlnets(name, tmp_path):
     ours, _ = pair(name)
     theirs, info = ControlNetModel.from_pretrained(save_controlnet(tmp_path / name, ours), output_loading_info=True)
     assert not any(info.values()), info
@@ -541,11 +541,11 @@ def test_diffusers_opens_what_is_written(name, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("name", ["tiny", "sd1_small", "sd2_small"])
-def test_what_diffusers_writes_is_opened(name, variant, tmp_path):
+def test_controlnets_saved_by_diffusers_are_opened(name, variant, tmp_path):
     ours, theirs = pair(name)
-    kept = ControlNetModel.from_config(theirs.config)
-    kept.load_state_dict(theirs.state_dict())
-    kept.to(torch.float16 if variant else torch.float32).save_pretrained(tmp_path, variant=variant)
+    saved = ControlNetModel.from_config(theirs.config)
+    saved.load_state_dict(theirs.state_dict())
+    saved.to(torch.float16 if variant else torch.float32).save_pretrained(tmp_path, variant=variant)
     assert (tmp_path / (HALF if variant else FILE)).is_file()
     again = load_controlnet_folder(tmp_path)
     assert again.control_config == CONFIGS[name] and not again.training
@@ -554,14 +554,14 @@ def test_what_diffusers_writes_is_opened(name, variant, tmp_path):
         assert torch.equal(tensor, wanted.half().float() if variant else wanted), key
 
 
-def test_what_is_saved_is_loaded_bit_by_bit(folder):
+def test_saving_and_loading_preserves_every_bit(folder):
     ours, again = pair("tiny")[0].state_dict(), load_controlnet_folder(folder).state_dict()
     assert ours.keys() == again.keys() and all(torch.equal(ours[key], again[key]) for key in ours)
     half = load_controlnet_folder(save_controlnet(folder, pair("tiny")[0], dtype=torch.float16), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
 
 
-def test_a_half_precision_file_of_before_does_not_stay(folder):
+def test_saving_removes_an_earlier_half_precision_file(folder):
     shutil.copy(folder / FILE, folder / HALF)
     (folder / "README.md").write_text("card")
     save_controlnet(folder, pair("tiny", 1)[0])
@@ -577,14 +577,14 @@ def test_a_half_precision_file_of_before_does_not_stay(folder):
     (lambda folder: (folder / FILE).unlink(), f"{FILE} is missing"),
     (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-9]), f"{FILE} is truncated"),
 ])
-def test_a_damaged_folder_is_one_sentence(folder, damage, words):
+def test_a_damaged_folder_raises_one_sentence(folder, damage, words):
     damage(folder)
-    with pytest.raises(CheckpointError, match=words) as told:
+    with pytest.raises(CheckpointError, match=words) as error:
         load_controlnet_folder(folder)
-    assert "\n" not in str(told.value) and str(folder) in str(told.value)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-def test_tensors_of_another_controlnet_are_told(folder):
+def test_tensors_of_another_controlnet_raise(folder):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"cross_attention_dim": 24}))
     with pytest.raises(TensorMismatch, match="of another shape"):

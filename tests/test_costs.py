@@ -18,7 +18,7 @@ from sdlearn.diagnostics.costs import (
 from sdlearn.unet import UNet
 
 
-def test_the_work_of_a_step_is_that_of_a_real_pass():
+def test_step_flops_equal_those_of_a_computed_pass():
     config = PRESETS["classroom"].unet
     unet, counter = UNet(config), FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):    # whose two products are counted one by one
@@ -27,7 +27,7 @@ def test_the_work_of_a_step_is_that_of_a_real_pass():
     assert 3.5 < step_flops(config, 32) / step_flops(config, 16) < 5
 
 
-def test_the_work_of_a_layer_is_that_of_arithmetic():
+def test_layer_flops_equal_the_formulas():
     """A 3x3 convolution: two for each of 9 * inputs weights, each output channel and each cell."""
     counts = layer_flops(PRESETS["sd15"].unet, 64)
     assert sum(counts["conv_in"].values()) == 2 * 9 * 4 * 320 * 64**2
@@ -35,7 +35,7 @@ def test_the_work_of_a_layer_is_that_of_arithmetic():
     assert sum(counts[""].values()) == step_flops(PRESETS["sd15"].unet, 64)
 
 
-def test_peak_bytes_are_those_of_what_is_alive_at_one_time():
+def test_peak_bytes_are_those_of_simultaneously_live_tensors():
     for device in ("cpu", "meta"):
         x = torch.empty(256, device=device)                     # 1024 bytes, there before
         assert peak_bytes(lambda x=x: ((x + 1) + 1) + 1) == 2048     # the result, and what it is made from
@@ -44,7 +44,7 @@ def test_peak_bytes_are_those_of_what_is_alive_at_one_time():
         assert peak_bytes(lambda x=x: x.view(2, 128).t().add_(1)) == 0    # views, and in place
 
 
-def test_what_is_made_in_place_or_kept_elsewhere_is_counted_once():
+def test_in_place_results_and_views_are_counted_once():
     def run():
         y = torch.zeros(100)
         return y.add_(1), y.view(10, 10), y.expand(5, 100)
@@ -52,7 +52,7 @@ def test_what_is_made_in_place_or_kept_elsewhere_is_counted_once():
 
 
 @pytest.mark.parametrize("rows, columns, stride, kernel", [(4, 6, 1, 3), (5, 7, 2, 3), (3, 8, 1, 1)])
-def test_a_convolution_costs_what_pytorch_counts(rows, columns, stride, kernel):
+def test_conv_cost_equals_pytorchs_flop_counter(rows, columns, stride, kernel):
     layer = torch.nn.Conv2d(2, 5, kernel, stride, padding=kernel // 2)
     x = torch.zeros(3, 2, rows, columns)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -62,7 +62,7 @@ def test_a_convolution_costs_what_pytorch_counts(rows, columns, stride, kernel):
     assert moved == 4 * (x.numel() + y.numel() + sum(one.numel() for one in layer.parameters()))
 
 
-def test_operations_in_a_row_take_the_slower_of_two_each():
+def test_roofline_time_is_the_larger_of_compute_and_memory_for_each_operation():
     assert roofline_seconds([(100, 5), (10, 5)], 10, 1) == 15
     assert roofline_seconds([], 10, 1) == 0
 
@@ -89,14 +89,14 @@ def test_the_first_image_of_a_batch_waits_for_the_others():
         fleet(1000, {1: 0.5}, 0.4)
 
 
-def test_a_fleet_is_whole_chips_that_are_busy_for_a_part_of_the_time():
+def test_a_fleet_has_whole_chips_at_the_given_utilisation():
     assert fleet(7, {1: 1.0}, 2, busy=1.0) == (1, 7) and fleet(7.1, {1: 1.0}, 2, busy=1.0) == (1, 8)
     assert fleet(7, {1: 1.0}, 2, busy=0.5) == (1, 14)
     assert fleet(7, {1: 1.0}, 2) == fleet(7, {1: 1.0}, 2, busy=0.7) == (1, 10)
     assert fleet(8, {4: 4.0, 2: 2.0, 8: 8.0}, 20, busy=1.0) == (2, 8), "of equal fleets the smallest batch"
 
 
-def test_views_start_nothing():
+def test_views_are_not_counted_as_operations():
     for device in ("cpu", "meta"):
         x = torch.ones(4, 6, device=device)
         with OperationCounter() as started:

@@ -119,7 +119,7 @@ def test_equal_to_diffusers_at_any_size(h, w, batch, tokens, t, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_go_back_to_diffusers_and_every_number_of_a_layer_agrees(name):
+def test_weights_load_in_diffusers_and_parameter_counts_agree(name):
     ours, reference = pair(name)
     reference.load_state_dict(ours.state_dict(), strict=True)
     theirs = dict(reference.named_modules())
@@ -165,8 +165,8 @@ def test_every_key_and_shape_of_the_full_size_models(name, count):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2_base", "sd15_inpaint"])
-def test_the_full_size_models_run_without_asking_a_tensor_for_its_value(name):
-    # On the meta device there are no values: whoever asked for one, or mixed devices, would raise.
+def test_the_full_size_models_run_on_meta_without_reading_a_value(name):
+    # On the meta device there are no values: reading one, or mixing devices, would raise.
     config = PRESETS[name].unet
     with torch.device("meta"):
         unet = UNet(config)
@@ -183,7 +183,7 @@ def test_channels_of_stable_diffusions_skips():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_a_block_reads_on_the_way_up_is_what_was_made_and_what_comes_from_below(name):
+def test_up_blocks_read_the_skip_and_the_output_of_the_level_below(name):
     config = CONFIGS[name]
     with torch.device("meta"), torch.no_grad():
         unet = UNet(config)
@@ -195,7 +195,7 @@ def test_what_a_block_reads_on_the_way_up_is_what_was_made_and_what_comes_from_b
     assert [[res.norm1.num_channels for res in block.resnets] for block in unet.up_blocks] == up_inputs(config)
 
 
-def test_an_encoder_is_what_a_controlnet_has_of_the_unet():
+def test_an_encoder_has_the_parameters_of_a_controlnets_copy():
     with torch.device("meta"):
         encoder = Encoder(PRESETS["sd15"].unet)
     shapes = {key: list(tensor.shape) for key, tensor in encoder.state_dict().items()}
@@ -216,7 +216,7 @@ def test_residuals_of_zeros_change_nothing():
     assert torch.equal(unet(x, 300, context, [torch.zeros_like(f[:1]) for f in features]), plain)
 
 
-def test_a_copied_encoder_behind_zero_convolutions_changes_nothing_and_learns():
+def test_a_copied_encoder_with_zero_convolutions_changes_nothing_and_learns():
     class Control(Encoder):
         def __init__(self, config):
             super().__init__(config)
@@ -243,7 +243,7 @@ def test_a_copied_encoder_behind_zero_convolutions_changes_nothing_and_learns():
     assert all(not torch.equal(a, b) for a, b in zip(other, seen, strict=True))
 
 
-def test_a_residual_is_added_where_it_says():
+def test_each_residual_is_added_to_its_own_feature():
     unet, _ = pair("tiny")
     x, context = inputs(unet.config, 8, 8)
     features = unet.encode(x, unet.embed_time(1, x), context)
@@ -251,9 +251,9 @@ def test_a_residual_is_added_where_it_says():
     for i in range(len(features)):
         residuals = [torch.zeros_like(f) for f in features]
         residuals[i] += 1
-        kept = [r.clone() for r in residuals]
-        assert not torch.equal(unet(x, 1, context, residuals), plain), f"residual {i} is not heard"
-        assert all(torch.equal(a, b) for a, b in zip(residuals, kept, strict=True))
+        copies = [r.clone() for r in residuals]
+        assert not torch.equal(unet(x, 1, context, residuals), plain), f"residual {i} has no effect"
+        assert all(torch.equal(a, b) for a, b in zip(residuals, copies, strict=True))
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -264,7 +264,7 @@ def test_a_residual_is_added_where_it_says():
     (lambda r: [f[..., :1] for f in r], "residual 0 is (2, 8, 8, 1)"),
     (lambda r: [torch.cat([f, f]) for f in r], "residual 0 is (4, 8, 8, 8)"),
 ])
-def test_residuals_that_do_not_fit_are_named(change, words):
+def test_residuals_of_wrong_shape_raise(change, words):
     unet, _ = pair("tiny")
     x, context = inputs(unet.config, 8, 8)
     residuals = change([torch.zeros_like(f) for f in unet.encode(x, unet.embed_time(1, x), context)])
@@ -275,7 +275,7 @@ def test_residuals_that_do_not_fit_are_named(change, words):
 
 # ---------------------------------------------------------------------------- behaviour
 
-def test_samples_of_a_batch_do_not_touch():
+def test_samples_of_a_batch_are_independent():
     unet, _ = pair("sd1_small")
     x, context = inputs(SD1, 9, 12, batch=3)
     t = torch.tensor([5.0, 500.0, 999.0])
@@ -303,7 +303,7 @@ def test_attention_maps_of_the_unet():
     torch.testing.assert_close(unet(x, 400, context), out, rtol=1e-4, atol=1e-5)
 
 
-def test_channels_last_gives_the_same_and_stays():
+def test_channels_last_has_the_same_output_and_is_preserved():
     unet, _ = pair("sd2_small")
     x, context = inputs(SD2, 13, 9)
     plain = unet(x, 77, context)
@@ -317,7 +317,7 @@ def test_channels_last_gives_the_same_and_stays():
 
 
 @pytest.mark.parametrize("t", [500, torch.tensor([500.0, 20.0])], ids=["number", "tensor"])
-def test_half_precision_keeps_its_type(t):
+def test_half_precision_is_preserved(t):
     unet, _ = pair("tiny")
     half = UNet(unet.config)
     half.load_state_dict(unet.state_dict())
@@ -337,7 +337,7 @@ def test_forward_is_one_graph():
     same(compiled(x, torch.tensor([3.0, 4.0]), context), unet(x, torch.tensor([3.0, 4.0]), context), 1e-6)
 
 
-def test_a_fresh_model_outputs_zeros_and_every_weight_learns():
+def test_an_untrained_model_outputs_zeros_and_every_weight_gets_a_gradient():
     unet = UNet(CONFIGS["tiny"])
     x, context = inputs(unet.config, 8, 8)
     out = unet(x, torch.tensor([10.0, 900.0]), context)
@@ -351,13 +351,13 @@ def test_a_fresh_model_outputs_zeros_and_every_weight_learns():
     assert silent == []
 
 
-def test_the_text_and_the_timestep_are_heard():
+def test_context_and_timestep_have_an_effect():
     unet, _ = pair("mini")
     x, context = inputs(unet.config, batch=1)
     out = unet(x, 500, context)
     assert not torch.allclose(unet(x, 500, context.flip(2)), out, atol=1e-3)
     assert not torch.allclose(unet(x, 400, context), out, atol=1e-3)
-    # Text is a set to cross-attention: places are told apart by the text encoder alone.
+    # Cross-attention is invariant to the order of tokens: positions are encoded by the text encoder alone.
     same(unet(x, 500, context.flip(1)), out)
 
 
@@ -376,7 +376,7 @@ def test_the_text_and_the_timestep_are_heard():
     ("tiny", lambda x, t, c: (x, torch.zeros(2, 1), c), "t is (2, 1)"),
     ("tiny", lambda x, t, c: (x, torch.zeros(2, device="meta"), c), "t is on meta but x on cpu"),
 ])
-def test_inputs_that_do_not_fit_are_named(name, make, words):
+def test_inputs_of_wrong_shape_raise(name, make, words):
     unet, _ = pair(name)
     x, context = inputs(unet.config, 8, 8)
     with pytest.raises(ValueError) as error:
@@ -386,7 +386,7 @@ def test_inputs_that_do_not_fit_are_named(name, make, words):
 
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_several_texts_for_a_latent_are_what_a_repeated_batch_gives(name, k):
+def test_several_contexts_for_a_latent_equal_a_repeated_batch(name, k):
     unet, _ = pair(name)
     x, context = inputs(unet.config, 13, 9)
     texts = torch.cat([context, *torch.randn(k - 1, *context.shape)])
@@ -398,7 +398,7 @@ def test_several_texts_for_a_latent_are_what_a_repeated_batch_gives(name, k):
 
 
 @pytest.mark.parametrize("name", ["mini", "sd1_small"])
-def test_what_does_not_depend_on_the_text_is_computed_once(name):
+def test_layers_before_the_first_cross_attention_run_once_for_all_contexts(name):
     unet, _ = pair(name)
     (x, context), rows = inputs(unet.config, batch=1), {}
 
@@ -419,7 +419,7 @@ def test_what_does_not_depend_on_the_text_is_computed_once(name):
 
 
 @pytest.mark.parametrize(("preset", "cells", "share"), [("sd15", 64, 0.025), ("mini", 16, 0.065)])
-def test_how_much_the_halves_of_guidance_share(preset, cells, share):
+def test_share_of_flops_that_both_halves_of_guidance_have_in_common(preset, cells, share):
     config = PRESETS[preset].unet
     with torch.device("meta"):
         unet, x, texts = UNet(config), torch.empty(1, 4, cells, cells), torch.empty(2, 77, config.context_dim)

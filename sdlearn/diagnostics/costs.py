@@ -1,5 +1,5 @@
-"""What a pass of a U-Net costs, counted on PyTorch's device `meta`, which knows shapes alone: nothing is computed, and
-the full-size models take no memory; and what costs come to: seconds on a chip, chips for a service."""
+"""FLOPs, memory and operations of a U-Net, counted on PyTorch's `meta` device, which has shapes but no data; and
+what follows from them: a roofline estimate of the time on a chip, the chips of a service."""
 
 import math
 import weakref
@@ -18,21 +18,21 @@ TOKENS = 77
 
 
 def empty_unet(config: UNetConfig) -> UNet:
-    """A U-Net without numbers."""
+    """A U-Net on the `meta` device, without data."""
     with torch.device("meta"):
         return UNet(config)
 
 
 def empty_pass(unet: UNet, side: int, tokens: int = TOKENS):
-    """Send an empty latent of side x side cells and an empty text through an empty U-Net, for hooks and counters."""
+    """Forward pass on `meta` for a latent of side x side cells and a context of `tokens`, for hooks and counters."""
     config = unet.config
     with torch.device("meta"), torch.no_grad():
         unet(torch.empty(1, config.in_channels, side, side), torch.empty(1), torch.empty(1, tokens, config.context_dim))
 
 
 def layer_flops(config: UNetConfig, side: int, tokens: int = TOKENS) -> dict[str, dict[str, int]]:
-    """Floating-point operations of one pass for one latent of side x side cells, by a layer's name, "" for the whole,
-    and by the name of PyTorch's operation. A multiplication and its addition are two."""
+    """FLOPs of one pass for one latent of side x side cells, by layer name ("" for the whole U-Net) and by the name of
+    PyTorch's operation. A multiplication and its addition are two."""
     unet = empty_unet(config)
     with FlopCounterMode(display=False) as counter:
         empty_pass(unet, side, tokens)
@@ -43,13 +43,13 @@ def layer_flops(config: UNetConfig, side: int, tokens: int = TOKENS) -> dict[str
 
 @lru_cache
 def step_flops(config: UNetConfig, side: int, tokens: int = TOKENS) -> int:
-    """Floating-point operations of one pass of a U-Net for one latent of side x side cells."""
+    """FLOPs of one pass of a U-Net for one latent of side x side cells."""
     return sum(layer_flops(config, side, tokens)[""].values())
 
 
 def conv_cost(rows: int, columns: int, inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, batch: int = 1,
               bytes_each: int = 2) -> tuple[int, int]:
-    """(FLOPs, bytes moved) of a convolution over maps of rows x columns, padded by kernel // 2, with a bias.
+    """(FLOPs, bytes moved) of a convolution over maps of rows x columns, with padding kernel // 2 and a bias.
 
     A multiplication and its addition are two FLOPs; adding the bias is not counted. Bytes: input, output, weight and
     bias through memory once each. bytes_each: of a number, 2 in half precision.
@@ -60,20 +60,20 @@ def conv_cost(rows: int, columns: int, inputs: int, outputs: int, kernel: int = 
 
 
 def roofline_seconds(works: Iterable[tuple[float, float]], flops_a_second: float, bytes_a_second: float) -> float:
-    """The least time of operations, (FLOPs, bytes) each, that run one after the other on a chip with these peaks.
+    """Roofline estimate: the least time in seconds of consecutive operations, (FLOPs, bytes) each, at these peak rates.
 
-    Each multiplies while it moves, so it takes the longer of the two. Williams et al. 2009, "Roofline".
+    Computation and memory traffic overlap, so each operation takes the longer of the two. Williams et al. 2009.
     """
     return sum(max(flops / flops_a_second, moved / bytes_a_second) for flops, moved in works)
 
 
 def fleet(rate: float, seconds: Mapping[int, float], within: float, *, busy: float = 0.7) -> tuple[int, int]:
-    """(batch, chips) of the cheapest service for `rate` images a second that answers within `within` seconds.
+    """Fleet size: (batch, chips) of the cheapest service for `rate` images a second, each within `within` seconds.
 
     seconds: by batch size, of one chip for such a batch. The first image of a batch waits for the others,
     (batch - 1) / rate, and for the batch; queues before the chips come on top. busy: the share of time that chips work
-    on average, since demand comes in bursts. Of batches that need as few chips, the smallest. Raises ValueError where
-    no batch is ready in time.
+    on average, since demand comes in bursts. Of batches that need equally few chips, the smallest. Raises ValueError
+    where no batch is ready in time.
     """
     ready = [batch for batch, each in seconds.items() if (batch - 1) / rate + each <= within]
     if not ready:
@@ -83,7 +83,7 @@ def fleet(rate: float, seconds: Mapping[int, float], within: float, *, busy: flo
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `now` are the bytes of all tensors that were made inside and are still in use, `peak` the most so far."""
+    """Tracks live memory: `now`, bytes of tensors created inside that still exist; `peak`, its maximum so far."""
 
     def __init__(self):
         super().__init__()
@@ -110,33 +110,34 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, gone).atexit = False
 
 
-STARTS_NOTHING = (torch.ops.aten._unsafe_view.default, torch.ops.prim.device.default)    # and are not told as views
+NO_KERNEL = (torch.ops.aten._unsafe_view.default, torch.ops.prim.device.default)     # is_view is False for these
 
 
 class OperationCounter(TorchDispatchMode):
-    """Inside, `count` are the operations that PyTorch starts so far; views of a tensor, which compute nothing, are left
-    out. On a GPU each starts a kernel or more. (On `meta` attention falls into its parts; within `FakeTensorMode`
-    it is one operation, as where it computes.)"""
+    """Counts the operations that PyTorch dispatches, `count`, without views, which compute nothing. On a GPU each
+    launches a kernel or more. (On `meta` attention is decomposed; within `FakeTensorMode` it is one operation, as on
+    a real device.)"""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view and function not in STARTS_NOTHING
+        self.count += not function.is_view and function not in NO_KERNEL
         return function(*args, **(kwargs or {}))
 
 
 def storage_of(tensor: torch.Tensor) -> int:
+    """An identifier of the tensor's memory, shared by its views."""
     return tensor.untyped_storage()._cdata
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that tensors made by `run` take at one time, on any device, `meta` among them.
+    """Peak memory in bytes of the tensors that `run` creates, on any device, `meta` included.
 
-    Weights and other tensors that were there before are not counted, nor is what an operation needs for itself.
+    Tensors that existed before, such as weights, and the workspace inside an operation are not counted.
     """
     with torch.no_grad(), LiveBytes() as live:
-        result = run()          # kept until the end, as whoever calls would keep it
+        result = run()          # alive until the end, as it is for a caller
     del result
     return live.peak
