@@ -1,9 +1,9 @@
-"""Inpainting: masks, a nine-channel U-Net, and three ways to keep what is known.
+"""Inpainting: masks, the nine-channel U-Net, blending of latents, and RePaint.
 
 B  batch    C, h, w  channels, rows and columns of the latent    H, W  pixels
 
 A mask is 1 where the image is to be repainted and 0 where it is known. Either the U-Net was trained
-to read it (`nine_channels`, Rombach et al. 2022), or a plain one is told the known cells at every call
+to read it (`nine_channels`, Rombach et al. 2022), or the known cells replace those of x at every call of a plain one
 (`blended_denoise`), if wanted several times a step (`repaint`, Lugmayr et al. 2022). In each case the pixels
 outside of the mask have been through the autoencoder; `paste` puts the original ones back.
 """
@@ -104,7 +104,7 @@ def paste(original: Tensor, generated: Tensor, mask: Tensor, *, seam: int = 0) -
     return torch.lerp(original, generated, soft_mask(mask, seam).to(original))
 
 
-# --- ways to keep what is known ---------------------------------------------------------------------
+# --- inpainting with the known region -----------------------------------------------------------------
 
 def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tensor) -> Callable[..., Tensor]:
     """An inpainting U-Net as a function of the latent alone: (x, t, context, residuals=None, cache=None) -> output.
@@ -120,7 +120,7 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
     if count % len(mask) or count % len(masked_latent):
         raise ValueError(f"{len(mask)} masks do not go with {len(masked_latent)} masked latents: give one, or "
                          "one for each")
-    beside = torch.cat([mask.to(masked_latent).expand(count, -1, -1, -1),
+    conditioning = torch.cat([mask.to(masked_latent).expand(count, -1, -1, -1),
                         masked_latent.expand(count, -1, -1, -1)], dim=1)             # (B, 5, h, w)
     reads = getattr(getattr(unet, "config", None), "in_channels", None)
     if reads not in (None, 2 * masked_latent.shape[1] + 1):
@@ -128,17 +128,17 @@ def nine_channels(unet: Callable[..., Tensor], mask: Tensor, masked_latent: Tens
                          f"{2 * masked_latent.shape[1] + 1}: use blended_denoise, or load an inpainting model")
 
     def run(x: Tensor, t: float, context: Tensor, residuals=None, **options) -> Tensor:
-        _same_size("mask", beside, "latent", x)
+        _same_size("mask", conditioning, "latent", x)
         if len(x) % count:
             raise ValueError(f"{count} masks do not go with {len(x)} latents: give one for all, or one for each")
-        tiled = beside.to(x).repeat(len(x) // count, 1, 1, 1)                        # (B, 5, h, w)
+        tiled = conditioning.to(x).repeat(len(x) // count, 1, 1, 1)                        # (B, 5, h, w)
         return unet(torch.cat([x, tiled], dim=1), t, context, residuals, **options)
 
     return run
 
 
 def blended_denoise(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Denoise:
-    """A `denoise` that is told the known cells: for inpainting with a U-Net that reads no mask.
+    """A `denoise` whose known cells are fixed, for inpainting with a U-Net that reads no mask.
 
     known: the image's latent, and noise, each (B, C, h, w); mask (B, 1, h, w), 1 = repaint. A batch of 1
     serves all. Before each call the known cells of x are replaced by alpha_t known + sigma_t noise, and
@@ -146,7 +146,7 @@ def blended_denoise(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor
 
     This is what diffusers' StableDiffusionInpaintPipeline does with a four-channel U-Net, by other means.
     A step of any sampler works cell by cell, x_prev = a x + b x0 + noise with numbers a and b (and earlier
-    x0), so a repainted cell hears of a known one through the network alone. The pipeline writes
+    x0), so a known cell influences a repainted one through the network alone. The pipeline writes
     add_noise(known, noise, t_prev) into the sampler's state after each step, for the next call to see;
     here the same is written into what the call sees. Each call sees the same, so the repainted cells are
     the same. There are two differences. The pipeline's first call, if it starts from noise alone (strength 1),
@@ -158,25 +158,25 @@ def blended_denoise(denoise: Denoise, known: Tensor, mask: Tensor, noise: Tensor
     _same_size("noise", noise, "known latent", known)
     keep, noise = (mask < 0.5).to(known.device), noise.to(known)                     # (B, 1, h, w), (B, C, h, w)
 
-    def told(x: Tensor, t: float) -> Tensor:
+    def denoise_blended(x: Tensor, t: float) -> Tensor:
         _same_size("mask", mask, "latent", x)
         x = torch.where(keep, schedule.add_noise(known, noise, t), x)
         return torch.where(keep, known, denoise(x, t))
 
-    return told
+    return denoise_blended
 
 
 def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) -> Sampler:
     """A sampler that takes each step of `sample` several times, for inpainting in which both parts agree.
 
-        for step in repaint(ddpm, known, mask)(denoise, x, grid, schedule, generator=generator): ...
+        for step in repaint(ddpm, known, mask)(denoise, x, timesteps, schedule, generator=generator): ...
 
     With `blended_denoise` the known cells are right but drawn without regard to the others, which follow a step
     late. Here, after a step to t_prev, noise is added as the forward process would, back up to t, and the
     step is taken again with new noise in the known cells, `times` in all; the last step, to the image,
     once. Lugmayr et al. 2022, "RePaint", algorithm 1 (jumps of length 1); theirs is DDPM, with 10 times.
 
-    The result is a sampler as well: it yields the Step of the last pass over each pair of the grid. With
+    The result is a sampler as well: it yields the Step of the last pass over each pair of timesteps. With
     one call of `denoise` a step, n steps take (n - 1) times + 1. Samplers that look back at earlier steps,
     as DPM++ 2M does, find none here, and are of first order. Raises ValueError for times below 1.
     """
@@ -184,16 +184,17 @@ def repaint(sample: Sampler, known: Tensor, mask: Tensor, *, times: int = 10) ->
         raise ValueError(f"times is {times}: give a whole number of at least 1; the paper has 10")
     _same_size("mask", mask, "known latent", known)
 
-    def sampler(denoise: Denoise, x: Tensor, grid: Timesteps, schedule: NoiseSchedule, *, generator=None) -> Iterator:
-        for index, (t, t_prev) in enumerate(grid):
+    def sampler(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
+                generator=None) -> Iterator:
+        for index, (t, t_prev) in enumerate(timesteps):
             passes = 1 if t_prev is None else times
             for again in reversed(range(passes)):
-                told = blended_denoise(denoise, known, mask, standard_noise(x, generator), schedule)
-                step, = sample(told, x, [(t, t_prev)], schedule, generator=generator)
+                blended = blended_denoise(denoise, known, mask, standard_noise(x, generator), schedule)
+                step, = sample(blended, x, [(t, t_prev)], schedule, generator=generator)
                 x = step.x
                 if again:
-                    kept = schedule.at(t)[0] / schedule.at(t_prev)[0]       # of the signal, going forward
-                    x = kept * x + math.sqrt(1 - kept**2) * standard_noise(x, generator)
+                    a = schedule.at(t)[0] / schedule.at(t_prev)[0]          # x_t = a x_prev + sqrt(1 - a²) noise
+                    x = a * x + math.sqrt(1 - a**2) * standard_noise(x, generator)
             yield step._replace(index=index)
 
     return sampler

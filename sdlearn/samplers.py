@@ -8,17 +8,23 @@ Each sampler is a generator over one contract, `denoise(x, t) -> x0`, where
     t       a Python number, the timestep; fractions on some grids
     x0      (B, C, h, w), the clean latent that the network sees in x
 
-and walks a grid of pairs (t, t_prev) from `schedule.make_timesteps`. What the network predicts, and its
-guidance, are hidden in `denoise` (`guidance.predict_x0`). x begins as noise of variance 1.
+and iterates over pairs (t, t_prev) from `schedule.make_timesteps`. `guidance.predict_x0` makes `denoise` from
+a network, whatever it predicts, and its guidance. x starts as noise of variance 1. The papers' letters:
+
+    alpha, sigma    alpha_t and sigma_t of `schedule` at t; alpha_prev, sigma_prev at t_prev
+    eps             the noise in x, (x - alpha x0) / sigma
+    s               sigma / alpha, the sigma of variance-exploding papers (`schedule.ve_sigmas`)
+    h               lambda(t_prev) - lambda(t), a step in lambda = log(alpha/sigma); h_last the previous step's
+    D               the data prediction (x0) that a multistep solver uses for the step
 
 Papers that work with sigma/alpha = s and X = x/alpha ("variance exploding", k-diffusion, diffusers'
-Euler, Euler ancestral and Heun) solve dX/ds = eps. Their steps are here as well, with x put back in
-place of X and alpha not a divisor, so that a schedule with zero terminal SNR (alpha 0, s infinite)
-is no trouble. k-diffusion and diffusers' Euler kind begin at X = s_max noise, which is x = sigma noise
-here, 0.2 % less than noise for Stable Diffusion; diffusers on a "leading" grid at x = noise, as here.
+Euler, Euler ancestral and Heun) solve dX/ds = eps. Their steps are written for x here, without a division
+by alpha, so that they also work where alpha is 0 and s infinite (zero terminal SNR). k-diffusion and
+diffusers' Euler samplers start at X = s_max noise, which is x = sigma noise here, 0.2 % less than noise for
+Stable Diffusion; diffusers with "leading" timesteps starts at x = noise, as here.
 
-Coefficients are Python floats from float64: no step waits for a device. Noise is drawn on the CPU, in
-float32, and moved: a seed gives the same image on every machine.
+Coefficients are Python floats from float64, so no step synchronises with the device. Noise is drawn on the CPU
+in float32 and moved, so that a seed gives the same image on every machine.
 """
 
 import math
@@ -33,7 +39,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 
 class Step(NamedTuple):
-    """What a sampler yields: the state after a step."""
+    """The state of a sampler after a step."""
 
     index: int      # 0...n-1
     t: float        # the timestep that the step started from
@@ -50,19 +56,19 @@ def ddpm(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSched
     for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
-        kept = (alpha / alpha_prev) ** 2            # of the variance, going forward from t_prev to t
+        a = (alpha / alpha_prev) ** 2               # the paper's alpha_t, 1 - beta_t, from t_prev to t
         x0 = denoise(x, t)
-        mean = (alpha_prev * (1 - kept) * x0 + math.sqrt(kept) * sigma_prev**2 * x) / sigma**2
-        x = mean + gaussian(x, sigma_prev / sigma * math.sqrt(1 - kept), generator)
+        mean = (alpha_prev * (1 - a) * x0 + math.sqrt(a) * sigma_prev**2 * x) / sigma**2
+        x = mean + gaussian(x, sigma_prev / sigma * math.sqrt(1 - a), generator)
         yield Step(index, t, x, x0)
 
 
 def ddim(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *, eta: float = 0.0,
          set_alpha_to_one: bool = False, generator: Generators = None) -> Iterator[Step]:
-    """Noise x0 again with the noise just predicted, a part of it fresh. Song et al. 2021, equation 12.
+    """x_prev from the predicted x0 and eps, a share of eps replaced by fresh noise. Song et al. 2021, equation 12.
 
-    eta in 0...1: none of the noise fresh, or as much as in DDPM. Stable Diffusion ends at the noise of
-    timestep 0 (sigma 0.029); with `set_alpha_to_one` at the predicted x0 itself.
+    eta in 0...1: 0 is deterministic, 1 has DDPM's variance. Stable Diffusion ends at the noise of timestep 0
+    (sigma 0.029), with `set_alpha_to_one` at the predicted x0 itself.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: give a number from 0 (no fresh noise) to 1 (as in DDPM)")
@@ -70,18 +76,18 @@ def ddim(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSched
     for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(end if t_prev is None else t_prev)
-        fresh = eta * sigma_prev / sigma * math.sqrt(1 - (alpha / alpha_prev) ** 2)
+        std = eta * sigma_prev / sigma * math.sqrt(1 - (alpha / alpha_prev) ** 2)
         x0 = denoise(x, t)
         eps = (x - alpha * x0) / sigma
-        x = alpha_prev * x0 + math.sqrt(sigma_prev**2 - fresh**2) * eps + gaussian(x, fresh, generator)
+        x = alpha_prev * x0 + math.sqrt(sigma_prev**2 - std**2) * eps + gaussian(x, std, generator)
         yield Step(index, t, x, x0)
 
 
 def ddim_coefficients(schedule: NoiseSchedule, timesteps: Timesteps) -> list[tuple[float, float]]:
-    """DDIM's steps as numbers, made before a run: (a, b) for each pair of the grid, x_prev = a x + b x0.
+    """Coefficients (a, b) of each DDIM step, x_prev = a x + b x0, computed before sampling.
 
-    That of `ddim` at eta 0: with eps = (x - alpha x0) / sigma put in, nothing is left but two factors, which depend
-    on the schedule and the grid alone. Ends at the noise of timestep 0, as Stable Diffusion does.
+    `ddim` at eta 0 with eps = (x - alpha x0) / sigma inserted; they depend on the schedule and the timesteps
+    alone. Ends at the noise of timestep 0, as Stable Diffusion does.
     """
     factors = []
     for t, t_prev in timesteps:
@@ -109,9 +115,9 @@ def euler(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSche
 
 def euler_ancestral(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
                     eta: float = 1.0, generator: Generators = None) -> Iterator[Step]:
-    """Euler down to less noise than t_prev has, then up to it with fresh noise. k-diffusion, 2022.
+    """Euler ancestral: an Euler step to less noise than at t_prev, then fresh noise up to it. k-diffusion, 2022.
 
-    With eta 1, what is added each time is what the forward process would add. Ends at the predicted x0.
+    eta in 0...1: 0 is plain Euler; 1 adds as much noise as the forward process does. Ends at the predicted x0.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: give a number from 0 (plain Euler) to 1 (all noise fresh)")
@@ -119,20 +125,20 @@ def euler_ancestral(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule:
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         shrink = sigma_prev / alpha_prev * alpha / sigma                # s_prev / s
-        up = eta * sigma_prev * math.sqrt(1 - shrink**2)
-        down = math.sqrt(sigma_prev**2 - up**2)
+        sigma_up = eta * sigma_prev * math.sqrt(1 - shrink**2)
+        sigma_down = math.sqrt(sigma_prev**2 - sigma_up**2)
         x0 = denoise(x, t)
         eps = (x - alpha * x0) / sigma
-        x = alpha_prev * x0 + down * eps + gaussian(x, up, generator)
+        x = alpha_prev * x0 + sigma_down * eps + gaussian(x, sigma_up, generator)
         yield Step(index, t, x, x0)
 
 
 def heun(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
          generator: Generators = None) -> Iterator[Step]:
-    """Euler's step, then again with the mean of the slopes at both ends. Karras et al. 2022, algorithm 1.
+    """Heun's method of second order: an Euler step, corrected by the mean slope. Karras et al. 2022, algorithm 1.
 
-    Two calls of `denoise` a step, one in the last, and one where x holds no signal: there s is
-    infinite or close to it, and a mean over the whole way from there says nothing.
+    Two calls of `denoise` a step; one in the last step, and one where alpha is 0 or close to it: there s is
+    infinite, and a mean of slopes over the step has no meaning.
     """
     for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
@@ -148,20 +154,20 @@ def heun(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSched
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
              generator: Generators = None) -> Iterator[Step]:
-    """DPM-Solver++(2M): x0 extrapolated along lambda = log(alpha/sigma). Lu et al. 2022, algorithm 2.
+    """DPM-Solver++(2M), multistep of second order: x0 extrapolated in lambda. Lu et al. 2022, algorithm 2.
 
-    The first step and the last, which ends at x0, are of first order: DDIM's.
+    The first step, and the last, which ends at x0, are of first order, those of DDIM.
     """
-    x0_last = rise_last = None
+    x0_last = h_last = None
     for index, (t, t_prev) in enumerate(timesteps):
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
-        x0 = ahead = denoise(x, t)
-        rise = log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
+        x0 = D = denoise(x, t)
+        h = log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
         if x0_last is not None and t_prev is not None:
-            ahead = x0 + rise / rise_last * (x0 - x0_last) / 2
-        x = sigma_prev / sigma * x + (alpha_prev - sigma_prev * alpha / sigma) * ahead
-        x0_last, rise_last = x0, rise
+            D = x0 + h / h_last * (x0 - x0_last) / 2
+        x = sigma_prev / sigma * x + (alpha_prev - sigma_prev * alpha / sigma) * D
+        x0_last, h_last = x0, h
         yield Step(index, t, x, x0)
 
 
@@ -197,41 +203,43 @@ def pndm(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSched
 
 def unipc(denoise: Denoise, x: Tensor, timesteps: Timesteps, schedule: NoiseSchedule, *,
           generator: Generators = None) -> Iterator[Step]:
-    """DPM++ 2M, each step put right once x0 at its end is known. Zhao et al. 2023, UniPC-2 with B2(h).
+    """UniPC-2 with B2(h), a predictor-corrector of third order. Zhao et al. 2023.
 
-    With that B(h) the predictor is the step of `dpmpp_2m`. The corrector costs no call of `denoise`: it
-    takes the one of the next step, made at the x that was predicted. It brings the order to three.
+    With that B(h) the predictor (UniP) is the step of `dpmpp_2m`. The corrector (UniC) costs no call of `denoise`:
+    it uses the next step's, made at the predicted x.
+
+    x_first     the first-order (DDIM) result of the step        B      its coefficient of x0
     """
-    straight = gain = rise = rise_last = x0_last = x0_older = None           # of the step before
+    x_first = B = h = h_last = x0_last = x0_older = None                     # of the previous step
     for index, (t, t_prev) in enumerate(timesteps):
         x0 = denoise(x, t)
         if index > 0:
-            older, newer = correction(rise, rise_last)
-            x = straight + gain * (older * (x0_older - x0_last) + newer * (x0 - x0_last))
+            older, newer = correction(h, h_last)
+            x = x_first + B * (older * (x0_older - x0_last) + newer * (x0 - x0_last))
         alpha, sigma = schedule.at(t)
         alpha_prev, sigma_prev = schedule.at(t_prev)
         x0_older, x0_last = x0_last if index > 0 else x0, x0
-        rise_last, rise = rise, log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
-        gain = alpha_prev - sigma_prev * alpha / sigma
-        x = straight = sigma_prev / sigma * x + gain * x0
+        h_last, h = h, log(alpha_prev / sigma_prev) - log(alpha / sigma) if t_prev is not None else math.inf
+        B = alpha_prev - sigma_prev * alpha / sigma
+        x = x_first = sigma_prev / sigma * x + B * x0
         if index > 0 and t_prev is not None:
-            x = straight + gain * rise / rise_last * (x0_last - x0_older) / 2
+            x = x_first + B * h / h_last * (x0_last - x0_older) / 2
         yield Step(index, t, x, x0)
 
 
-def correction(rise: float, rise_last: float | None) -> tuple[float, float]:
-    """UniC's weights of x0 one timestep earlier, and of x0 at the step's end, both less x0 at its start.
+def correction(h: float, h_last: float | None) -> tuple[float, float]:
+    """UniC's weights of x0 one timestep earlier and of x0 at the step's end, each minus x0 at its start.
 
-    rise is the step in lambda = log(alpha/sigma), rise_last the one before, None in the first step, which
-    has the half of a trapezoid. The weights make the integral of e^lambda x0 over the step exact for x0 a
-    parabola in lambda: the linear system of Zhao et al. 2023, solved by hand for its two unknowns.
+    h is the step in lambda, h_last the previous one, None in the first step, where the trapezoidal rule gives one
+    half. The weights make the integral of e^lambda x0 over the step exact for x0 quadratic in lambda: the linear
+    system of Zhao et al. 2023, solved for its two unknowns.
     """
-    if rise_last is None:
+    if h_last is None:
         return 0.0, 0.5
-    back, decay = -rise_last / rise, math.expm1(-rise)
-    first = (-decay / rise - 1) / decay                         # the mean of (lambda - start) / rise under e^lambda
-    second = 2 * ((decay / rise + 1) / rise - 1 / 2) / decay    # that of its square
-    return (first - second) / (1 - back) / back, first - (first - second) / (1 - back)
+    r, decay = -h_last / h, math.expm1(-h)
+    first = (-decay / h - 1) / decay                            # the mean of (lambda - start) / h under e^lambda
+    second = 2 * ((decay / h + 1) / h - 1 / 2) / decay          # that of its square
+    return (first - second) / (1 - r) / r, first - (first - second) / (1 - r)
 
 
 ADAMS_BASHFORTH = {     # a function's mean over the next step, less its newest value, from its newest values
@@ -241,7 +249,7 @@ SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {
     "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun,
     "dpmpp_2m": dpmpp_2m, "pndm": pndm, "unipc": unipc,
 }
-# What diffusers' schedulers use unless told otherwise; the samplers run on any grid.
+# The defaults of diffusers' schedulers; every sampler accepts all of them.
 DEFAULT_TIMESTEP_SPACING = {
     "ddpm": "leading", "ddim": "leading", "euler": "linspace", "euler_ancestral": "linspace",
     "heun": "linspace", "dpmpp_2m": "linspace_open", "pndm": "leading", "unipc": "linspace_open",
@@ -250,7 +258,7 @@ NO_SIGNAL = 2.0**-12    # the root of schedule.ALMOST_ZERO
 
 
 def get_sampler(name: str) -> Callable[..., Iterator[Step]]:
-    """The sampler of that name. Raises ValueError, naming those there are."""
+    """The sampler of that name. Raises ValueError for an unknown name and lists the known ones."""
     if name not in SAMPLERS:
         raise ValueError(f"there is no sampler '{name}': choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -258,11 +266,11 @@ def get_sampler(name: str) -> Callable[..., Iterator[Step]]:
 
 def make_timesteps_for(sampler: str, schedule: NoiseSchedule, num_inference_steps: int,
                        timestep_spacing: str | None = None) -> Timesteps:
-    """The timesteps of a sampler, by its name.
+    """The timesteps of a sampler, given by name, in its default spacing.
 
-    Unless `timestep_spacing` is given it is what diffusers' scheduler of that name starts with, or "trailing"
-    for a schedule with zero terminal SNR, whose grid must begin at the last timestep. Raises
-    ValueError for an unknown sampler or spacing, and for n not in 1...N.
+    timestep_spacing: unless given, the default of diffusers' scheduler of that name, or "trailing"
+    for a schedule with zero terminal SNR, where sampling has to start at the last timestep. Raises ValueError for
+    an unknown sampler or spacing, and for num_inference_steps not in 1...N.
     """
     get_sampler(sampler)
     if timestep_spacing is None and not schedule.config.zero_terminal_snr:
@@ -271,7 +279,7 @@ def make_timesteps_for(sampler: str, schedule: NoiseSchedule, num_inference_step
 
 
 def gaussian(x: Tensor, std: float, generator: Generators) -> Tensor | float:
-    """Noise of that standard deviation and of x's shape; 0.0, and nothing drawn, where std is 0."""
+    """Gaussian noise of standard deviation std and x's shape; 0.0, with nothing drawn, where std is 0."""
     if std == 0:
         return 0.0
     return std * standard_noise(x, generator)

@@ -1,4 +1,4 @@
-"""The noise schedule: how much signal and noise a latent holds at each timestep.
+"""The noise schedule, prediction types and timesteps.
 
 B  batch        N  timesteps of training, 1000
 
@@ -6,7 +6,10 @@ The forward process is variance preserving (Ho et al. 2020):
 
     x_t = alpha_t x0 + sigma_t eps,    alpha_t^2 + sigma_t^2 = 1,    alpha_t^2 = abar_t
 
-A network may predict any of three things. Given x_t each determines the others:
+alpha_t and sigma_t are written alpha and sigma in code. Papers on variance-exploding diffusion (Karras et al. 2022,
+k-diffusion) use X = x / alpha and the one number sigma / alpha, here `ve_sigmas`.
+
+A network predicts one of three things. Given x_t each determines the others:
 
     "epsilon"         eps, the noise                        Stable Diffusion 1.x, 2.x-base
     "v_prediction"    v = alpha eps - sigma x0              Stable Diffusion 2.x at 768 (Salimans and Ho 2022)
@@ -27,27 +30,28 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "linspace_open", "trailing", "karras
 Timesteps = list[tuple[float, float | None]]
 Generators = torch.Generator | list[torch.Generator] | None     # one for the batch, or one for each image in it
 
-# Where abar is 0, sigma/alpha is infinite. What needs it finite takes this abar instead, the smallest
-# number that float16 holds, as diffusers does: sigma/alpha = 4096.
+# Where abar is 0, sigma/alpha is infinite. Where it has to be finite, abar is replaced by the smallest number of
+# float16, as in diffusers: sigma/alpha = 4096.
 ALMOST_ZERO = 2.0**-24
 
 
 class NoiseSchedule:
-    """abar for every timestep, in float64, and the conversions that follow from it.
+    """The noise schedule of a `NoiseConfig`: abar at every timestep, in float64, and conversions of predictions.
 
     With `config.zero_terminal_snr` abar is rescaled (Lin et al. 2023, "Common diffusion noise
     schedules and sample steps are flawed") so that it is exactly 0 at the last timestep.
-    `floor` is the least abar allowed. Every sampler here works with the exact 0, and so do
-    diffusers' DDPM and DDIM; its Euler, Euler ancestral and DPM++ schedulers put
-    `floor=ALMOST_ZERO` in its place, so give that to reproduce their numbers.
+    `floor` is the lowest abar allowed. Every sampler here works with the exact 0, and so do
+    diffusers' DDPM and DDIM; its Euler, Euler ancestral and DPM++ schedulers clamp to ALMOST_ZERO, so
+    `floor=ALMOST_ZERO` reproduces their numbers.
 
-    Raises ValueError for an unknown schedule or prediction, and where the network would have
-    to tell the image from noise alone ("epsilon" with abar 0).
+    Raises ValueError for an unknown schedule or prediction type, and for "epsilon" with abar 0, where the
+    prediction does not determine x0.
     """
 
     def __init__(self, config: NoiseConfig, floor: float = 0.0):
         if config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction is '{config.prediction_type}': choose one of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type is '{config.prediction_type}': choose one of "
+                             f"{', '.join(PREDICTION_TYPES)}")
         if config.num_train_timesteps < 2:
             raise ValueError(f"a noise schedule of {config.num_train_timesteps} steps: give at least 2")
         self.config = config
@@ -60,14 +64,14 @@ class NoiseSchedule:
             raise ValueError("zero_terminal_snr needs v_prediction or sample: at the last timestep x is "
                              "pure noise, and predicting it says nothing about the image")
         finite = torch.where(self.alphas_cumprod > 0, self.alphas_cumprod, ALMOST_ZERO)
-        self.ve_sigmas = ((1 - finite) / finite).sqrt()                                 # (N,) sigma/alpha
+        self.ve_sigmas = ((1 - finite) / finite).sqrt()                              # (N,) sigma/alpha
 
     def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at timesteps t in 0...N-1: float64, of t's shape and on its device.
 
         Between whole timesteps sigma/alpha is interpolated linearly, as in diffusers' Euler schedulers.
         (k-diffusion interpolates its logarithm: 1.5 % apart between 0 and 1, below 1e-4 from 20 on.)
-        Raises ValueError for t out of range (if t is on the CPU: elsewhere it would have to wait).
+        Raises ValueError for t out of range, on the CPU alone: on a GPU the check would synchronise.
         """
         t = t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")
         t = t.cpu() if t.device.type == "mps" else t        # Apple's GPUs have no float64
@@ -77,9 +81,9 @@ class NoiseSchedule:
         if not t.is_floating_point():
             return abar.sqrt(), (1 - abar).sqrt()
         below = t.floor().long().clamp(max=self.num_train_timesteps - 2)
-        ratios = self.ve_sigmas.to(t.device)
-        ratio = torch.lerp(ratios[below], ratios[below + 1], t.double() - below)
-        abar = torch.where(t == t.round(), abar, 1 / (1 + ratio**2))
+        ve_sigmas = self.ve_sigmas.to(t.device)
+        ve_sigma = torch.lerp(ve_sigmas[below], ve_sigmas[below + 1], t.double() - below)
+        abar = torch.where(t == t.round(), abar, 1 / (1 + ve_sigma**2))
         return abar.sqrt(), (1 - abar).sqrt()
 
     def at(self, t: float | None) -> tuple[float, float]:
@@ -90,28 +94,28 @@ class NoiseSchedule:
         return alpha.item(), sigma.item()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """x_t = alpha x0 + sigma noise, for t a number or (B,): what the network sees in training."""
-        alpha, sigma = self._beside(x0, t)
+        """The forward process, x_t = alpha x0 + sigma noise, for t a number or (B,)."""
+        alpha, sigma = self._alpha_sigma_like(x0, t)
         return alpha * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """What the network should output for add_noise(x0, noise, t), under `config.prediction`."""
+        """The training target for add_noise(x0, noise, t), of the kind `config.prediction_type`."""
         if self.config.prediction_type == "epsilon":
             return noise
         if self.config.prediction_type == "sample":
             return x0
-        alpha, sigma = self._beside(x0, t)
+        alpha, sigma = self._alpha_sigma_like(x0, t)
         return alpha * noise - sigma * x0
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
-        """The clean latent that `output` stands for, given x at t.
+        """x0 from a prediction `output` for x at t.
 
-        `prediction` says what `output` is, and is `config.prediction` unless given; so these three
-        methods convert between any two of eps, v and x0. Where abar is 0 the noise determines
-        nothing, and what is made from it is not finite.
+        prediction_type: the kind of `output`, `config.prediction_type` unless given; so these three methods
+        convert between any two of eps, v and x0. Where abar is 0, eps does not determine x0 and v, and the
+        result is not finite.
         """
-        alpha, sigma = self._beside(x, t)
-        match self._checked(prediction_type):
+        alpha, sigma = self._alpha_sigma_like(x, t)
+        match self._resolve_type(prediction_type):
             case "epsilon":
                 return (x - sigma * output) / alpha
             case "v_prediction":
@@ -120,9 +124,9 @@ class NoiseSchedule:
                 return output
 
     def to_noise(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
-        """The noise that `output` stands for, given x at t. `prediction` as in `to_x0`."""
-        alpha, sigma = self._beside(x, t)
-        match self._checked(prediction_type):
+        """The noise eps from a prediction `output` for x at t; see `to_x0`."""
+        alpha, sigma = self._alpha_sigma_like(x, t)
+        match self._resolve_type(prediction_type):
             case "epsilon":
                 return output
             case "v_prediction":
@@ -131,9 +135,9 @@ class NoiseSchedule:
                 return (x - alpha * output) / sigma
 
     def to_v(self, output: Tensor, x: Tensor, t: Tensor | float, prediction_type: str | None = None) -> Tensor:
-        """The velocity that `output` stands for, given x at t. `prediction` as in `to_x0`."""
-        alpha, sigma = self._beside(x, t)
-        match self._checked(prediction_type):
+        """The velocity v from a prediction `output` for x at t; see `to_x0`."""
+        alpha, sigma = self._alpha_sigma_like(x, t)
+        match self._resolve_type(prediction_type):
             case "epsilon":
                 return (output - sigma * x) / alpha
             case "v_prediction":
@@ -141,13 +145,13 @@ class NoiseSchedule:
             case _:
                 return (alpha * x - output) / sigma
 
-    def _checked(self, prediction: str | None) -> str:
-        if prediction not in (None, *PREDICTION_TYPES):
-            raise ValueError(f"prediction is '{prediction}': choose one of {', '.join(PREDICTION_TYPES)}")
-        return prediction or self.config.prediction_type
+    def _resolve_type(self, prediction_type: str | None) -> str:
+        if prediction_type not in (None, *PREDICTION_TYPES):
+            raise ValueError(f"prediction_type is '{prediction_type}': choose one of {', '.join(PREDICTION_TYPES)}")
+        return prediction_type or self.config.prediction_type
 
-    def _beside(self, x: Tensor, t: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
-        """alpha and sigma ready to multiply x: floats for a number, (B, 1, 1, 1) for (B,) timesteps."""
+    def _alpha_sigma_like(self, x: Tensor, t: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
+        """alpha and sigma that broadcast with x: floats for a number t, (B, 1, 1, 1) for (B,) timesteps."""
         if not isinstance(t, Tensor):
             return self.at(t)
         if t.ndim > 1 or t.numel() not in (1, len(x)):
@@ -204,9 +208,9 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
 
 
 def make_timesteps(schedule: NoiseSchedule, num_inference_steps: int, timestep_spacing: str | None = None) -> Timesteps:
-    """The steps of a sampler: n pairs (t, t_prev) from noise to image, the last t_prev None.
+    """The timesteps of a sampler: n pairs (t, t_prev) from noise to image, the last t_prev None.
 
-    spacing, in the notation of Lin et al. 2023, table 2, for n = 4 of 1000:
+    timestep_spacing, in the notation of Lin et al. 2023, table 2, for n = 4 of 1000:
       "leading"        751, 501, 251, 1: multiples of N // n, plus 1. Stable Diffusion's own.
       "trailing"       999, 749, 499, 249: starts at the last timestep for every n, as zero terminal
                        SNR needs. The default with it; "leading" is the default without.
@@ -216,7 +220,7 @@ def make_timesteps(schedule: NoiseSchedule, num_inference_steps: int, timestep_s
       "karras"         from the largest sigma/alpha to the smallest in equal steps of its 7th root, with
                        fractions: small steps near the image. Karras et al. 2022, equation 5.
 
-    Raises ValueError for n not in 1...N and for an unknown spacing.
+    n is num_inference_steps. Raises ValueError for n not in 1...N and for an unknown spacing.
     """
     n, total = num_inference_steps, schedule.num_train_timesteps
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
@@ -233,7 +237,7 @@ def _times(schedule: NoiseSchedule, n: int, spacing: str) -> list[float]:
     match spacing:
         case "leading":
             stride = total // n
-            offset = min(1, last - stride * (n - 1))        # n = 1000 leaves no room for the 1
+            offset = min(1, last - stride * (n - 1))        # for n = 1000 the offset is 0
             return [stride * i + offset for i in reversed(range(n))]
         case "trailing":
             return (np.arange(total, 0, -total / n)[:n].round().astype(int) - 1).tolist()
@@ -254,9 +258,9 @@ def _whole(t: float) -> float:
 
 def _karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> list[float]:
     """Timesteps, mostly fractions, whose sigma/alpha are evenly spaced in their root of order rho."""
-    table = schedule.ve_sigmas                                                          # (N,), increasing
+    table = schedule.ve_sigmas                                                       # (N,), increasing
     high, low = (table[[-1, 0]] ** (1 / rho)).tolist()
-    ratios = torch.linspace(high, low, n, dtype=torch.float64, device="cpu") ** rho  # (n,)
-    above = torch.searchsorted(table, ratios).clamp(1, schedule.num_train_timesteps - 1)
-    part = (ratios - table[above - 1]) / (table[above] - table[above - 1])
+    sigmas = torch.linspace(high, low, n, dtype=torch.float64, device="cpu") ** rho  # (n,)
+    above = torch.searchsorted(table, sigmas).clamp(1, schedule.num_train_timesteps - 1)
+    part = (sigmas - table[above - 1]) / (table[above] - table[above - 1])
     return [_whole(t) for t in (above - 1 + part.clamp(0, 1)).tolist()]

@@ -24,7 +24,7 @@ def level_sizes(size: Size, config: ModelConfig) -> list[tuple[int, int]]:
     width, height = size
     factor = config.vae.factor
     if min(size) < factor or width % factor or height % factor:
-        raise ValueError(f"a picture of {width}x{height} has no latent: give sides that are multiples of {factor}")
+        raise ValueError(f"an image of {width}x{height} has no latent: give sides that are multiples of {factor}")
     rows, columns = height // factor, width // factor
     found = [(rows, columns)]
     for _ in config.unet.channels[1:]:
@@ -34,7 +34,7 @@ def level_sizes(size: Size, config: ModelConfig) -> list[tuple[int, int]]:
 
 
 def size_multiple(config: ModelConfig) -> int:
-    """Pixels: sides that are multiples of it halve without a rest at every level. 64 for Stable Diffusion."""
+    """The multiple of image sides, in pixels, that halve evenly at every level. 64 for Stable Diffusion."""
     return config.vae.factor * 2 ** (len(config.unet.channels) - 1)
 
 
@@ -93,8 +93,8 @@ def measure_spacing(boxes: Sequence[Sequence[Box]], size: Size, own: int) -> tup
     widths of `own` pixels; NaN where there is none, and for the second where no image holds two.
     """
     border, following = [], []
-    for some in boxes:
-        middles = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in some]
+    for of_image in boxes:
+        middles = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in of_image]
         border += [min(x, size[0] - x, y, size[1] - y) / own for x, y in middles]
         if len(middles) > 1:
             following += [min(math.dist(one, other) for j, other in enumerate(middles) if j != i) / own

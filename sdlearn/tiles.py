@@ -19,15 +19,15 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def tile_weights(length: int, overlap: int, *, first: bool, last: bool) -> Tensor:
-    """Weights of a tile along one axis, (length,): 1, and where another tile lies beside it, from nearly 0 up to 1 over
+    """Weights of a tile along one axis, (length,): 1, and next to a neighbouring tile rising from nearly 0 to 1 over
     `overlap` pixels. Of two tiles that share just these the weights add up to 1."""
     weights = torch.ones(length)
     if overlap:
-        rise = (torch.arange(overlap) + 0.5) / overlap
+        ramp = (torch.arange(overlap) + 0.5) / overlap
         if not first:
-            weights[:overlap] = rise
+            weights[:overlap] = ramp
         if not last:
-            weights[-overlap:] = torch.minimum(weights[-overlap:], rise.flip(0))
+            weights[-overlap:] = torch.minimum(weights[-overlap:], ramp.flip(0))
     return weights
 
 

@@ -778,7 +778,7 @@ def test_a_solution_is_the_packages_source(capsys):
     assert "four more spacings" in printed
     solution("add_noise")
     printed = capsys.readouterr().out
-    assert printed.index("def add_noise(self") < printed.index("def _beside(self")
+    assert printed.index("def add_noise(self") < printed.index("def _alpha_sigma_like(self")
     assert "\n    \"\"\"x_t = alpha x0" in printed      # its lines keep their places to each other
 
 
@@ -866,7 +866,7 @@ def add_noise(schedule, x0, noise, t):
 add_noise = check("add_noise", add_noise)
 assert add_noise is NoiseSchedule.add_noise and sandbox._worker is None""", """
 def shares(schedule, x0, t):
-    return schedule._beside(x0, t)
+    return schedule._alpha_sigma_like(x0, t)
 def add_noise(schedule, x0, noise, t):
     print("at", t)
     alpha, sigma = shares(schedule, x0, t)

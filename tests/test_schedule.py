@@ -218,11 +218,11 @@ def test_a_wrong_number_of_steps_is_told(n):
 
 @pytest.mark.parametrize("make, words", [
     (lambda: make_timesteps(SD, 10, "even"), "no spacing 'even': choose one of leading, linspace"),
-    (lambda: NoiseSchedule(NoiseConfig(prediction_type="eps")), "prediction is 'eps': choose one of epsilon"),
+    (lambda: NoiseSchedule(NoiseConfig(prediction_type="eps")), "prediction_type is 'eps': choose one of epsilon"),
     (lambda: NoiseSchedule(NoiseConfig(beta_schedule="sigmoid")), "beta_schedule is 'sigmoid': choose"),
     (lambda: NoiseSchedule(NoiseConfig(num_train_timesteps=1)), "give at least 2"),
     (lambda: NoiseSchedule(NoiseConfig(zero_terminal_snr=True)), "needs v_prediction or sample"),
-    (lambda: SD.to_x0(normal(1), normal(2), 5, "v"), "prediction is 'v': choose one of"),
+    (lambda: SD.to_x0(normal(1), normal(2), 5, "v"), "prediction_type is 'v': choose one of"),
     (lambda: SD.at(1000), r"timestep 1000 is outside of 0\.\.\.999"),
     (lambda: SD.at(-1), "timestep -1 is outside"),
     (lambda: SD.at(999.5), "timestep 999.5 is outside"),

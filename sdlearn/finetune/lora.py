@@ -181,11 +181,11 @@ def attach_lora(module: nn.Module, changes: Mapping[str, LowRank], strength: flo
     layers = find_lora_layers(module)
     with ExitStack() as stack:
         for name, change in changes.items():
-            stack.callback(layers[name].register_forward_hook(_beside(change, strength)).remove)
+            stack.callback(layers[name].register_forward_hook(_alpha_sigma_like(change, strength)).remove)
         yield
 
 
-def _beside(change: LowRank, strength: float):
+def _alpha_sigma_like(change: LowRank, strength: float):
     def add(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         [x] = inputs
         down, up = change.down.to(x), change.up.to(x)

@@ -18,7 +18,7 @@ X0, NOISE, OUTPUT = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 4, 8,
 def with_shares(formula: Callable) -> Callable:
     """`formula(a, b, alpha, sigma)` as a function of (schedule, a, b, t)."""
     def answer(schedule, a, b, t, *_):
-        alpha, sigma = schedule._beside(a, t)
+        alpha, sigma = schedule._alpha_sigma_like(a, t)
         return formula(a, b, alpha, sigma)
     return answer
 
@@ -34,7 +34,7 @@ def at_one(formula: Callable) -> Callable:
 # --- 3.1 ----------------------------------------------------------------------------------------------
 
 add_noise = lesson.exercise(
-    1, NoiseSchedule.add_noise, grade="guided", minutes=5, also=[NoiseSchedule._beside],
+    1, NoiseSchedule.add_noise, grade="guided", minutes=5, also=[NoiseSchedule._alpha_sigma_like],
     asks="Write `add_noise(schedule, x0, noise, t)`: the latent at timestep t, in one step from x0.",
     hints=["`schedule.at(t)` gives two numbers for one timestep: how much signal is left, and how much noise is in it.",
            "x_t = alpha x0 + sigma noise. Their squares sum to 1, so that the variance stays.",
@@ -116,7 +116,7 @@ def along_the_width(schedule, x0, noise, t):
 # --- 3.2 ----------------------------------------------------------------------------------------------
 
 target = lesson.exercise(
-    2, NoiseSchedule.target, grade="guided", minutes=5, also=[NoiseSchedule._beside],
+    2, NoiseSchedule.target, grade="guided", minutes=5, also=[NoiseSchedule._alpha_sigma_like],
     asks="Write `target(schedule, x0, noise, t)` for v-prediction: what the network must output for x_t.",
     beyond="The package's `target` also serves networks that predict eps or x0; the exercise asks for v alone.",
     hints=["v is the velocity on the circle that x_t = alpha x0 + sigma noise walks, with alpha = cos and sigma = sin "
@@ -171,7 +171,7 @@ target.mistake("noise - x0 is the target of flow matching: v weighs the two by a
 # --- 3.3 ----------------------------------------------------------------------------------------------
 
 to_x0 = lesson.exercise(
-    3, NoiseSchedule.to_x0, grade="guided", minutes=8, also=[NoiseSchedule._beside],
+    3, NoiseSchedule.to_x0, grade="guided", minutes=8, also=[NoiseSchedule._alpha_sigma_like],
     asks='Write `to_x0(schedule, output, x, t, prediction_type)` for "epsilon" and "v_prediction".',
     beyond="The package's `to_x0` also takes \"sample\", for a network that predicts x0 itself, and falls back on the "
            "schedule's own prediction; the exercise asks for the two others, named each time.",
