@@ -33,7 +33,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
-    """Tokens of one encoder look at each other."""
+    """Multi-head self-attention."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """What every token does by itself: widen, bend, narrow."""
+    """Position-wise MLP."""
 
     def __init__(self, dim: int, hidden: int, activation: str):
         super().__init__()
@@ -67,7 +67,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Look at the other tokens, then think alone; norms stand before, residuals around."""
+    """Pre-norm transformer block: self-attention and MLP, each with a residual connection."""
 
     def __init__(self, config: TextConfig | VisionConfig):
         super().__init__()
@@ -83,7 +83,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers of an encoder, one after another."""
+    """A stack of transformer blocks."""
 
     def __init__(self, config: TextConfig | VisionConfig):
         super().__init__()
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """What a token is, plus where it stands."""
+    """Token embedding plus learned position embedding."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -122,7 +122,7 @@ class TextOutput(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text encoder: a causal transformer, in which a token sees itself and those before it."""
+    """CLIP's text encoder: a causal transformer, in which a token attends to itself and those before it."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -165,7 +165,7 @@ class TextEncoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """An image as a list of tokens: one that stands for the whole of it, then its patches row by row."""
+    """Patch embedding: the class token, then a token for each patch, row by row; plus position embeddings."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -188,14 +188,14 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionOutput(NamedTuple):
-    """What the image encoder says."""
+    """The image encoder's output; transformers' names are last_hidden_state and pooler_output."""
 
     hidden: Tensor                  # (B, N, D), the last layer's output, not normalised
     pooled: Tensor                  # (B, D), the class token after the last LayerNorm
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image encoder, a ViT: every patch sees every other."""
+    """CLIP's image encoder, a vision transformer (ViT) with full attention among patches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

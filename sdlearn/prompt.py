@@ -1,11 +1,11 @@
-r"""What a prompt says beside its words: weights, and more than the text encoder has places for.
+r"""Prompt weighting, and prompts longer than the text encoder's context length.
 
 B  prompts       K  chunks of a prompt        L  places of the text encoder, 77
 T  width         M  tokens, K * L
 
-    "a (red:1.3) cat"  ── parse ──    a | red, 1.3 | cat
-                       ── weigh ──    words, each with its ids and its weight
-                       ── encode ──   rows of L ids, hidden states, times the weights     (B, M, T)
+    "a (red:1.3) cat"  ── parse_weights ──         a | red, 1.3 | cat
+                       ── split_weighted_words ──  words, each with its ids and its weight
+                       ── encode_prompts ──        rows of L ids, hidden states, times the weights     (B, M, T)
 
 A weight multiplies the hidden states of its words, as in AUTOMATIC1111's web UI, whose form
 `(words:1.3)` is the only one read here. Beyond L tokens a prompt is cut, or read in chunks: rows of their
@@ -36,14 +36,14 @@ MARKS = re.compile(r"""
 
 
 class WeightedText(NamedTuple):
-    """A part of a prompt and how much it is to be heard."""
+    """A part of a prompt and its attention weight."""
 
     text: str
     weight: float
 
 
 class WeightedWord(NamedTuple):
-    """A word as the tokenizer cuts it, its ids, and how much it is to be heard."""
+    """A word as the tokenizer splits it, its token ids and its attention weight."""
 
     text: str
     ids: list[int]
@@ -170,7 +170,7 @@ def make_token_rows(words: Sequence[WeightedWord], tokenizer: Tokenizer, length:
 
 def encode_prompts(prompts: str | Sequence[str], tokenizer: Tokenizer, encoder: TextEncoder, *, long: str = "cut",
            restore_mean: bool = True) -> Tensor:
-    """What the U-Net attends to: the encoder's hidden states of a prompt or several, (B, M, T), on its device.
+    """The prompt embeddings that the U-Net attends to, (B, M, T), of one prompt or several, on the encoder's device.
 
     long: "cut" leaves out what L places do not hold, so M = L (see `get_truncated_text`). "chunks" encodes
     every 75 tokens in a row of their own, with start, end and padding; shorter prompts of the same call

@@ -23,7 +23,10 @@ from .config import VAEConfig
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """A normal distribution for every number of a latent: mean and logvar, each (B, Z, h, w)."""
+    """Diagonal Gaussian over latents, the encoder's posterior: mean and logvar, each (B, Z, h, w).
+
+    diffusers calls it DiagonalGaussianDistribution.
+    """
 
     mean: Tensor
     logvar: Tensor                  # natural logarithm of the variance
@@ -62,7 +65,7 @@ class DiagonalGaussian:
 
 
 class ResBlock(nn.Module):
-    """x + conv(conv(x)). The U-Net's block without the time: an autoencoder knows no timestep."""
+    """Residual block of two convolutions, x + conv(conv(x)); without the U-Net's time embedding."""
 
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -80,7 +83,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every cell looks at every other, with one head as wide as the feature map."""
+    """Single-head self-attention over the cells of a feature map, with a residual connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -98,7 +101,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResBlock, attention, ResBlock, where cells are fewest: the only place that sees the whole image."""
+    """Middle block: ResBlock, self-attention, ResBlock, at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -113,7 +116,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, by a convolution of stride 2 over an image padded at right and below."""
+    """Downsampling by 2: a convolution of stride 2, padded at the right and bottom only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -125,7 +128,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns: each cell repeated, then a convolution to smooth the steps."""
+    """Upsampling by 2: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

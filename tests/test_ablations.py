@@ -280,8 +280,8 @@ def test_zero_convolutions_start_on_the_line_of_the_base(base):
 def test_both_kinds_of_convolutions_learn_from_the_same_batches(base, monkeypatch):
     seen = []
     from sdlearn.finetune import controlnet
-    real = controlnet.draw_rows
-    monkeypatch.setattr(controlnet, "draw_rows", lambda *given: seen.append(real(*given)) or seen[-1])
+    real = controlnet.draw_indices
+    monkeypatch.setattr(controlnet, "draw_indices", lambda *given: seen.append(real(*given)) or seen[-1])
     played(zero_conv.variants(base, replace(SMALL["zero-conv"], steps=2)))
     assert torch.equal(torch.stack(seen[:2]), torch.stack(seen[2:]))
 
@@ -408,7 +408,7 @@ def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
     plan = SMALL["concept"]
     before = [{name: value.clone() for name, value in part.state_dict().items()}
               for part in (base.unet, base.text_encoder)]
-    pixels = to_tensor([one.image for one in concept.images_of("alien", 2, 0)])
+    pixels = to_tensor([one.image for one in concept.make_scenes("alien", 2, 0)])
     known = concept.asked_of(base, plan.unseen)
     assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
     learns = {}

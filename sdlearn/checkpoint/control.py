@@ -39,12 +39,11 @@ def load_controlnet_folder(folder: str | Path, *, device: str | torch.device = "
 def save_controlnet(folder: str | Path, net: ControlNet, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a folder that `load_controlnet_folder` and diffusers open; floating-point tensors in `dtype`.
 
-    It is written beside and then renamed; other files in a folder that exists stay. Raises
-    CheckpointError when it cannot be written.
+    The write is atomic; other files in a folder that exists are preserved. Raises OSError when it cannot be written.
     """
     folder = Path(folder).absolute()
-    with write_atomically(folder) as beside:
-        write_json(beside / "config.json", controlnet_to_dict(net.control_config))
-        write_tensors(beside / DIFFUSERS_FILE, net.state_dict(), dtype)
+    with write_atomically(folder) as temporary:
+        write_json(temporary / "config.json", controlnet_to_dict(net.control_config))
+        write_tensors(temporary / DIFFUSERS_FILE, net.state_dict(), dtype)
     (folder / HALF_FILE).unlink(missing_ok=True)        # of another ControlNet that the folder held before
     return folder

@@ -70,9 +70,9 @@ def check_parts(file: Path, shapes: dict[str, Shape]):
                if not any(name.startswith(prefix) for name in shapes for prefix in prefixes)]
     if not missing:
         return
-    for pattern, told in OTHER_KINDS.items():
+    for pattern, kind in OTHER_KINDS.items():
         if any(re.match(pattern, name) for name in shapes):
-            raise CheckpointError(f"{file} holds {told}, not a whole Stable Diffusion 1.x or 2.x in the layout of "
+            raise CheckpointError(f"{file} holds {kind}, not a whole Stable Diffusion 1.x or 2.x in the layout of "
                                   "single files; give a file with U-Net, autoencoder and text encoder.")
     raise CheckpointError(f"{file} has no {' and no '.join(missing)}; give a single file with all parts of a Stable "
                           "Diffusion 1.x or 2.x.")

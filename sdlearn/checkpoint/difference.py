@@ -30,8 +30,8 @@ SMALL = 1024            # numbers; what has fewer is stored whole
 
 def fingerprint_file(file: Path) -> str:
     """Of the tensors of a file, as they are stored: 16 hexadecimal digits, the same wherever they are equal."""
-    with open_tensors(file) as there:
-        return fingerprint_tensors((name, there.read(name)) for name in sorted(there.shapes))
+    with open_tensors(file) as opened:
+        return fingerprint_tensors((name, opened.read(name)) for name in sorted(opened.shapes))
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -52,27 +52,27 @@ def compute_difference(tensors: Tensors, base: Tensors, budget: int, moments: Te
     that count are those of the layers' outputs on such inputs, and what the inputs never contain costs
     nothing. Raises ValueError for a budget that what is stored whole exceeds.
     """
-    kept, left = {}, budget
+    stored, left = {}, budget
     triples: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().float().cpu()
         if name not in base or base[name].shape != tensor.shape:
-            kept[name] = tensor
+            stored[name] = tensor
         elif tensor.ndim < 2 or tensor.numel() <= SMALL:
-            kept[f"{name}.difference"] = tensor - base[name].float().cpu()
+            stored[f"{name}.difference"] = tensor - base[name].float().cpu()
         else:
             moved = (tensor - base[name].float().cpu()).flatten(1)                   # (M, N)
             triples[name] = _decomposed(moved, None if moments is None else moments.get(name))
-    left -= sum(tensor.numel() for tensor in kept.values()) * STORED.itemsize
+    left -= sum(tensor.numel() for tensor in stored.values()) * STORED.itemsize
     if left < 0:
         raise ValueError(f"a budget of {budget:,} bytes is too small by {-left:,} for what must be stored whole: "
                          "give more")
     ranks = _ranks(triples, left)
     for name, (up, values, down) in triples.items():
         root = values[:ranks[name]].sqrt()                      # half to each, so that neither leaves fp16's range
-        kept[f"{name}.up"] = up[:, :ranks[name]] * root                              # (M, R)
-        kept[f"{name}.down"] = root[:, None] * down[:ranks[name]]                    # (R, N)
-    return kept
+        stored[f"{name}.up"] = up[:, :ranks[name]] * root                              # (M, R)
+        stored[f"{name}.down"] = root[:, None] * down[:ranks[name]]                    # (R, N)
+    return stored
 
 
 def _decomposed(moved: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,15 +104,15 @@ def _ranks(triples: dict[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> di
     return dict(zip(names, taken.tolist(), strict=True))
 
 
-def write_difference(file: Path, kept: Tensors, base_file: Path):
+def write_difference(file: Path, stored: Tensors, base_file: Path):
     """Not atomic by itself: for use inside `write_atomically`."""
-    write_tensors(file, kept, STORED, metadata={"base": fingerprint_file(base_file)})
+    write_tensors(file, stored, STORED, metadata={"base": fingerprint_file(base_file)})
 
 
 def check_base(file: Path, base_file: Path):
     """Raise CheckpointError unless the differences in `file` were taken from the tensors in `base_file`."""
-    with open_tensors(file) as there:
-        wanted = there.metadata.get("base")
+    with open_tensors(file) as opened:
+        wanted = opened.metadata.get("base")
     if wanted is None:
         raise CheckpointError(f"{file} does not say which base it belongs to; write it again with `train ship`.")
     if fingerprint_file(base_file) != wanted:
@@ -127,18 +127,18 @@ def restore_tensors(file: Path, module: nn.Module, base: Tensors) -> Tensors:
     damaged, TensorMismatch for one that does not fit the module.
     """
     wanted = get_shapes(module)
-    with open_tensors(file) as there:
-        forms = dict(_forms(there.shapes, wanted))
+    with open_tensors(file) as opened:
+        forms = dict(_forms(opened.shapes, wanted))
         check_shapes(file, {name: shape for name, (_, shape) in forms.items()}, wanted)
-        kept = copy_tensors(file, ((name, name, there.read(name)) for name in there.shapes), "cpu", torch.float32)
+        stored = copy_tensors(file, ((name, name, opened.read(name)) for name in opened.shapes), "cpu", torch.float32)
     whole = {}
     for name, (form, shape) in forms.items():
         if form == "":
-            whole[name] = kept[name]
+            whole[name] = stored[name]
         elif form == "difference":
-            whole[name] = base[name] + kept[f"{name}.difference"]
+            whole[name] = base[name] + stored[f"{name}.difference"]
         else:
-            whole[name] = base[name] + (kept[f"{name}.up"] @ kept[f"{name}.down"]).reshape(shape)
+            whole[name] = base[name] + (stored[f"{name}.up"] @ stored[f"{name}.down"]).reshape(shape)
     return whole
 
 

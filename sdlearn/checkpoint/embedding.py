@@ -72,17 +72,17 @@ def save_embedding(file: str | Path, embedding: Embedding) -> Path:
         raise CheckpointError(f"{file} has an ending that says no format: use .safetensors or .bin (diffusers) "
                               "or .pt (AUTOMATIC1111).")
     vectors = vectors.clone()           # torch.save writes the whole storage that a view is of
-    with write_atomically(file) as beside:
+    with write_atomically(file) as temporary:
         match file.suffix:
             case ".safetensors":
-                write_tensors(beside, {embedding.token: vectors}, source=file.name)
+                write_tensors(temporary, {embedding.token: vectors}, source=file.name)
             case ".bin":
-                torch.save({embedding.token: vectors}, beside)
+                torch.save({embedding.token: vectors}, temporary)
             case ".pt":
                 # 265 is the id of "*" in CLIP's vocabulary: the placeholder that such files are keyed by.
                 torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors},
                             "name": embedding.token, "step": None, "sd_checkpoint": None,
-                            "sd_checkpoint_name": None}, beside)
+                            "sd_checkpoint_name": None}, temporary)
     return file
 
 
@@ -90,8 +90,8 @@ def _read(file: Path) -> dict:
     """What a .safetensors file or a pickle holds, nested as it is, in memory. Raises CheckpointError."""
     check_file(file)
     if file.suffix == SAFE:
-        with open_tensors(file) as there:
-            return {name: there.read(name).clone() for name in there.shapes}
+        with open_tensors(file) as opened:
+            return {name: opened.read(name).clone() for name in opened.shapes}
     check_archive(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)

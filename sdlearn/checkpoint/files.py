@@ -85,19 +85,20 @@ def read_tensors(file: Path, wanted: dict[str, Shape], *, dtype: torch.dtype = t
     Raises CheckpointError for a missing, truncated or corrupt file and for one with NaN or infinity,
     TensorMismatch for other tensors.
     """
-    with open_tensors(file) as there:
-        names = {ours: theirs for theirs in there.shapes if (ours := rename(theirs)) is not None}
-        check_shapes(file, {ours: there.shapes[theirs] for ours, theirs in names.items()}, wanted)
-        return copy_tensors(file, ((ours, theirs, there.read(theirs)) for ours, theirs in names.items()), device, dtype)
+    with open_tensors(file) as opened:
+        names = {ours: theirs for theirs in opened.shapes if (ours := rename(theirs)) is not None}
+        check_shapes(file, {ours: opened.shapes[theirs] for ours, theirs in names.items()}, wanted)
+        return copy_tensors(file, ((ours, theirs, opened.read(theirs)) for ours, theirs in names.items()),
+                            device, dtype)
 
 
-def check_shapes(file: Path, found: dict[str, Shape], wanted: dict[str, Shape], **told: str):
-    """Raises TensorMismatch, with `told` as its words, unless both have the same names and shapes."""
+def check_shapes(file: Path, found: dict[str, Shape], wanted: dict[str, Shape], **wording: str):
+    """Raises TensorMismatch, with `wording` for the sentence, unless both have the same names and shapes."""
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     misshaped = [(name, found[name], shape) for name, shape in wanted.items() if found.get(name, shape) != shape]
     if missing or unexpected or misshaped:
-        raise TensorMismatch(file, missing, unexpected, misshaped, **told)
+        raise TensorMismatch(file, missing, unexpected, misshaped, **wording)
 
 
 def copy_tensors(file: Path, tensors: Iterable[tuple[Key, str, Tensor]], device: str | torch.device,

@@ -70,36 +70,37 @@ def load_folder(folder: str | Path, *, prediction: str | None = None, tokenizer:
     tokenizer = tokenizer or load_tokenizer(folder / "tokenizer")
     config = read_config(folder, tokenizer)
     check_prediction(folder, config.noise.prediction_type, prediction)
-    place = {"device": device, "dtype": dtype}
+    options = {"device": device, "dtype": dtype}
     for part, file in PARTS.items():
-        find_weights_file(folder / part / file)          # one that is missing is told before any is read
+        find_weights_file(folder / part / file)   # raises for a missing one before any is read
     text = load_module(lambda: TextEncoder(config.text), folder / "text_encoder" / TRANSFORMERS_FILE,
-                       rename=rename_text_key, **place)
+                       rename=rename_text_key, **options)
     vae = load_module(lambda: VAE(config.vae), folder / "vae" / DIFFUSERS_FILE,
-                      rename=rename_vae_key, **place)
-    unet = load_module(lambda: UNet(config.unet), folder / "unet" / DIFFUSERS_FILE, **place)
-    clip = load_clip(config, text, folder / "vision" / TRANSFORMERS_FILE, **place) if config.vision else None
+                      rename=rename_vae_key, **options)
+    unet = load_module(lambda: UNet(config.unet), folder / "unet" / DIFFUSERS_FILE, **options)
+    clip = load_clip(config, text, folder / "vision" / TRANSFORMERS_FILE, **options) if config.vision else None
     return Parts(config, tokenizer, text, vae, unet, clip, read_world(folder))
 
 
 def save_folder(folder: str | Path, parts: Parts, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model folder that `load_folder` and diffusers open; floating-point tensors in `dtype`.
 
-    All of it is written beside and then renamed. A folder that exists is updated; files in it that are
-    no part of a model, such as a model card, stay. Raises OSError when it cannot be written.
+    The write is atomic. A folder that exists is updated: files in it that are no part of a model, such as a model
+    card, are preserved. Raises OSError when it cannot be written.
     """
     folder = Path(folder).absolute()
-    with write_atomically(folder) as beside:
-        _write_configs(beside, parts)
-        write_tensors(beside / "unet" / DIFFUSERS_FILE, parts.unet.state_dict(), dtype)
-        write_tensors(beside / "vae" / DIFFUSERS_FILE, parts.vae.state_dict(), dtype)
+    with write_atomically(folder) as temporary:
+        _write_configs(temporary, parts)
+        write_tensors(temporary / "unet" / DIFFUSERS_FILE, parts.unet.state_dict(), dtype)
+        write_tensors(temporary / "vae" / DIFFUSERS_FILE, parts.vae.state_dict(), dtype)
         # With the prefix, which every version of transformers reads; without it, only the newest.
         text = {f"text_model.{name}": tensor for name, tensor in parts.text_encoder.state_dict().items()}
-        write_tensors(beside / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
+        write_tensors(temporary / "text_encoder" / TRANSFORMERS_FILE, text, dtype)
         if parts.clip is not None:
-            write_tensors(beside / "vision" / TRANSFORMERS_FILE, without_text_encoder(parts.clip.state_dict()), dtype)
-        save_tokenizer(beside / "tokenizer", parts.tokenizer)
-        written = {path.relative_to(beside) for path in beside.rglob("*") if path.is_file()}
+            vision = without_text_encoder(parts.clip.state_dict())
+            write_tensors(temporary / "vision" / TRANSFORMERS_FILE, vision, dtype)
+        save_tokenizer(temporary / "tokenizer", parts.tokenizer)
+        written = {path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()}
     for name in OPTIONAL:
         if Path(name) not in written:               # of another model that the folder held before
             (folder / name).unlink(missing_ok=True)
@@ -145,10 +146,10 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(folder.resolve().name, unet, vae, text, vision, noise, side, sampling)
 
 
-def check_prediction(source: Path, told: str, asked: str | None):
-    """What a model says of itself is not overruled."""
-    if asked not in (None, told):
-        raise CheckpointError(f"{source} says that it predicts '{told}', not '{asked}'; leave prediction out.")
+def check_prediction(source: Path, predicted: str, wanted: str | None):
+    """Raises CheckpointError for a `wanted` prediction type that is not the one in the model's config."""
+    if wanted not in (None, predicted):
+        raise CheckpointError(f"{source} says that it predicts '{predicted}', not '{wanted}'; leave prediction out.")
 
 
 def check_vocabulary(file: Path, text: TextConfig, tokenizer: Tokenizer):
@@ -172,27 +173,27 @@ def check_world(file: Path, world: dict) -> dict[str, list[str]]:
     return world
 
 
-def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name: name, **place) -> nn.Module:
+def load_module(make: Callable[[], nn.Module], file: Path, *, rename=lambda name: name, **options) -> nn.Module:
     """A module without its random first weights (it is made on the meta device), filled from a file."""
     with torch.device("meta"):
         module = make()
-    tensors = read_tensors(find_weights_file(file), get_shapes(module), rename=rename, **place)
+    tensors = read_tensors(find_weights_file(file), get_shapes(module), rename=rename, **options)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
 
 
-def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **place) -> CLIP:
+def load_clip(config: ModelConfig, text: TextEncoder, file: Path, **options) -> CLIP:
     """CLIP around a text encoder that is there already."""
     with torch.device("meta"):
         clip = CLIP(config.text, config.vision)
-    rest = read_tensors(file, without_text_encoder(get_shapes(clip)), **place)
+    rest = read_tensors(file, without_text_encoder(get_shapes(clip)), **options)
     clip.text_model = text
     clip.load_state_dict({**clip.state_dict(keep_vars=True), **rest}, strict=True, assign=True)
     return clip.eval()
 
 
 def without_text_encoder(tensors: dict) -> dict:
-    """What CLIP has beside its text encoder."""
+    """CLIP's tensors without those of its text encoder."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("text_model.")}
 
 

@@ -41,20 +41,20 @@ class KeyMapping(NamedTuple):
             ours = (3 * ours[0], *ours[1:])
         return (*ours, 1, 1) if self.pointwise else ours
 
-    def ours(self, there: Tensor) -> Tensor:
+    def ours(self, stored: Tensor) -> Tensor:
         """Our tensor, a view of the one there. A file may hold a pointwise convolution as linear already."""
         if self.third is not None:
-            return there.chunk(3)[self.third]
-        return there[:, :, 0, 0] if self.pointwise and there.ndim == 4 else there
+            return stored.chunk(3)[self.third]
+        return stored[:, :, 0, 0] if self.pointwise and stored.ndim == 4 else stored
 
 
 def to_single_file(tensors: Mapping[Key, Tensor], places: Mapping[Key, KeyMapping]) -> dict[str, Tensor]:
     """Our tensors under the names and in the forms of a single file. Nothing is copied but what is stacked."""
-    there: dict[str, list[Tensor]] = {}
-    for key, place in sorted(places.items(), key=lambda item: (item[1].name, item[1].third or 0)):
+    stored: dict[str, list[Tensor]] = {}
+    for key, mapping in sorted(places.items(), key=lambda item: (item[1].name, item[1].third or 0)):
         tensor = tensors[key]
-        there.setdefault(place.name, []).append(tensor[:, :, None, None] if place.pointwise else tensor)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in there.items()}
+        stored.setdefault(mapping.name, []).append(tensor[:, :, None, None] if mapping.pointwise else tensor)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in stored.items()}
 
 
 # --- the rules --------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def map_unet_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     attending = {int(found[1]) for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
     hints = count_numbers(names, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
 
-    def place(name: str) -> str:
+    def rename(name: str) -> str:
         match [int(part) if part.isdigit() else part for part in name.split(".")]:
             case ["time_embedding", "linear_1" | "linear_2" as linear, kind]:
                 return f"time_embed.{0 if linear == 'linear_1' else 2}.{kind}"
@@ -102,7 +102,7 @@ def map_unet_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
                 return f"middle_block_out.0.{kind}"
         raise ValueError(f"there is no rule for a tensor '{name}' of a U-Net")
 
-    return {name: KeyMapping(place(name)) for name in names}
+    return {name: KeyMapping(rename(name)) for name in names}
 
 
 def map_vae_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
@@ -110,7 +110,7 @@ def map_vae_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     names = list(names)
     levels = count_numbers(names, r"decoder\.up_blocks\.(\d+)\.")
 
-    def place(name: str) -> KeyMapping:
+    def rename(name: str) -> KeyMapping:
         half, *rest = name.split(".")
         match rest:
             case ["down_blocks" | "up_blocks" as way, i, "resnets", j, *layer]:
@@ -130,12 +130,12 @@ def map_vae_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     def resnet(layer: list[str]) -> str:
         return ".".join(layer).replace("conv_shortcut", "nin_shortcut")
 
-    return {name: place(name) for name in names}
+    return {name: rename(name) for name in names}
 
 
 def map_open_clip_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
     """Of SD 2.x' text encoder, where queries, keys and values are stacked in one tensor."""
-    def place(name: str) -> KeyMapping:
+    def rename(name: str) -> KeyMapping:
         match name.split("."):
             case ["embeddings", "position_embedding", "weight"]:
                 return KeyMapping("positional_embedding")
@@ -149,7 +149,7 @@ def map_open_clip_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
                 return KeyMapping(f"transformer.resblocks.{i}.{OPEN_CLIP['.'.join(layer)]}.{kind}")
         raise ValueError(f"there is no rule for a tensor '{name}' of a text encoder")
 
-    return {name: place(name) for name in names}
+    return {name: rename(name) for name in names}
 
 
 # --- spellings in model folders -----------------------------------------------------------------------

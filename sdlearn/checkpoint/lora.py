@@ -48,10 +48,10 @@ def load_lora(file: str | Path, unet: nn.Module, text: nn.Module) -> LoRA:
     file = Path(file)
     check_file(file)
     modules = {"unet": unet, "text_encoder": text}
-    with open_tensors(file) as there:
-        keys = _understood(file, list(there.shapes), modules)
-        tensors = {key: _copied(file, key, there.read(key), what) for key, (_, _, what) in keys.items()}
-        settings = _settings(file, there.metadata)
+    with open_tensors(file) as opened:
+        keys = _understood(file, list(opened.shapes), modules)
+        tensors = {key: _copied(file, key, opened.read(key), what) for key, (_, _, what) in keys.items()}
+        settings = _settings(file, opened.metadata)
     grouped: dict[str, dict[str, dict[str, Tensor]]] = {"unet": defaultdict(dict), "text_encoder": defaultdict(dict)}
     for key, (part, layer, what) in keys.items():
         if what in grouped[part][layer]:
@@ -85,7 +85,7 @@ def _understood(file: Path, keys: list[str], modules: dict[str, nn.Module]) -> d
         raise CheckpointError(f"{file} is empty: it holds no tensors.")
     by_underscores = {part: {name.replace(".", "_"): name for name in find_lora_layers(module)}
                       for part, module in modules.items()}
-    known, strange = {}, []
+    known, unknown = {}, []
     for key in keys:
         if match := KOHYA.fullmatch(key):
             part = "unet" if match["part"] == "unet" else "text_encoder"
@@ -97,10 +97,10 @@ def _understood(file: Path, keys: list[str], modules: dict[str, nn.Module]) -> d
             layer = f"{layer}.{OLD_TARGETS[part][target]}" if target else layer
             known[key] = part, layer, _kind(match["what"])
         else:
-            strange.append(key)
-    if strange:
-        raise CheckpointError(f"{file} holds {len(strange)} keys that are no LoRA's for Stable Diffusion 1.x or 2.x, "
-                              f"the first being '{strange[0]}'; what other methods (LoHa, LoKr, DoRA) or other "
+            unknown.append(key)
+    if unknown:
+        raise CheckpointError(f"{file} holds {len(unknown)} keys that are no LoRA's for Stable Diffusion 1.x or 2.x, "
+                              f"the first being '{unknown[0]}'; what other methods (LoHa, LoKr, DoRA) or other "
                               "models make cannot be read.")
     return known
 
@@ -169,9 +169,9 @@ def save_lora(file: str | Path, lora: LoRA, *, spelling: str = "diffusers") -> P
             tensors |= _spelled(part, layer, change, spelling)
     if not tensors:
         raise CheckpointError(f"{file} was not written: the LoRA has no layers.")
-    with write_atomically(file) as beside:
+    with write_atomically(file) as temporary:
         # Clones, since safetensors refuses tensors that share memory.
-        write_tensors(beside, {key: tensor.detach().clone() for key, tensor in tensors.items()}, source=file.name)
+        write_tensors(temporary, {key: tensor.detach().clone() for key, tensor in tensors.items()}, source=file.name)
     return file
 
 

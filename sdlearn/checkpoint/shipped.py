@@ -124,11 +124,11 @@ class Concept:
 
 def save_concept(model: Path, concept: Concept) -> Path:
     """Store what a model folder's base has been taught, beside it. Raises OSError when it cannot be written."""
-    with write_atomically(Path(model).absolute() / CONCEPT) as beside:
-        beside.mkdir(exist_ok=True)
-        save_embedding(beside / WORD_FILE, concept.word)
-        save_lora(beside / LORA_FILE, concept.lora)
-        write_json(beside / INFO_FILE, {**concept.info, **_base_of(Path(model))})
+    with write_atomically(Path(model).absolute() / CONCEPT) as temporary:
+        temporary.mkdir(exist_ok=True)
+        save_embedding(temporary / WORD_FILE, concept.word)
+        save_lora(temporary / LORA_FILE, concept.lora)
+        write_json(temporary / INFO_FILE, {**concept.info, **_base_of(Path(model))})
     return Path(model) / CONCEPT
 
 
@@ -139,14 +139,14 @@ def load_concept(model: str | Path = "mini") -> Concept:
     place = folder / CONCEPT
     if not (place / INFO_FILE).exists():
         raise CheckpointError(f"{folder} has been taught nothing new; train the stages word and lora, and ship.")
-    told = read_part_config(place / INFO_FILE, dict)
-    if strange := [part for part, mark in _base_of(folder).items() if told.get(part) != mark]:
-        raise CheckpointError(f"{place} was taught to another base than the one in {folder}: the {strange[0]} is not "
+    info = read_part_config(place / INFO_FILE, dict)
+    if changed := [part for part, mark in _base_of(folder).items() if info.get(part) != mark]:
+        raise CheckpointError(f"{place} was taught to another base than the one in {folder}: the {changed[0]} is not "
                               "the same. Train word and lora on this one, and ship again.")
     with torch.device("meta"):
         unet = UNet(read_part_config(folder / "unet" / "config.json", unet_from_dict))
         text = TextEncoder(read_part_config(folder / "text_encoder" / "config.json", text_from_dict))
-    return Concept(load_embedding(place / WORD_FILE), load_lora(place / LORA_FILE, unet, text), told)
+    return Concept(load_embedding(place / WORD_FILE), load_lora(place / LORA_FILE, unet, text), info)
 
 
 def _base_of(model: Path) -> dict[str, str]:
@@ -157,27 +157,27 @@ def _base_of(model: Path) -> dict[str, str]:
 
 def remove_incompatible(model: Path) -> list[str]:
     """Remove what belongs to another base than the U-Net that a model folder holds now; the names of what went."""
-    gone = []
+    removed = []
     for file in sorted([*model.glob(f"{CONTROL}*/{DIFFERENCE_FILE}"), *model.glob(f"{INPAINT}/{DIFFERENCE_FILE}")]):
         try:
             check_base(file, find_base_file(model))
         except CheckpointError:
             shutil.rmtree(file.parent)
-            gone.append(file.parent.name)
+            removed.append(file.parent.name)
     if (model / CONCEPT).exists():
         try:
             load_concept(model)
         except CheckpointError:
             shutil.rmtree(model / CONCEPT)
-            gone.append(CONCEPT)
-    return gone
+            removed.append(CONCEPT)
+    return removed
 
 
 def write_evaluation(model: Path, figures: dict, text: str):
     """Write an evaluation beside the weights that were measured, with the fingerprint of the U-Net."""
-    with write_atomically(model) as beside:
-        write_json(beside / EVALUATION, {**figures, "U-Net": fingerprint_file(find_base_file(model))})
-        (beside / EVALUATION_TEXT).write_text(text, encoding="utf-8")
+    with write_atomically(model) as temporary:
+        write_json(temporary / EVALUATION, {**figures, "U-Net": fingerprint_file(find_base_file(model))})
+        (temporary / EVALUATION_TEXT).write_text(text, encoding="utf-8")
 
 
 def read_evaluation(model: str | Path = "mini") -> dict | None:
@@ -229,8 +229,8 @@ def _filled(module: torch.nn.Module, place: Path, model: Path):
 
 
 def _save(model: Path, name: str, tensors: Tensors, config: dict, budget: int, moments: Tensors | None) -> Path:
-    kept = compute_difference(tensors, read_base_tensors(model), budget, moments)
-    with write_atomically(Path(model).absolute() / name) as beside:
-        write_json(beside / "config.json", config)
-        write_difference(beside / DIFFERENCE_FILE, kept, find_base_file(model))
+    stored = compute_difference(tensors, read_base_tensors(model), budget, moments)
+    with write_atomically(Path(model).absolute() / name) as temporary:
+        write_json(temporary / "config.json", config)
+        write_difference(temporary / DIFFERENCE_FILE, stored, find_base_file(model))
     return model / name

@@ -52,19 +52,19 @@ def load_single(file: str | Path, *, prediction: str | None = None, tokenizer: S
     """
     file = Path(file)
     check_arguments(file, prediction)
-    with open_tensors(file) as there:
-        header = read_header(file, there.metadata)
-        config, own, world = header or (detect.detect_config(file, there.shapes, prediction), None, None)
+    with open_tensors(file) as opened:
+        header = read_header(file, opened.metadata)
+        config, own, world = header or (detect.detect_config(file, opened.shapes, prediction), None, None)
         check_prediction(file, config.noise.prediction_type, prediction)
-        found = {name: shape for name, shape in there.shapes.items() if header or not detect.IGNORED.match(name)}
+        found = {name: shape for name, shape in opened.shapes.items() if header or not detect.IGNORED.match(name)}
         modules = make_empty_modules(config)
         places = map_keys(modules, find_text_prefix(found))
         check_tensors(file, found, modules, places)
         if own is None or tokenizer is not None:
             own = find_tokenizer(file, tokenizer, config.text.pad_with_end)
             check_vocabulary(file, config.text, own)
-        tensors = copy_tensors(file, ((key, place.name, place.ours(there.read(place.name)))
-                                for key, place in places.items()), device, dtype)
+        tensors = copy_tensors(file, ((key, mapping.name, mapping.ours(opened.read(mapping.name)))
+                                for key, mapping in places.items()), device, dtype)
     for part, module in modules.items():
         mine = {name: tensor for (owner, name), tensor in tensors.items() if owner == part}
         if part == "clip":
@@ -92,8 +92,8 @@ def save_single(file: str | Path, parts: Parts, *, dtype: torch.dtype = torch.fl
     places = map_keys(modules, f"{detect.HF_TEXT}text_model." if older else detect.OPEN_CLIP_TEXT)
     tensors = {(part, name): tensor for part, module in modules.items()
                for name, tensor in module.state_dict().items() if (part, name) in places}
-    with write_atomically(file) as beside:
-        write_tensors(beside, to_single_file(tensors, places), dtype, metadata=write_header(parts), source=file.name)
+    with write_atomically(file) as temporary:
+        write_tensors(temporary, to_single_file(tensors, places), dtype, metadata=write_header(parts), source=file.name)
     return file
 
 
@@ -105,16 +105,16 @@ def load_single_controlnet(file: str | Path, *, device: str | torch.device = "cp
     """
     file = Path(file)
     check_arguments(file, None)
-    with open_tensors(file) as there:
-        prefix = detect.CONTROL if any(name.startswith(detect.CONTROL) for name in there.shapes) else ""
+    with open_tensors(file) as opened:
+        prefix = detect.CONTROL if any(name.startswith(detect.CONTROL) for name in opened.shapes) else ""
         with torch.device("meta"):
-            net = ControlNet(detect.detect_controlnet(file, detect.select_part(there.shapes, prefix)))
-        found = {name: shape for name, shape in there.shapes.items() if name.startswith(prefix)}
-        places = {("controlnet", name): place._replace(name=prefix + place.name)
-                  for name, place in map_unet_keys(net.state_dict()).items()}
+            net = ControlNet(detect.detect_controlnet(file, detect.select_part(opened.shapes, prefix)))
+        found = {name: shape for name, shape in opened.shapes.items() if name.startswith(prefix)}
+        places = {("controlnet", name): mapping._replace(name=prefix + mapping.name)
+                  for name, mapping in map_unet_keys(net.state_dict()).items()}
         check_tensors(file, found, {"controlnet": net}, places)
-        tensors = copy_tensors(file, ((name, place.name, there.read(place.name))
-                                for (_, name), place in places.items()), device, dtype)
+        tensors = copy_tensors(file, ((name, mapping.name, opened.read(mapping.name))
+                                for (_, name), mapping in places.items()), device, dtype)
     net.load_state_dict(tensors, strict=True, assign=True)
     return net.eval()
 
@@ -135,9 +135,9 @@ def map_keys(modules: dict[str, nn.Module], text: str) -> dict[tuple[str, str], 
         "text_encoder": (text, map_open_clip_keys if text == detect.OPEN_CLIP_TEXT else map_same_keys),
         "clip": (VISION, lambda names: map_same_keys(without_text_encoder(dict.fromkeys(names)))),
     }
-    return {(part, name): place._replace(name=tables[part][0] + place.name)
+    return {(part, name): mapping._replace(name=tables[part][0] + mapping.name)
             for part, module in modules.items()
-            for name, place in tables[part][1](module.state_dict()).items()}
+            for name, mapping in tables[part][1](module.state_dict()).items()}
 
 
 def map_same_keys(names: Iterable[str]) -> dict[str, KeyMapping]:
@@ -166,9 +166,9 @@ def check_tensors(file: Path, found: Mapping[str, Shape], modules: dict[str, nn.
     wanted = {}
     for part, module in modules.items():
         for name, shape in get_shapes(module).items():
-            if place := places.get((part, name)):
-                flat = place.pointwise and found.get(place.name) == shape       # linear there already
-                wanted[place.name] = shape if flat else place.shape(shape)
+            if mapping := places.get((part, name)):
+                flat = mapping.pointwise and found.get(mapping.name) == shape       # linear there already
+                wanted[mapping.name] = shape if flat else mapping.shape(shape)
     check_shapes(file, found, wanted, against="the model that most of its tensors describe",
                  advice="the file is damaged, or not a Stable Diffusion 1.x or 2.x: use another copy")
 

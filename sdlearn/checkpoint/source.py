@@ -27,13 +27,13 @@ def load(source: str | Path, *, prediction: str | None = None, tokenizer: Source
     folder needs neither. Raises CheckpointError, in one sentence.
     """
     path = Path(source).expanduser()
-    place = {"device": device, "dtype": dtype}
+    options = {"device": device, "dtype": dtype}
     if path.is_file():
-        return load_single(path, prediction=prediction, tokenizer=tokenizer, **place)
+        return load_single(path, prediction=prediction, tokenizer=tokenizer, **options)
     folder = path if path.exists() else download_source(str(source), revision)
     if tokenizer is not None:       # padded as the folder's own
         tokenizer = find_tokenizer(folder, tokenizer, load_tokenizer(folder / "tokenizer").pad_with_end)
-    parts = load_folder(folder, prediction=prediction, tokenizer=tokenizer, **place)
+    parts = load_folder(folder, prediction=prediction, tokenizer=tokenizer, **options)
     if folder is not path:          # a folder of the cache, which is named after a commit
         parts.config = replace(parts.config, name=path.name)
     return parts
@@ -56,10 +56,10 @@ def load_controlnet(source: str | Path, *, revision: str | None = None, device: 
     Raises CheckpointError, in one sentence.
     """
     path = Path(source).expanduser()
-    place = {"device": device, "dtype": dtype}
+    options = {"device": device, "dtype": dtype}
     if path.is_file():
-        return load_single_controlnet(path, **place)
+        return load_single_controlnet(path, **options)
     if not path.exists():
         path = download_source(str(source), revision, file="config.json").parent
         download_source(str(source), revision, file=DIFFUSERS_FILE)        # into the same folder
-    return load_controlnet_folder(path, **place)
+    return load_controlnet_folder(path, **options)
