@@ -779,7 +779,7 @@ def test_a_solution_is_the_packages_source(capsys):
     solution("add_noise")
     printed = capsys.readouterr().out
     assert printed.index("def add_noise(self") < printed.index("def _alpha_sigma_like(self")
-    assert "\n    \"\"\"x_t = alpha x0" in printed      # its lines keep their places to each other
+    assert "\n    \"\"\"The forward process, x_t = alpha x0" in printed      # indented as in the package
 
 
 def test_progress_counts_solved_exercises(capsys):
