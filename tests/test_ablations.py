@@ -41,7 +41,7 @@ from sdlearn.ablations.running import RECORD, SHEET_BYTES, encode_png, fit_plan,
 from sdlearn.checkpoint import CheckpointError, save_folder
 from sdlearn.commands import ablate
 from sdlearn.config import PRESETS, VAEConfig
-from sdlearn.data import CORE, FULL, scene, scene_of
+from sdlearn.data import CORE, FULL, compose_scene, draw_scene
 from sdlearn.data.world import CLASSROOM
 from sdlearn.evaluation.metrics import ssim
 from sdlearn.finetune.loop import Diverged
@@ -86,7 +86,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def base(config):
-    return Base(tiny_parts(config=config), Measures(ask, judge, lambda one: scene_of(["apple"]).image, ssim))
+    return Base(tiny_parts(config=config), Measures(ask, judge, lambda one: compose_scene(["apple"]).image, ssim))
 
 
 def played(variants):
@@ -256,7 +256,7 @@ def test_pixels_get_the_arithmetic_of_latents(base):
 
 def test_pixels_are_shrunk_scenes_with_their_captions(base):
     material = pixels.scenes_at(base, 3, "train", 32)
-    real = to_tensor([scene(2, "train", CLASSROOM).image])
+    real = to_tensor([draw_scene(2, "train", CLASSROOM).image])
     assert material.latents.shape == (3, 3, 32, 32) and material.latents.abs().max() <= 1
     torch.testing.assert_close(material.latents[2:].mean(), real.mean(), atol=0.01, rtol=0)
     assert torch.equal(material.contexts, encode_lesson_scenes(base, 3).contexts)
@@ -272,7 +272,7 @@ def test_zero_convolutions_start_on_the_line_of_the_base(base):
     assert on["with ControlNet"] == on["base"] == above["base"] and on["change of the output"] == 0
     assert above["change of the output"] > 0.1 and above["with ControlNet"] != above["base"]
     figures, images = zero_conv.images_of(base, SMALL["zero-conv"], zero)
-    captions = [scene(seed, "test", base.world).caption for seed in range(2)]
+    captions = [draw_scene(seed, "test", base.world).caption for seed in range(2)]
     wanted = draw(base, base.unet, captions, guidance=3.0, steps=2)
     assert np.array_equal(np.stack(images), wanted) and set(figures) == {"edges F1"}
 
@@ -343,7 +343,7 @@ def test_sizes_are_whole_cells_and_two_are_new_to_all(base):
 
 
 def test_a_scene_of_another_shape_is_whole_and_on_one_ground():
-    one = scene(3, "train", CORE)
+    one = draw_scene(3, "train", CORE)
     for size in ((256, 128), (128, 256)):
         image = buckets.laid_out(one, size)
         assert image.shape == (size[1], size[0], 3)
@@ -356,7 +356,7 @@ def test_a_scene_of_another_shape_is_whole_and_on_one_ground():
     assert np.array_equal(buckets.laid_out(one, (128, 128)), one.image)
     small = buckets.laid_out(one, (192, 96))
     assert small.shape == (96, 192, 3) and abs(small.mean() - one.image.mean()) < 40
-    spots = {buckets.laid_out(scene(seed, "train", CORE), (256, 128)).argmin() for seed in range(6)}
+    spots = {buckets.laid_out(draw_scene(seed, "train", CORE), (256, 128)).argmin() for seed in range(6)}
     assert len(spots) > 3, "not all in one place"
 
 

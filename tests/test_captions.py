@@ -5,13 +5,14 @@ import random
 import re
 import tomllib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from sdlearn.data import BACKGROUNDS, COLOURS, OBJECTS, grammar, held_out, scene, scenes, vocabulary
-from sdlearn.data.captions import ANSWERS, answers_of, caption_for, captions_apart
+from sdlearn.data import BACKGROUNDS, COLOURS, OBJECTS, draw_scene, draw_scenes, grammar, held_out, vocabulary
+from sdlearn.data.captions import CAPTION_LABELS, caption_and_hard_negative, label_caption, write_caption
 from sdlearn.data.description import describe
-from sdlearn.data.grammar import MOODS, SYNONYMS, word_freely
+from sdlearn.data.grammar import MOODS, SYNONYMS, write_varied_caption
 from sdlearn.data.world import COMPOSITIONS, CORE, RICH, RICH_FULL, WORLDS
 from sdlearn.training.card import known_words
 
@@ -82,8 +83,8 @@ def relation_of(text, found):
 
 
 def free_captions(world, count, start=0, split="train"):
-    for one in scenes(start, count, split, world):
-        yield one, word_freely(describe(one), random.Random(one.seed))
+    for one in draw_scenes(start, count, split, world):
+        yield one, write_varied_caption(describe(one), random.Random(one.seed))
 
 
 @pytest.mark.parametrize("world", [RICH, RICH_FULL])
@@ -177,7 +178,7 @@ def test_four_in_ten_captions_are_in_the_simple_wording(name):
     """They have its words and no others; the rest uses the whole vocabulary of the grammar, and no word beyond it."""
     world = WORLDS[name]
     plain, known = vocabulary(world.objects), vocabulary(world.objects, grammar=True)
-    captions = [one.caption for one in scenes(0, 12_000, world=world)]
+    captions = [one.caption for one in draw_scenes(0, 12_000, world=world)]
     words = [set(re.findall(r"[a-z0-9]+", caption.lower())) for caption in captions]
     rare = {noun.split()[0] for name in world.objects for _, noun in SYNONYMS.get(name, ())}     # of a count
     assert known - rare <= set().union(*words) <= known
@@ -188,17 +189,17 @@ def test_four_in_ten_captions_are_in_the_simple_wording(name):
 
 
 def test_a_seed_gives_the_same_caption():
-    captions = [scene(seed, world=RICH).caption for seed in range(200)]
-    assert captions == [scene(seed, world=RICH).caption for seed in range(200)]
+    captions = [draw_scene(seed, world=RICH).caption for seed in range(200)]
+    assert captions == [draw_scene(seed, world=RICH).caption for seed in range(200)]
     assert len(set(captions)) > 190
-    one = scene(4, world=RICH)
-    assert len({caption_for(one, random.Random(i), 1.0) for i in range(50)}) > 45
-    assert caption_for(one, random.Random(3)) == caption_for(one, random.Random(3), 0.0)
+    one = draw_scene(4, world=RICH)
+    assert len({write_caption(one, random.Random(i), 1.0) for i in range(50)}) > 45
+    assert write_caption(one, random.Random(3)) == write_caption(one, random.Random(3), 0.0)
 
 
 def test_the_grammar_changes_no_image():
     for seed in range(30):
-        plain, free = (scene(seed, world=RICH.__class__(**{**RICH.__dict__, "grammar": share})) for share in (0.0, 1.0))
+        plain, free = (draw_scene(seed, world=replace(RICH, grammar=share)) for share in (0.0, 1.0))
         assert plain.objects == free.objects and plain.background_rgb == free.background_rgb
 
 
@@ -206,7 +207,7 @@ def test_answers_follow_the_caption():
     """Kinds in the order in which they are named, and the relation of the first to the second."""
     counts = set()
     for one, caption in free_captions(RICH, 3000):
-        relation, *rest = [answers[i] for answers, i in zip(ANSWERS, answers_of(caption, one), strict=True)]
+        relation, *rest = [answers[i] for answers, i in zip(CAPTION_LABELS, label_caption(caption, one), strict=True)]
         _, objects, said = read_back(caption)
         unused = [(None, None, None)] * (3 - len(objects))
         assert list(zip(rest[3:6], rest[:3], rest[6:], strict=True)) == [part[:3] for part in objects] + unused, caption
@@ -218,9 +219,9 @@ def test_answers_follow_the_caption():
 @pytest.mark.parametrize("world", [RICH, RICH_FULL])
 def test_hard_negatives_by_the_grammar_are_false_in_one_thing(world):
     changes = Counter()
-    for one in scenes(0, 2500, world=world):
-        true, wrong = captions_apart(one, random.Random(one.seed), 1.0)
-        assert (true, wrong) == captions_apart(one, random.Random(one.seed), 1.0)
+    for one in draw_scenes(0, 2500, world=world):
+        true, wrong = caption_and_hard_negative(one, random.Random(one.seed), 1.0)
+        assert (true, wrong) == caption_and_hard_negative(one, random.Random(one.seed), 1.0)
         (ground, objects, relation), (other_ground, others, other_relation) = read_back(true), read_back(wrong)
         assert ground == other_ground and len(objects) == len(others)
         different = {what for what, pair in zip(("object", "count", "tint", "size"),
@@ -262,13 +263,13 @@ def test_held_out_texts_are_compared_without_capitals_and_punctuation(holds_out)
 
 
 def test_training_never_renders_a_held_out_text(holds_out):
-    before = [scene(seed, world=RICH).caption for seed in range(300)]
-    pairs = [captions_apart(scene(seed, world=RICH), random.Random(seed), 0.6) for seed in range(100)]
+    before = [draw_scene(seed, world=RICH).caption for seed in range(300)]
+    pairs = [caption_and_hard_negative(draw_scene(seed, world=RICH), random.Random(seed), 0.6) for seed in range(100)]
     holds_out(*(caption.upper() + "!" for caption in before[:100]), *(text for pair in pairs[:50] for text in pair))
-    after = [scene(seed, world=RICH) for seed in range(300)]
+    after = [draw_scene(seed, world=RICH) for seed in range(300)]
     assert not any(held_out.is_held_out_text(one.caption) for one in after)
     assert sum(a == one.caption for a, one in zip(before[100:], after[100:], strict=True)) > 150
-    apart = [captions_apart(one, random.Random(one.seed), 0.6) for one in after[:100]]
+    apart = [caption_and_hard_negative(one, random.Random(one.seed), 0.6) for one in after[:100]]
     assert not any(held_out.is_held_out_text(text) for pair in apart for text in pair)
     assert sum(a == b for a, b in zip(pairs[50:], apart[50:], strict=True)) > 30
 
@@ -281,7 +282,7 @@ def test_prompts_in_other_wordings_are_held_out():
     texts = [prompt["text"] for prompt in
              tomllib.loads(held_out.OTHER_WORDINGS_FILE.read_text(encoding="utf-8"))["prompts"]]
     assert len(texts) > 100 and all(map(held_out.is_held_out_text, texts))
-    assert not any(held_out.is_held_out_text(one.caption) for one in scenes(0, 5000, world=RICH))
+    assert not any(held_out.is_held_out_text(one.caption) for one in draw_scenes(0, 5000, world=RICH))
 
 
 def test_a_model_knows_the_words_of_the_captions_it_was_trained_on():

@@ -20,7 +20,7 @@ from PIL import Image
 from sdlearn.__main__ import COMMANDS, main
 from sdlearn.checkpoint import save_folder
 from sdlearn.commands import files as command_files
-from sdlearn.data import WORLDS, contact_sheet, scenes
+from sdlearn.data import WORLDS, contact_sheet, draw_scenes
 from sdlearn.pipeline import PromptWarning, StableDiffusion
 
 PROMPT = "a red apple"
@@ -287,7 +287,7 @@ def test_scenes_are_drawn_on_a_sheet(run):
 def test_a_sheet_holds_the_scenes_of_its_seed_split_and_world(run, seed, count, split, world):
     options = ("--seed", seed, "--count", count, "--split", split, "--world", world)
     assert run("scenes", *options, "--out", "sheet.png").status == 0
-    wanted = list(scenes(seed, count, split, WORLDS[world]))
+    wanted = list(draw_scenes(seed, count, split, WORLDS[world]))
     with Image.open("sheet.png") as image:
         sheet = contact_sheet([one.image for one in wanted], [one.caption for one in wanted])
         assert np.array_equal(np.asarray(image), np.asarray(sheet))

@@ -9,7 +9,7 @@ import torch
 from matplotlib.text import Text
 from models import one_thread, tiny_config, tiny_parts  # noqa: F401
 
-from sdlearn.data import scenes
+from sdlearn.data import draw_scenes
 from sdlearn.explore.conditioning import NEAREST, PromptReader, matrices, merges_of, pairings, read, token_strip
 from sdlearn.explore.figures import WIDTH
 from sdlearn.images import to_tensor
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn():
-    return list(scenes(0, 12, "test"))
+    return list(draw_scenes(0, 12, "test"))
 
 
 def words(drawing) -> list[str]:

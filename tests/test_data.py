@@ -22,14 +22,20 @@ from sdlearn.data import (
     SIDE,
     UNTAUGHT,
     atlas,
+    compose_scene,
     contact_sheet,
-    scene,
-    scene_of,
-    scenes,
+    draw_scene,
+    draw_scenes,
     vocabulary,
     world,
 )
-from sdlearn.data.captions import ANSWERS, WAYS, answers_of, caption_for, captions_apart
+from sdlearn.data.captions import (
+    CAPTION_LABELS,
+    RELATION_PHRASES,
+    caption_and_hard_negative,
+    label_caption,
+    write_caption,
+)
 from sdlearn.data.world import RICH
 
 seeds = st.integers(0, 2**40)
@@ -38,13 +44,13 @@ splits = st.sampled_from(("train", "test", "held_out"))
 
 @pytest.fixture(scope="module")
 def many():
-    return list(scenes(0, 1500))
+    return list(draw_scenes(0, 1500))
 
 
 def test_a_seed_gives_the_same_bytes():
     """The pin holds for the pinned versions of OpenMoji and resvg; on any machine."""
     digest = hashlib.sha256()
-    for one in scenes(0, 40):
+    for one in draw_scenes(0, 40):
         digest.update(one.image.tobytes() + one.caption.encode() + one.edge_map.tobytes() + one.depth_map.tobytes())
     assert digest.hexdigest() == "4aaea144ecac800326b47e6a0102e0709ea2d97e7c7c584b4a7b529b12fac727"
 
@@ -52,7 +58,7 @@ def test_a_seed_gives_the_same_bytes():
 @settings(max_examples=60, deadline=None)
 @given(seeds, splits)
 def test_what_a_scene_says_of_itself(seed, split):
-    one, again = scene(seed, split), scene(seed, split)
+    one, again = draw_scene(seed, split), draw_scene(seed, split)
     assert one == again and np.array_equal(one.image, again.image)
     assert one.image.shape == (SIDE, SIDE, 3) and one.image.dtype == np.uint8
     assert one.edge_map.shape == one.depth_map.shape == (SIDE, SIDE)
@@ -74,11 +80,11 @@ def test_what_a_scene_says_of_itself(seed, split):
 
 
 def test_the_nearer_object_covers_the_farther_one():
-    for one in scenes(0, 3000):
+    for one in draw_scenes(0, 3000):
         for (i, a), (j, b) in itertools.permutations(enumerate(one.objects), 2):
             if a.depth < b.depth:
                 left, top, right, bottom = a.box
-                opaque = atlas.sprite(a.name, a.colour, max(right - left, bottom - top))[..., 3] > 127
+                opaque = atlas.load_sprite(a.name, a.colour, max(right - left, bottom - top))[..., 3] > 127
                 assert not (one.masks[j, top:bottom, left:right] & opaque).any()
                 assert one.depth_map[one.masks[i]].min() > one.depth_map[one.masks[j]].max()
 
@@ -122,7 +128,7 @@ def test_the_world_is_as_large_as_it_says(many):
     assert {colour for _, colour in seen} == {None, *COLOURS}
     assert {one.background for one in many} == set(BACKGROUNDS)
     assert {len(one.objects) for one in many} == {1, 2, 3} and {one.count for one in many} == {1, 2, 3}
-    assert {placed.name for one in scenes(0, 500, world=CORE) for placed in one.objects} == set(CORE.objects)
+    assert {placed.name for one in draw_scenes(0, 500, world=CORE) for placed in one.objects} == set(CORE.objects)
 
 
 def test_every_held_out_combination_can_be_asked_for():
@@ -135,7 +141,7 @@ def test_every_held_out_combination_can_be_asked_for():
 
 def test_the_vocabulary_is_what_captions_use():
     used = set()
-    for one in itertools.chain(scenes(0, 4000), scenes(0, 500, "held_out")):
+    for one in itertools.chain(draw_scenes(0, 4000), draw_scenes(0, 500, "held_out")):
         used |= set(re.findall(r"[a-z0-9]+", one.caption))
     assert used == vocabulary()
 
@@ -151,7 +157,7 @@ def test_counts_are_held_out_for_each_kind_in_a_composition():
 
 
 def test_rich_scenes_hold_compositions_that_fit():
-    drawn = [scene(seed, world=RICH) for seed in range(1500)]
+    drawn = [draw_scene(seed, world=RICH) for seed in range(1500)]
     assert not any(one.held_out for one in drawn)
     composed = [one for one in drawn if len(one.groups) > 1 and len(one.objects) > 2]
     assert 0.14 < len(composed) / len(drawn) < 0.22
@@ -171,26 +177,26 @@ def test_four_large_objects_fit_into_their_quarters(monkeypatch):
     """Where no free place is found, each object lies in a quarter of the image."""
     monkeypatch.setattr(sys.modules["sdlearn.data.scenes"], "_overlap", lambda a, b: 1.0)
     for seed in range(20):
-        one = scene_of(["car", "house", "cat", "cat"], seed=seed)
+        one = compose_scene(["car", "house", "cat", "cat"], seed=seed)
         corners = {(x < SIDE / 2, y < SIDE / 2) for x, y in (placed.centre for placed in one.objects)}
         assert len(corners) == 4 and one.masks.any(axis=(1, 2)).all()
 
 
 def test_groups_are_the_objects_of_one_kind_and_tint():
-    one = scene_of(["car", "cat", "car"], colours=["red", None, "red"], seed=1)
+    one = compose_scene(["car", "cat", "car"], colours=["red", None, "red"], seed=1)
     assert [(group.name, group.count, group.colour) for group in one.groups] == [("car", 2, "red"), ("cat", 1, None)]
-    two = scene_of(["car", "car"], colours=["red", "blue"])
+    two = compose_scene(["car", "car"], colours=["red", "blue"])
     assert [(group.count, group.colour) for group in two.groups] == [(1, "red"), (1, "blue")] and two.count == 2
 
 
 def test_train_and_test_are_different_scenes():
-    assert not any(np.array_equal(scene(s).image, scene(s, "test").image) for s in range(30))
+    assert not any(np.array_equal(draw_scene(s).image, draw_scene(s, "test").image) for s in range(30))
 
 
 def test_a_tint_changes_the_fill_and_keeps_the_outline():
     for name, kind in OBJECTS.items():
         if kind.tintable:
-            red, blue = (atlas.sprite(name, colour, 64).astype(int) for colour in ("red", "blue"))
+            red, blue = (atlas.load_sprite(name, colour, 64).astype(int) for colour in ("red", "blue"))
             changed = (np.abs(red - blue) > 30).any(axis=-1)
             assert changed.mean() > 0.05, name
             assert np.array_equal(red[..., 3], blue[..., 3]), name
@@ -219,7 +225,7 @@ def test_an_atlas_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", UNTAUGHT)
 def test_untaught_objects_can_be_drawn_and_are_in_no_caption(name, many):
-    assert max(atlas.sprite(name, None, 60).shape[:2]) == 60
+    assert max(atlas.load_sprite(name, None, 60).shape[:2]) == 60
     assert not any(name in one.caption for one in many)
 
 
@@ -228,7 +234,7 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
     assert hard.objects == core.objects
 
     def share(of):
-        drawn = [scene(seed, world=of) for seed in range(1500)]
+        drawn = [draw_scene(seed, world=of) for seed in range(1500)]
         assert not any(one.held_out for one in drawn)
         two = [one for one in drawn if len(one.objects) == 2 and one.count == 1 and all(o.colour for o in one.objects)]
         return len(two) / len(drawn), sum(one.count > 1 for one in drawn) / len(drawn)
@@ -239,10 +245,12 @@ def test_the_hard_world_shows_two_tints_often_and_nothing_that_is_held_out():
 
 def test_what_a_caption_says_can_be_answered():
     relations, counts = set(), set()
-    for one in [*scenes(0, 300), *scenes(0, 100, world=replace(RICH, grammar=0.0))]:
-        relation, *rest = [answers[i] for answers, i in zip(ANSWERS, answers_of(one.caption, one), strict=True)]
+    for one in [*draw_scenes(0, 300), *draw_scenes(0, 100, world=replace(RICH, grammar=0.0))]:
+        labels = label_caption(one.caption, one)
+        relation, *rest = [values[i] for values, i in zip(CAPTION_LABELS, labels, strict=True)]
         numbers, names, tints = rest[:3], rest[3:6], rest[6:]
-        said = next((of for of, ways in WAYS.items() if any(f" {way} " in one.caption for way in ways)), None)
+        said = next((of for of, ways in RELATION_PHRASES.items()
+                     if any(f" {way} " in one.caption for way in ways)), None)
         assert relation == said and (relation is None or relation == one.relation)
         at = 0
         for count, name, tint in zip(numbers, names, tints, strict=True):   # in the order in which it names them
@@ -256,16 +264,16 @@ def test_what_a_caption_says_can_be_answered():
         assert sum(count or 0 for count in numbers) == len(one.objects)
         relations.add(relation)
         counts.add(tuple(numbers))
-    assert relations == {None, *WAYS} and counts >= {(1, None, None), (2, None, None), (3, None, None), (2, 1, None),
-                                                     (1, 2, None), (1, 1, 1)}
+    assert relations == {None, *RELATION_PHRASES}
+    assert counts >= {(1, None, None), (2, None, None), (3, None, None), (2, 1, None), (1, 2, None), (1, 1, 1)}
 
 
 @pytest.mark.parametrize("of", ["full", "hard", "rich", "classroom"])
 def test_two_captions_differ_in_one_thing_and_one_of_them_is_true(of):
     changes = set()
-    for one in scenes(0, 400, world=world.WORLDS[of]):
-        true, wrong = captions_apart(one, random.Random(one.seed))
-        assert (true, wrong) == captions_apart(one, random.Random(one.seed)) and true != wrong
+    for one in draw_scenes(0, 400, world=world.WORLDS[of]):
+        true, wrong = caption_and_hard_negative(one, random.Random(one.seed))
+        assert (true, wrong) == caption_and_hard_negative(one, random.Random(one.seed)) and true != wrong
         said, other = (Counter(re.findall(r"[a-z0-9]+", text)) - Counter(a=9, an=9) for text in (true, wrong))
         names = [placed.name for placed in one.objects]
         assert all(any(word in true for word in (OBJECTS[name].noun(1), OBJECTS[name].noun(2))) for name in names)
@@ -287,21 +295,21 @@ def test_two_captions_differ_in_one_thing_and_one_of_them_is_true(of):
 
 
 def test_a_world_is_called_by_its_name():
-    assert world.name_of(CORE) == "core" and world.name_of(world.World(single=1.0)) == "another"
+    assert world.world_name(CORE) == "core" and world.world_name(world.World(single=1.0)) == "another"
 
 
 def test_untaught_objects_are_in_scenes_that_ask_for_them():
-    alone = scene_of(["alien"], background="blue", seed=3)
+    alone = compose_scene(["alien"], background="blue", seed=3)
     [placed] = alone.objects
     assert placed.name == "alien" and placed.kind == "face" and alone.masks[0].sum() > 100
-    pair = scene_of(["cat", "octopus"], relation="left", seed=1)
+    pair = compose_scene(["cat", "octopus"], relation="left", seed=1)
     assert pair.objects[0].centre[0] < pair.objects[1].centre[0]
     with pytest.raises(ValueError, match="'alien' cannot be red"):
-        scene_of(["alien"], colours=["red"])
+        compose_scene(["alien"], colours=["red"])
 
 
 def test_a_contact_sheet_has_room_for_all():
-    drawn = list(scenes(0, 5))
+    drawn = list(draw_scenes(0, 5))
     sheet = contact_sheet([one.image for one in drawn], [one.caption for one in drawn], columns=3)
     assert sheet.width > 3 * SIDE and sheet.height > 2 * SIDE
     with pytest.raises(ValueError, match="one caption for each image"):
@@ -310,9 +318,9 @@ def test_a_contact_sheet_has_room_for_all():
 
 def test_an_unknown_split_is_told():
     with pytest.raises(ValueError, match="no split 'validation'; choose one of train, test, held_out"):
-        scene(0, "validation")
+        draw_scene(0, "validation")
 
 
 def test_wording_varies_for_one_scene():
-    one = scene(11, world=FULL)
-    assert len({caption_for(one, random.Random(i)) for i in range(50)}) > 5
+    one = draw_scene(11, world=FULL)
+    assert len({write_caption(one, random.Random(i)) for i in range(50)}) > 5

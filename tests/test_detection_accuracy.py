@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from sdlearn.data import CORE, Placed, Scene, scene
-from sdlearn.evaluation import Detection, DetectorConfig, Seen, look
-from sdlearn.evaluation.accuracy import Tally, accuracy, matches
+from sdlearn.data import CORE, PlacedObject, Scene, draw_scene
+from sdlearn.evaluation import Detection, Detections, DetectorConfig, visible_colour
+from sdlearn.evaluation.accuracy import DetectionCounts, match_detections, measure_accuracy
 from sdlearn.evaluation.detector import STRIDE, UNIT, Heads
-from sdlearn.evaluation.judge import read_off
+from sdlearn.evaluation.judge import decode_heads
 
 
 def placed(name, box, colour=None, size="medium"):
-    return Placed(name, "animal", colour, size, box, 0)
+    return PlacedObject(name, "animal", colour, size, box, 0)
 
 
 def scene_with(*objects, background="white"):
@@ -26,7 +26,7 @@ def found(name, box, score=0.9, colour=None):
 
 
 def seen(*detections, background="white"):
-    return Seen(tuple(sorted(detections, key=lambda one: -one.score)), background)
+    return Detections(tuple(sorted(detections, key=lambda one: -one.score)), background)
 
 
 def shifted(box, iou):
@@ -41,34 +41,34 @@ BOX, FAR = (10, 20, 50, 60), (70, 70, 120, 110)
 
 @pytest.mark.parametrize("iou, count", [(0.99, 1), (0.52, 1), (0.48, 0), (0.3, 0), (0.1, 0)])
 def test_a_detection_matches_from_an_iou_of_one_half(iou, count):
-    assert len(matches(scene_with(placed("cat", BOX)), seen(found("cat", shifted(BOX, iou))))) == count
+    assert len(match_detections(scene_with(placed("cat", BOX)), seen(found("cat", shifted(BOX, iou))))) == count
 
 
 def test_a_detection_matches_only_its_own_class():
-    assert matches(scene_with(placed("cat", BOX)), seen(found("dog", BOX))) == []
+    assert match_detections(scene_with(placed("cat", BOX)), seen(found("dog", BOX))) == []
 
 
 def test_an_object_is_matched_once_by_the_detection_with_the_highest_score():
     cat, sure, doubtful = placed("cat", BOX), found("cat", shifted(BOX, 0.8), 0.9), found("cat", BOX, 0.4)
-    assert matches(scene_with(cat), seen(sure, doubtful)) == [(cat, sure)]
+    assert match_detections(scene_with(cat), seen(sure, doubtful)) == [(cat, sure)]
 
 
 def test_a_detection_is_matched_once_with_the_object_of_the_highest_iou():
     near, far = placed("cat", shifted(BOX, 0.7)), placed("cat", shifted(BOX, 0.9))
     detection = found("cat", BOX)
-    assert matches(scene_with(near, far), seen(detection)) == [(far, detection)]
-    assert matches(scene_with(far, near), seen(detection)) == [(far, detection)]
+    assert match_detections(scene_with(near, far), seen(detection)) == [(far, detection)]
+    assert match_detections(scene_with(far, near), seen(detection)) == [(far, detection)]
 
 
 def test_two_objects_of_a_class_have_a_detection_each():
     a, b = placed("cat", BOX), placed("cat", FAR)
     of_a, of_b, third = found("cat", BOX, 0.5), found("cat", FAR, 0.8), found("cat", shifted(FAR, 0.9), 0.3)
-    pairs = matches(scene_with(a, b), seen(of_a, of_b, third))
+    pairs = match_detections(scene_with(a, b), seen(of_a, of_b, third))
     assert sorted(pairs, key=lambda pair: pair[0].box) == [(a, of_a), (b, of_b)]
 
 
 def figures_of(*cases):
-    tally = Tally()
+    tally = DetectionCounts()
     for one, detections in cases:
         tally.add(one, detections)
     return tally.figures()
@@ -123,19 +123,20 @@ class Oracle:
         self.known = {one.image.tobytes(): one for one in known}
         self.asked = []
 
-    def look_at(self, images):
+    def detect(self, images):
         ones = [self.known[np.asarray(image).tobytes()] for image in images]
         self.asked += [one.seed for one in ones]
-        return [Seen((), "none") if one.seed % 3 == 0 else
-                Seen(tuple(Detection(o.name, o.box, 0.9, look(o.name, o.colour)) for o in one.objects), one.background)
+        return [Detections((), "none") if one.seed % 3 == 0 else
+                Detections(tuple(Detection(o.name, o.box, 0.9, visible_colour(o.name, o.colour)) for o in one.objects),
+                           one.background)
                 for one in ones]
 
 
 @pytest.mark.parametrize("split, world", [("test", CORE), ("held_out", CORE)])
 def test_accuracy_is_measured_on_the_scenes_of_the_seeds_from_start_on(split, world):
-    known = [scene(seed, split, world) for seed in range(0, 120)]
+    known = [draw_scene(seed, split, world) for seed in range(0, 120)]
     judge = Oracle(known)
-    shares = accuracy(judge, count=40, start=50, split=split, world=world)
+    shares = measure_accuracy(judge, count=40, start=50, split=split, world=world)
     assert judge.asked == list(range(50, 90)), "each once, also where the last batch is not full"
     missed = [one for one in known[50:90] if one.seed % 3 == 0]
     there = sum(len(one.objects) for one in known[50:90])
@@ -145,11 +146,11 @@ def test_accuracy_is_measured_on_the_scenes_of_the_seeds_from_start_on(split, wo
 
 
 def test_accuracy_is_measured_on_changed_images():
-    known = [scene(seed, "test", CORE) for seed in range(4)]
+    known = [draw_scene(seed, "test", CORE) for seed in range(4)]
     dark = [replace(one) for one in known]
     for one in dark:
         one.__dict__["image"] = one.image // 2
-    shares = accuracy(Oracle(dark), count=4, world=CORE, change=lambda images: [image // 2 for image in images])
+    shares = measure_accuracy(Oracle(dark), count=4, world=CORE, change=lambda images: [image // 2 for image in images])
     assert shares["precision"] == 1
 
 
@@ -171,7 +172,7 @@ def heads_of(*objects):
 
 
 def names_and_centres(*objects):
-    [one] = read_off(heads_of(*objects), DetectorConfig())
+    [one] = decode_heads(heads_of(*objects), DetectorConfig())
     return [(detection.name, detection.centre) for detection in one.objects]
 
 
@@ -188,7 +189,7 @@ def test_of_two_detections_with_an_iou_above_six_tenths_the_one_with_the_higher_
 
 
 def test_boxes_have_their_centre_and_sides_in_the_right_order():
-    [one] = read_off(heads_of(("cat", 5, 20, 24.0, 40.0, 3.0)), DetectorConfig())
+    [one] = decode_heads(heads_of(("cat", 5, 20, 24.0, 40.0, 3.0)), DetectorConfig())
     [detection] = one.objects
     assert detection.box == pytest.approx((5 * STRIDE - 12, 20 * STRIDE - 20, 5 * STRIDE + 12, 20 * STRIDE + 20))
     assert detection.score == pytest.approx(float(torch.sigmoid(torch.tensor(3.0))))

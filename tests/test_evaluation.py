@@ -16,19 +16,29 @@ from sdlearn import evaluation as ev
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import CheckpointError, save_folder
 from sdlearn.checkpoint.shipped import find_model_folder, read_evaluation, remove_old_evaluation
-from sdlearn.data import CORE, OBJECTS, scene, scene_of
+from sdlearn.data import CORE, OBJECTS, compose_scene, draw_scene
 from sdlearn.data.world import HELD_OUT_COLOURS, is_held_out
-from sdlearn.evaluation import Detection, Detector, DetectorConfig, Prompt, Seen, Thing, Wanted, metrics, verdict
-from sdlearn.evaluation.accuracy import accuracy, boxed, matches, words
-from sdlearn.evaluation.card import known_figures, ship_judge
-from sdlearn.evaluation.command import Plan, distances
-from sdlearn.evaluation.command import run as measure
+from sdlearn.evaluation import (
+    Detection,
+    Detections,
+    Detector,
+    DetectorConfig,
+    ObjectSpec,
+    Prompt,
+    SceneSpec,
+    judge_image,
+    metrics,
+)
+from sdlearn.evaluation.accuracy import describe_detections, draw_boxes, match_detections, measure_accuracy
+from sdlearn.evaluation.card import load_figures, package_judge
+from sdlearn.evaluation.command import EvaluationPlan, frechet_distances
+from sdlearn.evaluation.command import run_evaluation as measure
 from sdlearn.evaluation.detector import STRIDE, Heads, Targets, detection_loss, focal_loss, heat_targets
-from sdlearn.evaluation.judge import WEIGHTS, load_judge, overlap, read_off, save_judge
-from sdlearn.evaluation.keeping import aims, reached
-from sdlearn.evaluation.report import percent, table, worst
-from sdlearn.evaluation.sampling import evaluate, evaluate_scenes, sample, scene_for, scores_of
-from sdlearn.evaluation.tasks import GENEVAL, PER_TASK, TASKS, TooFewObjects, prompts_for
+from sdlearn.evaluation.judge import WEIGHTS, box_iou, decode_heads, load_judge, save_judge
+from sdlearn.evaluation.page import format_targets, measure_targets
+from sdlearn.evaluation.report import format_percent, format_table, pick_failures
+from sdlearn.evaluation.sampling import compose_prompt_scene, evaluate, evaluate_scenes, generate_images, score_images
+from sdlearn.evaluation.tasks import GENEVAL, PER_TASK, TASKS, TooFewObjects, make_prompts
 from sdlearn.pipeline import StableDiffusion
 from sdlearn.training.judge import JudgeRecipe, add_distractor_blobs, augment, draw_uniform_scene
 from sdlearn.training.loop import fit, load_state
@@ -42,14 +52,14 @@ def at(name, x, y, colour=None, score=0.9, side=20):
 
 
 def seen(*objects, background="white"):
-    return Seen(tuple(sorted(objects, key=lambda one: -one.score)), background)
+    return Detections(tuple(sorted(objects, key=lambda one: -one.score)), background)
 
 
 # --- prompts ----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def prompts():
-    return prompts_for(CORE.objects)
+    return make_prompts(CORE.objects)
 
 
 def test_a_hundred_prompts_of_every_task_no_two_alike(prompts):
@@ -60,10 +70,10 @@ def test_a_hundred_prompts_of_every_task_no_two_alike(prompts):
 
 
 def test_prompts_are_fixed_and_fewer_are_the_first_of_many(prompts):
-    assert prompts_for(reversed(CORE.objects)) == prompts, "the order of the objects is of no account"
-    few = prompts_for(CORE.objects, count=7)
+    assert make_prompts(reversed(CORE.objects)) == prompts, "the order of the objects is of no account"
+    few = make_prompts(CORE.objects, count=7)
     assert few == [one for task in TASKS for one in [p for p in prompts if p.task == task][:7]]
-    assert prompts_for(CORE.objects, seed=1) != prompts
+    assert make_prompts(CORE.objects, seed=1) != prompts
     assert [(p.task, p.text) for p in prompts[::PER_TASK]][:3] == [
         ("one object", "an apple against a purple background"),
         ("two objects", "a smiling face and a book with a white background"),
@@ -72,8 +82,8 @@ def test_prompts_are_fixed_and_fewer_are_the_first_of_many(prompts):
 
 def test_only_the_seventh_task_asks_for_what_training_never_shows(prompts):
     for prompt in prompts:
-        names, colours = zip(*prompt.wanted.objects, strict=True)
-        assert is_held_out(names, colours) == (prompt.task == "held out") == prompt.wanted.held_out
+        names, colours = zip(*prompt.spec.instances, strict=True)
+        assert is_held_out(names, colours) == (prompt.task == "held out") == prompt.spec.held_out
 
 
 def test_prompts_say_what_is_wanted_in_words_the_model_knows(prompts):
@@ -81,63 +91,63 @@ def test_prompts_say_what_is_wanted_in_words_the_model_knows(prompts):
     for prompt in (prompt for prompt in prompts if prompt.kind is None):
         said = prompt.text.split()
         assert set(said) <= known, prompt.text
-        for thing in prompt.wanted.things:
+        for thing in prompt.spec.objects:
             assert OBJECTS[thing.name].noun(thing.count) in prompt.text and (thing.colour or "") in prompt.text
-        assert (prompt.wanted.background is not None) == ("background" in said)
-        if prompt.wanted.background:
-            assert prompt.text.endswith(f"{prompt.wanted.background} background")
+        assert (prompt.spec.background is not None) == ("background" in said)
+        if prompt.spec.background:
+            assert prompt.text.endswith(f"{prompt.spec.background} background")
         assert "a apple" not in prompt.text and "an b" not in prompt.text
 
 
 def test_what_each_task_asks_for(prompts):
-    of = {task: [p.wanted for p in prompts if p.task == task] for task in TASKS}
-    assert all(len(w.things) == 1 and w.things[0] == Thing(w.things[0].name) for w in of["one object"])
-    assert all(len({t.name for t in w.things}) == 2 and not w.relation for w in of["two objects"])
-    assert {w.things[0].count for w in of["counting"]} == {2, 3}
+    of = {task: [p.spec for p in prompts if p.task == task] for task in TASKS}
+    assert all(len(w.objects) == 1 and w.objects[0] == ObjectSpec(w.objects[0].name) for w in of["one object"])
+    assert all(len({t.name for t in w.objects}) == 2 and not w.relation for w in of["two objects"])
+    assert {w.objects[0].count for w in of["counting"]} == {2, 3}
     assert {w.relation for w in of["position"]} == {"left", "right", "above", "below"}
     for wanted in of["colours"] + of["colour binding"]:
-        assert all(t.colour and t.colour != ev.look(t.name, None) for t in wanted.things), "nature does not help"
-    assert all(len({t.colour for t in w.things}) == 2 for w in of["colour binding"])
-    kinds = {(len(w.things), w.things[0].count, w.things[0].colour is None) for w in of["held out"]}
+        assert all(t.colour and t.colour != ev.visible_colour(t.name, None) for t in wanted.objects)
+    assert all(len({t.colour for t in w.objects}) == 2 for w in of["colour binding"])
+    kinds = {(len(w.objects), w.objects[0].count, w.objects[0].colour is None) for w in of["held out"]}
     assert kinds >= {(1, 1, False), (1, 2, True), (2, 1, True)}, "colours, counts and pairs"
 
 
 def test_prompts_that_cannot_be_made_are_told():
     with pytest.raises(ValueError, match="does not know dragon"):
-        prompts_for(["apple", "dragon"])
+        make_prompts(["apple", "dragon"])
     with pytest.raises(ValueError, match="no task 'size'.*one object"):
-        prompts_for(CORE.objects, tasks=["size"])
+        make_prompts(CORE.objects, tasks=["size"])
     for objects, task in ((["cat"], "two objects"), (["bird"], "other wordings"), (["cat", "dog"], "colours"),
                           (["apple", "cat"], "colour binding"),
                           (["bear", "lemon"], "held out"), ([], "one object")):
         with pytest.raises(TooFewObjects, match=f"task '{task}' cannot be made"):
-            prompts_for(objects, tasks=[task])
-    assert len(prompts_for(["cat"], tasks=["one object"])) == PER_TASK, "texts may come again, prompts are enough"
+            make_prompts(objects, tasks=[task])
+    assert len(make_prompts(["cat"], tasks=["one object"])) == PER_TASK, "texts may come again, prompts are enough"
 
 
 def test_a_real_scene_shows_what_a_prompt_asks_for(prompts):
     for prompt in prompts[::7]:
-        drawn = scene_for(prompt, seed=3)
-        found = Seen(tuple(Detection(o.name, o.box, 0.9, ev.look(o.name, o.colour)) for o in drawn.objects),
-                     drawn.background)
-        told = verdict(prompt.wanted, found)
+        drawn = compose_prompt_scene(prompt, seed=3)
+        found = tuple(Detection(o.name, o.box, 0.9, ev.visible_colour(o.name, o.colour)) for o in drawn.objects)
+        found = Detections(found, drawn.background)
+        told = judge_image(prompt.spec, found)
         assert told.right and told.background in (True, None), (prompt.text, told.wrong)
 
 
 # --- scenes of what is given ------------------------------------------------------------------------
 
 def test_a_scene_of_given_objects():
-    drawn = scene_of(["apple", "cat"], colours=["blue", None], relation="right", background="pink", seed=5)
+    drawn = compose_scene(["apple", "cat"], colours=["blue", None], relation="right", background="pink", seed=5)
     assert [(o.name, o.colour) for o in drawn.objects] == [("apple", "blue"), ("cat", None)]
     assert drawn.objects[0].centre[0] > drawn.objects[1].centre[0]
     assert (drawn.background, drawn.relation, drawn.count, drawn.held_out) == ("pink", "right", 1, True)
-    assert drawn == scene_of(["apple", "cat"], colours=["blue", None], relation="right", background="pink", seed=5)
-    assert drawn.objects != scene_of(["apple", "cat"], colours=["blue", None], relation="right", background="pink",
+    assert drawn == compose_scene(["apple", "cat"], colours=["blue", None], relation="right", background="pink", seed=5)
+    assert drawn.objects != compose_scene(["apple", "cat"], colours=["blue", None], relation="right", background="pink",
                                      seed=6).objects
-    three = scene_of(["star"] * 3)
+    three = compose_scene(["star"] * 3)
     assert three.count == 3 and len({o.size for o in three.objects}) == 1
     assert len({(o.box[2] - o.box[0], o.box[3] - o.box[1]) for o in three.objects}) == 1
-    two = scene_of(["car", "car"], colours=["red", "blue"], relation="left")
+    two = compose_scene(["car", "car"], colours=["red", "blue"], relation="left")
     assert two.objects[0].centre[0] < two.objects[1].centre[0] and two.image.shape == (128, 128, 3)
 
 
@@ -149,57 +159,57 @@ def test_a_scene_of_given_objects():
 ])
 def test_a_scene_that_cannot_be_is_told(names, given, told):
     with pytest.raises(ValueError, match=told):
-        scene_of(names, **given)
+        compose_scene(names, **given)
 
 
 # --- right and wrong --------------------------------------------------------------------------------
 
-APPLE, CAT = Thing("apple"), Thing("cat")
+APPLE, CAT = ObjectSpec("apple"), ObjectSpec("cat")
 CASES = {
     "one object": [
-        (Wanted((CAT,)), [at("cat", 30, 30)], ()),
-        (Wanted((CAT,)), [at("cat", 30, 30), at("cat", 80, 30), at("dog", 60, 90)], ()),     # more do not harm
-        (Wanted((CAT,)), [at("dog", 30, 30)], ("0 cat, not 1",)),
-        (Wanted((CAT,)), [], ("0 cat, not 1",)),
+        (SceneSpec((CAT,)), [at("cat", 30, 30)], ()),
+        (SceneSpec((CAT,)), [at("cat", 30, 30), at("cat", 80, 30), at("dog", 60, 90)], ()),     # more do not harm
+        (SceneSpec((CAT,)), [at("dog", 30, 30)], ("0 cat, not 1",)),
+        (SceneSpec((CAT,)), [], ("0 cat, not 1",)),
     ],
     "two objects": [
-        (Wanted((CAT, APPLE)), [at("apple", 30, 30), at("cat", 80, 80)], ()),
-        (Wanted((CAT, APPLE)), [at("cat", 30, 30), at("cat", 80, 80)], ("0 apple, not 1",)),
-        (Wanted((CAT, APPLE)), [], ("0 cat, not 1", "0 apple, not 1")),
+        (SceneSpec((CAT, APPLE)), [at("apple", 30, 30), at("cat", 80, 80)], ()),
+        (SceneSpec((CAT, APPLE)), [at("cat", 30, 30), at("cat", 80, 80)], ("0 apple, not 1",)),
+        (SceneSpec((CAT, APPLE)), [], ("0 cat, not 1", "0 apple, not 1")),
     ],
     "counting": [
-        (Wanted((Thing("cat", 2),)), [at("cat", 30, 30), at("cat", 80, 80), at("dog", 60, 10)], ()),
-        (Wanted((Thing("cat", 2),)), [at("cat", 30, 30)], ("1 cat, not 2",)),
-        (Wanted((Thing("cat", 2),)), [at("cat", x, 30) for x in (20, 60, 100)], ("3 cat, not 2",)),     # exactly
+        (SceneSpec((ObjectSpec("cat", 2),)), [at("cat", 30, 30), at("cat", 80, 80), at("dog", 60, 10)], ()),
+        (SceneSpec((ObjectSpec("cat", 2),)), [at("cat", 30, 30)], ("1 cat, not 2",)),
+        (SceneSpec((ObjectSpec("cat", 2),)), [at("cat", x, 30) for x in (20, 60, 100)], ("3 cat, not 2",)),
     ],
     "colours": [
-        (Wanted((Thing("apple", colour="blue"),)), [at("apple", 30, 30, "blue")], ()),
-        (Wanted((Thing("apple", colour="blue"),)), [at("apple", 30, 30, "red")], ("red apple, not blue",)),
-        (Wanted((Thing("bird", colour="blue"),)), [at("bird", 30, 30)], ("natural bird, not blue",)),
-        (Wanted((Thing("apple", colour="blue"),)), [at("car", 30, 30, "blue")], ("0 apple, not 1",)),
+        (SceneSpec((ObjectSpec("apple", colour="blue"),)), [at("apple", 30, 30, "blue")], ()),
+        (SceneSpec((ObjectSpec("apple", colour="blue"),)), [at("apple", 30, 30, "red")], ("red apple, not blue",)),
+        (SceneSpec((ObjectSpec("bird", colour="blue"),)), [at("bird", 30, 30)], ("natural bird, not blue",)),
+        (SceneSpec((ObjectSpec("apple", colour="blue"),)), [at("car", 30, 30, "blue")], ("0 apple, not 1",)),
         # the surest detection is the one that counts
-        (Wanted((Thing("apple", colour="blue"),)), [at("apple", 30, 30, "blue", 0.5), at("apple", 90, 90, "red", 0.8)],
-         ("red apple, not blue",)),
+        (SceneSpec((ObjectSpec("apple", colour="blue"),)),
+         [at("apple", 30, 30, "blue", 0.5), at("apple", 90, 90, "red", 0.8)], ("red apple, not blue",)),
     ],
     "position": [
-        (Wanted((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 90, 60)], ()),
-        (Wanted((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 70, 100)], ()),       # 45 degrees off
-        (Wanted((CAT, APPLE), "left"), [at("cat", 90, 60), at("apple", 30, 60)], ("cat not to the left of apple",)),
-        (Wanted((CAT, APPLE), "left"), [at("cat", 60, 20), at("apple", 70, 90)], ("cat not to the left of apple",)),
-        (Wanted((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 33, 60)], ("cat not to the left of apple",)),
-        (Wanted((CAT, APPLE), "right"), [at("cat", 90, 60), at("apple", 30, 60)], ()),
-        (Wanted((CAT, APPLE), "above"), [at("cat", 60, 20), at("apple", 60, 90)], ()),
-        (Wanted((CAT, APPLE), "above"), [at("cat", 60, 90), at("apple", 60, 20)], ("cat not above apple",)),
-        (Wanted((CAT, APPLE), "below"), [at("cat", 60, 90), at("apple", 60, 20)], ()),
-        (Wanted((CAT, APPLE), "below"), [at("cat", 60, 60), at("apple", 60, 60)], ("cat not below apple",)),
-        (Wanted((CAT, APPLE), "below"), [at("cat", 60, 90)], ("0 apple, not 1",)),
+        (SceneSpec((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 90, 60)], ()),
+        (SceneSpec((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 70, 100)], ()),       # 45 degrees off
+        (SceneSpec((CAT, APPLE), "left"), [at("cat", 90, 60), at("apple", 30, 60)], ("cat not to the left of apple",)),
+        (SceneSpec((CAT, APPLE), "left"), [at("cat", 60, 20), at("apple", 70, 90)], ("cat not to the left of apple",)),
+        (SceneSpec((CAT, APPLE), "left"), [at("cat", 30, 60), at("apple", 33, 60)], ("cat not to the left of apple",)),
+        (SceneSpec((CAT, APPLE), "right"), [at("cat", 90, 60), at("apple", 30, 60)], ()),
+        (SceneSpec((CAT, APPLE), "above"), [at("cat", 60, 20), at("apple", 60, 90)], ()),
+        (SceneSpec((CAT, APPLE), "above"), [at("cat", 60, 90), at("apple", 60, 20)], ("cat not above apple",)),
+        (SceneSpec((CAT, APPLE), "below"), [at("cat", 60, 90), at("apple", 60, 20)], ()),
+        (SceneSpec((CAT, APPLE), "below"), [at("cat", 60, 60), at("apple", 60, 60)], ("cat not below apple",)),
+        (SceneSpec((CAT, APPLE), "below"), [at("cat", 60, 90)], ("0 apple, not 1",)),
     ],
     "colour binding": [
-        (Wanted((Thing("apple", colour="blue"), Thing("car", colour="red"))),
+        (SceneSpec((ObjectSpec("apple", colour="blue"), ObjectSpec("car", colour="red"))),
          [at("apple", 30, 30, "blue"), at("car", 90, 90, "red")], ()),
-        (Wanted((Thing("apple", colour="blue"), Thing("car", colour="red"))),
+        (SceneSpec((ObjectSpec("apple", colour="blue"), ObjectSpec("car", colour="red"))),
          [at("apple", 30, 30, "red"), at("car", 90, 90, "blue")], ("red apple, not blue", "blue car, not red")),
-        (Wanted((Thing("apple", colour="blue"), Thing("car", colour="red"))),
+        (SceneSpec((ObjectSpec("apple", colour="blue"), ObjectSpec("car", colour="red"))),
          [at("apple", 30, 30, "blue"), at("car", 90, 90, "blue")], ("blue car, not red",)),
     ],
 }
@@ -207,33 +217,33 @@ CASES = {
 
 @pytest.mark.parametrize("wanted, objects, wrong", [case for some in CASES.values() for case in some])
 def test_an_image_is_right_or_wrong_and_it_is_told_why(wanted, objects, wrong):
-    told = verdict(wanted, seen(*objects))
+    told = judge_image(wanted, seen(*objects))
     assert (told.right, told.wrong) == (not wrong, wrong)
 
 
 def test_the_background_is_judged_apart():
     cat = seen(at("cat", 30, 30), background="blue")
-    assert verdict(Wanted((CAT,), background="pink"), cat).right
-    assert verdict(Wanted((CAT,), background="pink"), cat).background is False
-    assert verdict(Wanted((CAT,), background="blue"), cat).background is True
-    assert verdict(Wanted((CAT,)), cat).background is None
+    assert judge_image(SceneSpec((CAT,), background="pink"), cat).right
+    assert judge_image(SceneSpec((CAT,), background="pink"), cat).background is False
+    assert judge_image(SceneSpec((CAT,), background="blue"), cat).background is True
+    assert judge_image(SceneSpec((CAT,)), cat).background is None
 
 
 def test_shares_of_right_images():
-    right, wrong = (verdict(Wanted((CAT,), background="white"), one) for one in
+    right, wrong = (judge_image(SceneSpec((CAT,), background="white"), one) for one in
                     (seen(at("cat", 30, 30), at("cat", 80, 80)), seen(background="pink")))
-    asked = [Prompt(task, "a cat", Wanted((CAT,), background="white")) for task in TASKS for _ in range(4)]
-    told = ev.scores(asked, [right, right, right, wrong] * 6 + [wrong] * 8)
+    asked = [Prompt(task, "a cat", SceneSpec((CAT,), background="white")) for task in TASKS for _ in range(4)]
+    told = ev.compute_scores(asked, [right, right, right, wrong] * 6 + [wrong] * 8)
     assert told.tasks == {**dict.fromkeys(GENEVAL, 0.75), "held out": 0.0, "other wordings": 0.0}
     assert told.overall == 0.75, "the mean of the six, without the seventh and the eighth"
     assert told.background == told.duplicates == 18 / 32 and told.images == 32
-    assert ev.scores(asked[:4], [right] * 4).overall is None
+    assert ev.compute_scores(asked[:4], [right] * 4).overall is None
     with pytest.raises(ValueError, match="one verdict for each prompt"):
-        ev.scores(asked, [right])
+        ev.compute_scores(asked, [right])
 
 
 def test_more_than_was_asked_for():
-    one, two = Wanted((CAT,)), Wanted((Thing("cat", 2), APPLE))
+    one, two = SceneSpec((CAT,)), SceneSpec((ObjectSpec("cat", 2), APPLE))
     cats = [at("cat", 20 * i, 30) for i in range(3)]
     rate = [ev.duplicate_rate([Prompt("", "", wanted)], [seen(*objects)]) for wanted, objects in
             ((one, cats[:1]), (one, cats[:2]), (two, cats[:2]), (two, cats), (one, []), (one, [at("dog", 1, 1)] * 2))]
@@ -248,11 +258,12 @@ def test_the_judge_is_small():
 
 
 def test_a_colour_is_the_one_that_is_seen():
-    assert ev.look("apple", None) == ev.look("apple", "red") == "red"
-    assert ev.look("apple", "blue") == "blue" and ev.look("fish", None) == "blue" and ev.look("star", None) == "yellow"
-    assert ev.look("bird", None) is None and ev.look("cat", None) is None
-    assert np.array_equal(scene_of(["apple"], seed=1).masks, scene_of(["apple"], seed=1).masks)
-    a, b = (scene_of(["apple"], colours=[colour], background="grey").objects[0] for colour in (None, "red"))
+    assert ev.visible_colour("apple", None) == ev.visible_colour("apple", "red") == "red"
+    assert ev.visible_colour("apple", "blue") == "blue"
+    assert ev.visible_colour("fish", None) == "blue" and ev.visible_colour("star", None) == "yellow"
+    assert ev.visible_colour("bird", None) is None and ev.visible_colour("cat", None) is None
+    assert np.array_equal(compose_scene(["apple"], seed=1).masks, compose_scene(["apple"], seed=1).masks)
+    a, b = (compose_scene(["apple"], colours=[colour], background="grey").objects[0] for colour in (None, "red"))
     assert a.name == b.name
 
 
@@ -312,15 +323,15 @@ def exact_heads(drawn, config):
 def test_what_a_scene_becomes_is_read_back_whole():
     """Targets, peaks, boxes, colours and background are one and the same way there and back."""
     for seed in range(20):
-        drawn = scene(seed, "test")
+        drawn = draw_scene(seed, "test")
         heads, targets = exact_heads(drawn, DetectorConfig())
-        [found] = read_off(heads, DetectorConfig())
+        [found] = decode_heads(heads, DetectorConfig())
         assert found.background == drawn.background and len(found.objects) == len(drawn.objects)
-        pairs = matches(drawn, found)
+        pairs = match_detections(drawn, found)
         assert len(pairs) == len(drawn.objects)
         for placed, detection in pairs:
-            assert overlap(placed.box, detection.box) > 0.999
-            assert detection.colour == ev.look(placed.name, placed.colour)
+            assert box_iou(placed.box, detection.box) > 0.999
+            assert detection.colour == ev.visible_colour(placed.name, placed.colour)
         _, parts = detection_loss(heads, targets)
         assert float(parts["size"]) < 1e-3 and float(parts["offset"]) < 1e-3 and float(parts["colour"]) < 0.01
         worse = heads._replace(size=heads.size + 0.5)
@@ -328,25 +339,25 @@ def test_what_a_scene_becomes_is_read_back_whole():
 
 
 def test_one_thing_is_found_once():
-    heads, _ = exact_heads(scene_of(["cat"], background="white"), DetectorConfig())
+    heads, _ = exact_heads(compose_scene(["cat"], background="white"), DetectorConfig())
     row, column = divmod(int(heads.heat[0].amax(0).argmax()), 32)
     heads.heat[0, 1, row, column] = 3.0                     # a dog in the cat's place, less sure
     heads.heat[0, 0, row, column + 1] = 4.0                 # the same cat in the next cell
-    [found] = read_off(heads, DetectorConfig())
+    [found] = decode_heads(heads, DetectorConfig())
     assert [one.name for one in found.objects] == ["cat"]
     heads.heat[0, :, row, column] = -5.0
     heads.heat[0, 0, row, column + 1] = -5.0
-    assert next(read_off(heads, DetectorConfig())).objects == ()
+    assert next(decode_heads(heads, DetectorConfig())).objects == ()
 
 
 def test_boxes_overlap():
-    assert overlap((0, 0, 2, 2), (0, 0, 2, 2)) == 1 and overlap((0, 0, 2, 2), (2, 2, 4, 4)) == 0
-    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert box_iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1 and box_iou((0, 0, 2, 2), (2, 2, 4, 4)) == 0
+    assert box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
 
 
 def test_padding_and_classes_of_one_look_teach_no_colour():
     network = Detector(SMALL)
-    targets = network.targets([scene_of(["cat"]), scene_of(["apple", "bird"], colours=["pink", None])])
+    targets = network.targets([compose_scene(["cat"]), compose_scene(["apple", "bird"], colours=["pink", None])])
     assert targets.classes[0].tolist() == [0, -1] and targets.colours[0].tolist() == [-1, -1]
     assert targets.colours[1].tolist() == [network.config.colours.index("pink"), 7]
     heads = network(torch.zeros(2, 3, 128, 128))
@@ -381,7 +392,7 @@ def test_a_judge_is_written_and_read(tmp_path):
 @shipped
 def test_the_shipped_judge_is_small_and_tells_its_own_errors():
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 2.5 * 2**20
-    kinds = known_figures()["unseen scenes"]        # a bar that any judge worth shipping meets
+    kinds = load_figures()["unseen scenes"]        # a bar that any judge worth shipping meets
     assert all(shares["recall"] > 0.9 for kind, shares in kinds.items() if "autoencoder" not in kind) and kinds
     assert "recall of small objects" in (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8")
 
@@ -393,15 +404,15 @@ def judge():
 
 @shipped
 def test_the_shipped_judge_finds_what_is_in_unseen_scenes(judge):
-    figures = accuracy(judge, count=50, start=7000)
+    figures = measure_accuracy(judge, count=50, start=7000)
     assert min(figures[name] for name in ("precision", "recall", "colour", "background")) > 0.9
 
 
 @shipped
 def test_the_shipped_judge_knows_combinations_that_the_model_never_saw(judge):
-    drawn = [scene_of([name], colours=[colour]) for colour, name in sorted(HELD_OUT_COLOURS)]
-    found = judge.look_at([one.image for one in drawn])
-    right = [len(matches(one, some)) == 1 and some.objects[0].colour == one.objects[0].colour
+    drawn = [compose_scene([name], colours=[colour]) for colour, name in sorted(HELD_OUT_COLOURS)]
+    found = judge.detect([one.image for one in drawn])
+    right = [len(match_detections(one, some)) == 1 and some.objects[0].colour == one.objects[0].colour
              for one, some in zip(drawn, found, strict=True)]
     assert sum(right) > 0.8 * len(right)
 
@@ -409,26 +420,26 @@ def test_the_shipped_judge_knows_combinations_that_the_model_never_saw(judge):
 @shipped
 def test_the_shipped_judge_counts_in_a_larger_image(judge):
     """Two scenes side by side are one image with the objects of both."""
-    pairs = [(scene_of(["cat"], background="blue", seed=i), scene_of(["star"], background="blue", seed=i))
+    pairs = [(compose_scene(["cat"], background="blue", seed=i), compose_scene(["star"], background="blue", seed=i))
              for i in range(8)]
     ground = [np.concatenate([a.image, b.image], axis=1) for a, b in pairs]
-    names = [sorted(one.name for one in some.objects) for some in judge.look_at(ground)]
+    names = [sorted(one.name for one in some.objects) for some in judge.detect(ground)]
     assert sum(some == ["cat", "star"] for some in names) >= 6
 
 
 @shipped
 def test_the_shipped_judge_takes_few_blobs_for_things(judge):
-    drawn = [replace(scene(seed, "test"), objects=()) for seed in range(40)]
-    found = judge.look_at([add_distractor_blobs(one.image, one.masks, one.seed) for one in drawn])
+    drawn = [replace(draw_scene(seed, "test"), objects=()) for seed in range(40)]
+    found = judge.detect([add_distractor_blobs(one.image, one.masks, one.seed) for one in drawn])
     assert sum(len(some.objects) for some in found) < 0.7 * len(drawn)
 
 
 @shipped
 def test_real_scenes_are_judged_right(judge):
-    asked = prompts_for(CORE.objects, count=6)
+    asked = make_prompts(CORE.objects, count=6)
     judged = list(evaluate_scenes(asked, judge=judge))
     assert [one.prompt for one in judged] == asked
-    told = scores_of(judged)
+    told = score_images(judged)
     assert told.overall > 0.85 and told.background > 0.9
     shuffled = ev.judge_images([one.image for one in judged], asked[1:] + asked[:1], judge)
     assert sum(one.right for one in shuffled) < 0.3 * len(asked), "another's prompt does not fit"
@@ -437,9 +448,9 @@ def test_real_scenes_are_judged_right(judge):
 @shipped
 def test_the_ceiling_is_the_score_of_scenes_through_the_autoencoder(judge):
     vae = StableDiffusion.load("mini", device="cpu").vae
-    asked = prompts_for(CORE.objects, count=1)
+    asked = make_prompts(CORE.objects, count=1)
     [first, *_] = judged = list(evaluate_scenes(asked, vae=vae, judge=judge))
-    drawn = scene_for(asked[0])
+    drawn = compose_prompt_scene(asked[0])
     assert not np.array_equal(first.image, drawn.image), "the autoencoder changes images"
     assert np.abs(first.image.astype(int) - drawn.image).mean() < 30
     assert len(judged) == len(asked)
@@ -493,7 +504,7 @@ def test_the_judge_is_shown_every_combination():
 
 
 def test_images_are_disturbed_but_stay_what_they_are():
-    pixels = torch.stack([torch.from_numpy(scene(seed).image).permute(2, 0, 1) for seed in range(4)]) / 127.5 - 1
+    pixels = torch.stack([torch.from_numpy(draw_scene(seed).image).permute(2, 0, 1) for seed in range(4)]) / 127.5 - 1
     there = augment(pixels, torch.Generator().manual_seed(0))
     assert there.shape == pixels.shape and there.abs().max() <= 1
     away = (there - pixels).abs().mean(dim=(1, 2, 3))
@@ -503,7 +514,7 @@ def test_images_are_disturbed_but_stay_what_they_are():
 
 def test_blobs_lie_behind_the_objects():
     for seed in range(10):
-        drawn = scene(seed)
+        drawn = draw_scene(seed)
         there = add_distractor_blobs(drawn.image, drawn.masks, seed)
         seen = drawn.masks.any(axis=0)
         assert there.dtype == np.uint8 and np.array_equal(there[seen], drawn.image[seen])
@@ -512,7 +523,7 @@ def test_blobs_lie_behind_the_objects():
 
 
 def test_images_without_objects_are_learnt_from_too():
-    blobs = replace(scene(1), objects=())
+    blobs = replace(draw_scene(1), objects=())
     targets = Detector(SMALL).targets([blobs])
     assert targets.classes.tolist() == [[-1]] and blobs.masks.shape == (0, 128, 128)
     loss, _ = detection_loss(Detector(SMALL)(torch.zeros(1, 3, 128, 128)), targets)
@@ -584,7 +595,7 @@ def test_ssim_is_that_of_the_paper():
 
 def test_edges_are_those_of_the_scenes():
     for seed in range(5):
-        drawn = scene(seed)
+        drawn = draw_scene(seed)
         grey = drawn.image.astype(np.int64) @ np.array([77, 150, 29])
         jump = np.zeros(grey.shape, bool)
         jump[:, 1:] |= np.abs(np.diff(grey, axis=1)) > 256 * 40
@@ -611,7 +622,7 @@ def test_edge_agreement_by_hand():
 
 
 def test_scenes_agree_with_their_own_edges_and_not_with_others():
-    drawn = [scene(seed) for seed in range(12)]
+    drawn = [draw_scene(seed) for seed in range(12)]
     images, maps = [one.image for one in drawn], np.stack([one.edge_map for one in drawn])
     own, chance = metrics.edge_agreement(images, maps)["f1"], metrics.edge_chance(images, maps)["f1"]
     assert own > 0.9 and chance < 0.5 * own
@@ -634,8 +645,8 @@ def clip():
 
 
 def test_what_the_vision_encoder_tells_apart(clip):
-    apples = [scene_of(["apple"], background="white", seed=seed).image for seed in range(4)]
-    cats = [scene_of(["cat"], background="blue", seed=seed).image for seed in range(4)]
+    apples = [compose_scene(["apple"], background="white", seed=seed).image for seed in range(4)]
+    cats = [compose_scene(["cat"], background="blue", seed=seed).image for seed in range(4)]
     same, mixed = (metrics.feature_diversity(clip, some) for some in (apples, apples[:2] + cats[:2]))
     assert metrics.feature_diversity(clip, apples[:1] * 3) == pytest.approx(0, abs=1e-5)
     assert 0 < same < mixed
@@ -668,7 +679,7 @@ def test_frechet_distance_by_hand():
 
 
 def test_frechet_distance_has_a_floor(clip):
-    drawn = [scene(seed).image for seed in range(180)]
+    drawn = [draw_scene(seed).image for seed in range(180)]
     broken = [255 - one[::-1] for one in drawn[:60]]
     made, floor = metrics.frechet_with_floor(clip, broken, drawn[120:], drawn[60:120])
     assert 0 < floor < made
@@ -698,19 +709,19 @@ def any_judge():
 def test_a_batch_gives_the_images_that_the_pipeline_gives(tiny):
     texts = ["a red apple", "a cat on a pink background", "a star"]
     for settings in ({"guidance": 4.0}, {"guidance": 1.0, "sampler": "euler_ancestral"}):
-        images = sample(tiny, texts, [3, 0, 3], steps=3, **settings)
+        images = generate_images(tiny, texts, [3, 0, 3], steps=3, **settings)
         for text, seed, image in zip(texts, [3, 0, 3], images, strict=True):
             [alone] = tiny.text2img(text, num_inference_steps=3, seed=seed, **settings)
             assert np.abs(np.asarray(image).astype(int) - np.asarray(alone)).max() <= 2        # of 255
 
 
 def test_every_prompt_gets_its_images(tiny, any_judge):
-    asked = prompts_for(OBJECTS_OF_TINY, count=1)
+    asked = make_prompts(OBJECTS_OF_TINY, count=1)
     judged = list(evaluate(tiny, asked, seeds=3, judge=any_judge, at_once=4, steps=1))
     assert [(one.prompt, one.seed) for one in judged] == [(prompt, seed) for prompt in asked for seed in range(3)]
     again = list(evaluate(tiny, asked[:2], seeds=[2], judge=any_judge, steps=1))
     assert np.abs(again[1].image.astype(int) - judged[5].image).max() <= 2
-    assert scores_of(judged).images == 24
+    assert score_images(judged).images == 24
     with pytest.raises(ValueError, match="one prompt for each"):
         ev.judge_images([one.image for one in judged], asked, any_judge)
 
@@ -720,19 +731,19 @@ def test_a_model_that_cannot_be_evaluated_is_told(tiny, tmp_path, any_judge):
     from sdlearn.pipeline import SettingsError
     nine = replace(PRESETS["tiny"], unet=replace(PRESETS["tiny"].unet, in_channels=9))
     with pytest.raises(ValueError, match="inpainting model"):
-        evaluate(StableDiffusion(tiny_parts(config=nine)), prompts_for(OBJECTS_OF_TINY, count=1), judge=any_judge)
+        evaluate(StableDiffusion(tiny_parts(config=nine)), make_prompts(OBJECTS_OF_TINY, count=1), judge=any_judge)
     blank = tiny_parts()
     blank.world = None
     with pytest.raises(ValueError, match="does not say which objects"):
-        measure(StableDiffusion(blank), Plan(prompts=1, seeds=1), tmp_path / "out", judge=any_judge)
+        measure(StableDiffusion(blank), EvaluationPlan(prompts=1, seeds=1), tmp_path / "out", judge=any_judge)
     with pytest.raises(SettingsError, match="no sampler 'best'"):
-        measure(tiny, Plan(prompts=1, sampler="best"), tmp_path / "out", judge=any_judge)
+        measure(tiny, EvaluationPlan(prompts=1, sampler="best"), tmp_path / "out", judge=any_judge)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        measure(tiny, Plan(prompts=1), tmp_path / "file" / "out", judge=any_judge)
+        measure(tiny, EvaluationPlan(prompts=1), tmp_path / "file" / "out", judge=any_judge)
     for wrong in ({"prompts": 0}, {"seeds": 0}, {"seeds": 1000}):
         with pytest.raises(ValueError, match="whole number"):
-            Plan(**wrong)
+            EvaluationPlan(**wrong)
     assert not (tmp_path / "out").exists()
 
 
@@ -743,8 +754,8 @@ def test_a_measurement_is_written_whole(tiny, tmp_path, any_judge):
         watched.append((desc, total))
         return items
 
-    told = measure(tiny, Plan(prompts=1, seeds=2, guidance=(1.0, 3.0), steps=1), tmp_path / "out", judge=any_judge,
-                   watch=watch)
+    plan = EvaluationPlan(prompts=1, seeds=2, guidance=(1.0, 3.0), steps=1)
+    told = measure(tiny, plan, tmp_path / "out", judge=any_judge, watch=watch)
     assert watched == [("w = 1", 18), ("w = 3", 18), ("ceiling", 18), ("scenes", 18)]
     for row in (*TASKS, "overall (mean of the six)", "background, where asked", "diversity, pixels", "clipped"):
         assert row in told
@@ -764,27 +775,27 @@ def test_a_measurement_is_written_whole(tiny, tmp_path, any_judge):
 
 
 def test_the_sheet_shows_failures_of_every_task(any_judge):
-    asked = prompts_for(OBJECTS_OF_TINY, count=3)
+    asked = make_prompts(OBJECTS_OF_TINY, count=3)
     judged = list(evaluate_scenes(asked, judge=any_judge))
     assert not any(one.verdict.right for one in judged), "a judge that knows nothing"
-    shown = worst(judged, count=14)
+    shown = pick_failures(judged, count=14)
     assert len(shown) == 14 and {one.prompt.task for one in shown} == set(TASKS)
-    assert worst([replace(one, verdict=replace(one.verdict, right=True)) for one in judged]) == []
+    assert pick_failures([replace(one, verdict=replace(one.verdict, right=True)) for one in judged]) == []
 
 
 def test_words_boxes_and_percent():
     found = seen(at("apple", 30, 30, "blue"), at("cat", 80, 80, score=0.5), background="pink")
-    assert words(found) == "blue apple, cat on pink" and words(seen()) == "nothing on white"
-    image = boxed(np.zeros((128, 128, 3), np.uint8), found, zoom=2)
+    assert describe_detections(found) == "blue apple, cat on pink" and describe_detections(seen()) == "nothing on white"
+    image = draw_boxes(np.zeros((128, 128, 3), np.uint8), found, zoom=2)
     assert image.shape == (256, 256, 3) and image[40, 40].tolist() == [255, 0, 170]
-    assert percent(0.1234) == "12.3" and percent(None) == "-" and table.__doc__
+    assert format_percent(0.1234) == "12.3" and format_percent(None) == "-" and format_table.__doc__
 
 
 def test_frechet_distances_of_all_columns():
     """To the real scenes: of themselves nothing, of others some; the floor beside them."""
     torch.manual_seed(0)
     real, near, far = torch.randn(200, 4), torch.randn(200, 4), torch.randn(200, 4) + 3
-    found = distances({"w = 1": far, "ceiling": real, "scenes": real}, near)
+    found = frechet_distances({"w = 1": far, "ceiling": real, "scenes": real}, near)
     assert list(found) == ["w = 1", "ceiling", "floor"]
     assert found["ceiling"] == pytest.approx(0, abs=1e-6) and 1e-3 < found["floor"] < 1 and 30 < found["w = 1"] < 45
 
@@ -831,45 +842,46 @@ def test_what_is_not_reached_is_said_and_why():
     trained = {"autoencoder PSNR on 500 unseen scenes, dB": 27.4, "machine": "two cores",
                "training": {"vae": {"seconds": 3600.0}, "unet": {"seconds": 9000.0}},
                "on top": {"edges": {"edge_f1_with_hint": 0.9, "edge_f1_without": 0.2}}}
-    told = reached(figures, trained)
+    told = format_targets(figures, trained)
     rows = [[cell.strip() for cell in line.split("|")[2:5]] for line in told if line.startswith("|")][2:]
     assert rows == [["95 %", "100.0 %", "yes"], ["90 %", "70.0 %", "no"], ["85 %", "50.0 %", "no"],
                     ["85 %", "80.0 %", "no"], ["32 dB", "28.6 dB", "no"], ["3 times", "4.5 times", "yes"]]
     assert "at w = 3, the best" in "".join(told)
     assert "3.5 hours of training in all (unet: 2.5) on two cores" in " ".join(told)
-    assert len(aims(figures, {})) == 5 and "is not told" in " ".join(reached(figures, {}))
+    assert len(measure_targets(figures, {})) == 5 and "is not told" in " ".join(format_targets(figures, {}))
     figures["model's defaults"] = {"guidance_scale": 1.0, "num_inference_steps": 20}
-    assert "at w = 1, the model's default" in "".join(reached(figures, trained)), "not the one that looks best"
-    assert [row[2] for row in aims(figures, {})][:2] == pytest.approx([62.5, 95.0])
+    assert "at w = 1, the model's default" in "".join(format_targets(figures, trained)), "not the one that looks best"
+    assert [row[2] for row in measure_targets(figures, {})][:2] == pytest.approx([62.5, 95.0])
     figures["model's defaults"]["guidance_scale"] = 3.0
     figures["columns"]["w = 3"] = one(0.9, 0.9)
     figures["columns"]["w = 3"]["wordings"]["all"]["other wording"] = 0.8
     figures["autoencoder on unseen scenes"]["PSNR"] = 32.0
-    assert reached(figures, trained)[-1] == "All that was aimed at is reached."
+    assert format_targets(figures, trained)[-1] == "All that was aimed at is reached."
     figures["columns"]["ceiling"] = one(0.0, 0.0)                  # an autoencoder of which nothing is left
-    assert [row[2] for row in aims(figures, {})][:2] == [None, None] and "| - | no |" in "".join(reached(figures, {}))
+    assert [row[2] for row in measure_targets(figures, {})][:2] == [None, None]
+    assert "| - | no |" in "".join(format_targets(figures, {}))
     few = {"columns": {"w = 1": {"tasks": {"counting": 1.0}}, "ceiling": {"tasks": {"counting": 1.0}}}}
-    assert reached(few, {}) == []
+    assert format_targets(few, {}) == []
 
 
 @shipped
 def test_what_is_aimed_at_are_figures_that_shipping_writes():
     trained = json.loads((find_model_folder("mini") / "figures.json").read_text(encoding="utf-8"))
-    assert [unit for *_, unit in aims({"columns": {"ceiling": {"tasks": {}}}}, trained)] == [" times"]
+    assert [unit for *_, unit in measure_targets({"columns": {"ceiling": {"tasks": {}}}}, trained)] == [" times"]
 
 
 def test_a_judge_is_shipped_with_its_figures(tmp_path):
     torch.manual_seed(0)
-    folder = ship_judge(Detector(SMALL), {"step": 3, "samples": 12, "seconds": 60.0, "loss": 1.0}, tmp_path / "judge",
-                        count=4)
-    figures = known_figures(folder)
+    progress = {"step": 3, "samples": 12, "seconds": 60.0, "loss": 1.0}
+    folder = package_judge(Detector(SMALL), progress, tmp_path / "judge", count=4)
+    figures = load_figures(folder)
     assert figures["training"] == {"step": 3, "samples": 12, "seconds": 60.0}
     assert [kind.split(" (")[0] for kind in figures["unseen scenes"]] == ["all objects", "core objects",
                                                                           "held-out combinations"]
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "3 steps, 12 scenes" in card and "| background |" in card and "OpenMoji" in card
     assert load_judge(folder).config == SMALL
-    assert known_figures(tmp_path) is None
+    assert load_figures(tmp_path) is None
 
 
 def test_training_the_judge_is_a_command(tmp_path, capsys, monkeypatch):
@@ -886,6 +898,6 @@ def test_training_the_judge_is_a_command(tmp_path, capsys, monkeypatch):
 
 def test_the_prompts_do_not_depend_on_other_random_numbers():
     random.seed(1)
-    first = prompts_for(CORE.objects, count=3)
+    first = make_prompts(CORE.objects, count=3)
     random.seed(2)
-    assert prompts_for(CORE.objects, count=3) == first
+    assert make_prompts(CORE.objects, count=3) == first

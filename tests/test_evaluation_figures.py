@@ -12,23 +12,23 @@ from sdlearn.config import PRESETS
 from sdlearn.evaluation import (
     TASKS,
     Detection,
-    Judged,
+    Detections,
+    JudgedImage,
+    ObjectSpec,
     Prompt,
-    Seen,
-    Thing,
+    SceneSpec,
     Verdict,
-    Wanted,
+    compose_prompt_scene,
     evaluate,
     evaluate_scenes,
-    look,
-    prompts_for,
-    scene_for,
+    make_prompts,
+    visible_colour,
 )
-from sdlearn.evaluation.command import Plan
-from sdlearn.evaluation.command import run as measure
-from sdlearn.evaluation.metrics import by_prompt, pixel_diversity, saturation
-from sdlearn.evaluation.report import column, results, told, worst
-from sdlearn.evaluation.tasks import in_caption_wording
+from sdlearn.evaluation.command import EvaluationPlan
+from sdlearn.evaluation.command import run_evaluation as measure
+from sdlearn.evaluation.metrics import group_by_prompt, pixel_diversity, saturation
+from sdlearn.evaluation.report import column_to_dict, make_column, pick_failures, results_to_dicts
+from sdlearn.evaluation.tasks import reword_as_captions
 from sdlearn.pipeline import StableDiffusion
 
 NAMES = ["apple", "ball", "balloon", "car", "cat", "elephant", "star", "tree"]
@@ -38,8 +38,8 @@ def shown(wanted):
     """An image's detections that are right in everything: one object beside the other as the relation says."""
     step = {"left": (40, 0), "right": (-40, 0), "above": (0, 40), "below": (0, -40), None: (30, 10)}[wanted.relation]
     found = [Detection(name, (50 + i * step[0], 50 + i * step[1], 66 + i * step[0], 66 + i * step[1]), 0.9,
-                       colour or look(name, None)) for i, (name, colour) in enumerate(wanted.objects)]
-    return Seen(tuple(found), wanted.background or "white")
+                       colour or visible_colour(name, None)) for i, (name, colour) in enumerate(wanted.instances)]
+    return Detections(tuple(found), wanted.background or "white")
 
 
 class Half:
@@ -51,11 +51,11 @@ class Half:
     def __init__(self, prompts, seeds):
         self.prompts, self.seeds, self.images = prompts, seeds, []
 
-    def look_at(self, images):
+    def detect(self, images):
         found = []
         for image in images:
             at = len(self.images) // self.seeds % len(self.prompts)
-            found.append(shown(self.prompts[at].wanted) if at % 2 == 0 else Seen((), "none"))
+            found.append(shown(self.prompts[at].spec) if at % 2 == 0 else Detections((), "none"))
             self.images.append(np.asarray(image))
         return found
 
@@ -63,8 +63,8 @@ class Half:
 class Blind:
     """A judge that sees nothing."""
 
-    def look_at(self, images):
-        return [Seen((), "white") for _ in images]
+    def detect(self, images):
+        return [Detections((), "white") for _ in images]
 
 
 def model_of(side=32):
@@ -81,7 +81,7 @@ def model():
 
 
 def figures_of(model, out, judge, **plan):
-    measure(model, Plan(steps=1, **plan), out, judge=judge)
+    measure(model, EvaluationPlan(steps=1, **plan), out, judge=judge)
     return json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
 
 
@@ -91,7 +91,7 @@ def errors_of(prompts, seeds, right):
     """Standard errors of two tasks, of whose prompts `right` give right images with all seeds, the others none."""
     judged = [judged_of(task, 0 if at < right else 1, seed=seed, text=f"{task} {at}")
               for task in ("counting", "colours") for at in range(prompts) for seed in range(seeds)]
-    return told(column("w = 1", judged))["standard error"]
+    return column_to_dict(make_column("w = 1", judged))["standard error"]
 
 
 @pytest.mark.parametrize("seeds", [1, 4])
@@ -112,12 +112,12 @@ def test_a_share_without_exception_has_no_standard_error():
 # --- columns ----------------------------------------------------------------------------------------
 
 def test_the_scenes_are_judged_as_they_are_and_the_ceiling_after_the_autoencoder(model, tmp_path):
-    asked = prompts_for(NAMES, count=2)
-    asked += in_caption_wording(asked)
+    asked = make_prompts(NAMES, count=2)
+    asked += reword_as_captions(asked)
     plain = 2 * sum(prompt.kind is None for prompt in asked)         # images of prompts in the captions' words, first
     judge = Half(asked, seeds=2)
     figures = figures_of(model, tmp_path, judge, prompts=2, seeds=2, guidance=(1.0,))
-    drawn = [scene_for(prompt, seed).image for prompt in asked for seed in range(2)]
+    drawn = [compose_prompt_scene(prompt, seed).image for prompt in asked for seed in range(2)]
     made, ceiling, scenes = (judge.images[at:at + len(drawn)] for at in range(0, 3 * len(drawn), len(drawn)))
     assert np.array_equal(scenes, drawn), "every prompt with every seed, in this order"
     assert not any(np.array_equal(a, b) for a, b in zip(ceiling, drawn, strict=True))
@@ -134,16 +134,16 @@ def test_the_scenes_are_judged_as_they_are_and_the_ceiling_after_the_autoencoder
 
 
 def test_each_scene_of_a_prompt_has_a_seed_of_its_own():
-    asked = prompts_for(NAMES, count=1, tasks=["one object", "position"])
+    asked = make_prompts(NAMES, count=1, tasks=["one object", "position"])
     judged = list(evaluate_scenes(asked, seeds=5, judge=Blind(), at_once=3))
     assert [(one.prompt, one.seed) for one in judged] == [(prompt, seed) for prompt in asked for seed in range(5)]
     assert len({one.image.tobytes() for one in judged}) == len(judged)
     for one in judged:
-        assert np.array_equal(one.image, scene_for(one.prompt, one.seed).image)
+        assert np.array_equal(one.image, compose_prompt_scene(one.prompt, one.seed).image)
 
 
 def test_each_image_of_a_prompt_has_a_seed_of_its_own(model):
-    [prompt, *_] = asked = prompts_for(NAMES, count=1)
+    [prompt, *_] = asked = make_prompts(NAMES, count=1)
     judged = list(evaluate(model, [prompt], seeds=[4, 7], judge=Blind(), steps=1))
     assert [one.seed for one in judged] == [4, 7] and not np.array_equal(judged[0].image, judged[1].image)
     several = list(evaluate(model, asked, seeds=2, judge=Blind(), steps=1, at_once=3))
@@ -155,13 +155,13 @@ def test_the_floor_is_of_scenes_that_the_column_of_scenes_has_not(tmp_path):
     model, encoded = model_of(128), []
     model.clip.vision_model.register_forward_pre_hook(lambda _, given: encoded.extend(given[0].clone()))
     figures = figures_of(model, tmp_path, Blind(), prompts=1, seeds=3, guidance=())
-    asked = [prompt for prompt in prompts_for(NAMES, count=1) if prompt.kind is None]
-    drawn = [scene_for(prompt, seed).image.tobytes() for prompt in asked for seed in range(3)]
+    asked = [prompt for prompt in make_prompts(NAMES, count=1) if prompt.kind is None]
+    drawn = [compose_prompt_scene(prompt, seed).image.tobytes() for prompt in asked for seed in range(3)]
     images = [((one + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().tobytes() for one in encoded]
     last = max(at for at in range(len(images)) if images[at:at + len(drawn)] == drawn)
     floor = images[last + len(drawn):]
     assert len(floor) == len(set(floor)) == len(drawn) and not set(drawn) & set(floor)
-    others = {scene_for(prompt, seed).image.tobytes() for prompt in asked for seed in range(3, 20)}
+    others = {compose_prompt_scene(prompt, seed).image.tobytes() for prompt in asked for seed in range(3, 20)}
     assert set(floor) <= others, "scenes of the same prompts"
     [distances] = [value for name, value in figures.items() if name.startswith("Fréchet")]
     assert distances["floor"] > 1e-3 and distances["ceiling"] > 1e-3 and "scenes" not in distances
@@ -173,10 +173,11 @@ def test_an_image_encoder_of_another_size_measures_no_frechet_distance(model, tm
 
 
 def test_images_are_grouped_by_their_prompt():
-    assert by_prompt("abcde", [1, 2, 1, 3, 2]) == {1: ["a", "c"], 2: ["b", "e"], 3: ["d"]}
-    prompts = [Prompt("one object", text, Wanted((Thing("cat"),))) for text in ("a cat", "a small cat", "a cat")]
+    assert group_by_prompt("abcde", [1, 2, 1, 3, 2]) == {1: ["a", "c"], 2: ["b", "e"], 3: ["d"]}
+    cat = SceneSpec((ObjectSpec("cat"),))
+    prompts = [Prompt("one object", text, cat) for text in ("a cat", "a small cat", "a cat")]
     images = [np.full((16, 16, 3), value, np.uint8) for value in (0, 255, 51)]
-    one = column("w = 1", [Judged(prompt, 0, image, Verdict(True, (), None, Seen((), "white")))
+    one = make_column("w = 1", [JudgedImage(prompt, 0, image, Verdict(True, (), None, Detections((), "white")))
                             for prompt, image in zip(prompts, images, strict=True)])
     assert one.measures["diversity, pixels"] == pytest.approx(51 / 127.5), "one prompt has a single image"
 
@@ -186,39 +187,40 @@ def test_images_are_grouped_by_their_prompt():
 def judged_of(task, wrong, *scores, seed=0, text=None):
     """An image of a task with so many errors, and detections of these scores."""
     found = tuple(Detection("cat", (0, 0, 8, 8), score, None) for score in scores)
-    return Judged(Prompt(task, text or f"{task} {seed}", Wanted((Thing("cat"),))), seed, np.zeros((8, 8, 3), np.uint8),
-                  Verdict(not wrong, tuple(f"error {i}" for i in range(wrong)), None, Seen(found, "white")))
+    prompt = Prompt(task, text or f"{task} {seed}", SceneSpec((ObjectSpec("cat"),)))
+    return JudgedImage(prompt, seed, np.zeros((8, 8, 3), np.uint8),
+                       Verdict(not wrong, tuple(f"error {i}" for i in range(wrong)), None, Detections(found, "white")))
 
 
 def test_failures_with_the_most_errors_come_first():
     some = [judged_of("counting", wrong, 0.5, seed=wrong) for wrong in (1, 3, 0, 2, 4)]
-    assert [one.seed for one in worst(some)] == [4, 3, 2, 1]
-    assert [one.seed for one in worst(some, count=2)] == [4, 3]
+    assert [one.seed for one in pick_failures(some)] == [4, 3, 2, 1]
+    assert [one.seed for one in pick_failures(some, count=2)] == [4, 3]
 
 
 def test_of_failures_with_as_many_errors_those_with_the_least_detected_come_first():
     sure, two, none, faint = (judged_of("counting", 1, *scores, seed=i) for i, scores in
                               enumerate([(0.9,), (0.5, 0.6), (), (0.3,)]))
-    assert [one.seed for one in worst([sure, two, none, faint])] == [2, 3, 0, 1]
+    assert [one.seed for one in pick_failures([sure, two, none, faint])] == [2, 3, 0, 1]
     more = judged_of("counting", 2, 0.9, 0.9, seed=9)
-    assert [one.seed for one in worst([sure, more, none], count=2)] == [9, 2], "errors count first"
+    assert [one.seed for one in pick_failures([sure, more, none], count=2)] == [9, 2], "errors count first"
 
 
 def test_failures_are_taken_evenly_from_all_tasks():
     some = [judged_of(task, 1 + seed, 0.5, seed=seed) for task in ("position", "counting", "colours")
             for seed in range(4)] + [judged_of("held out", 1, seed=0)]
     for count in (4, 5, 6, 7, 10, 13, 20):
-        shown = [one.prompt.task for one in worst(some, count=count)]
+        shown = [one.prompt.task for one in pick_failures(some, count=count)]
         assert len(shown) == min(count, 13)
         counts = [shown.count(task) for task in ("position", "counting", "colours")]
         assert max(counts) - min(counts) <= 1 and shown.count("held out") == 1
         assert shown == sorted(shown, key=["position", "counting", "colours", "held out"].index), "task by task"
-    assert [one.seed for one in worst(some, count=4)] == [3, 3, 3, 0], "the worst of each"
+    assert [one.seed for one in pick_failures(some, count=4)] == [3, 3, 3, 0], "the worst of each"
 
 
 def test_every_images_result_is_listed():
     some = [judged_of("counting", 2, 0.9, seed=5), judged_of("position", 0, seed=6)]
-    listed = results(some)
+    listed = results_to_dicts(some)
     assert [(one["task"], one["prompt"], one["seed"], one["right"], one["wrong"]) for one in listed] == [
         ("counting", "counting 5", 5, False, ["error 0", "error 1"]), ("position", "position 6", 6, True, [])]
     assert [one["seen"] for one in listed] == ["cat on white", "nothing on white"]

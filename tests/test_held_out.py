@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from sdlearn.data import COLOURS, OBJECTS, WORLDS, scene, scene_of
+from sdlearn.data import COLOURS, OBJECTS, WORLDS, compose_scene, draw_scene
 from sdlearn.data.world import COUNTS, HELD_OUT_COLOURS, HELD_OUT_COUNTS, HELD_OUT_PAIRS
-from sdlearn.evaluation import Thing, Wanted
+from sdlearn.evaluation import ObjectSpec, SceneSpec
 
 PAIRS = sorted(tuple(sorted(pair)) for pair in HELD_OUT_PAIRS)
 TINTED = sorted({name for _, name in HELD_OUT_COLOURS})
@@ -30,10 +30,11 @@ def combinations(objects):
 def test_a_held_out_pair_is_held_out_in_any_order_and_with_a_third_object_between(a, b):
     third = bystander(a, b)
     for names in itertools.chain(itertools.permutations((a, b)), itertools.permutations((a, third, b))):
-        assert scene_of(names).held_out, names
+        assert compose_scene(names).held_out, names
     for names in ([a], [b], [a, third], [third, b]):
-        assert not scene_of(names).held_out, names
-    assert Wanted((Thing(b), Thing(a))).held_out and not Wanted((Thing(b), Thing(third))).held_out
+        assert not compose_scene(names).held_out, names
+    assert SceneSpec((ObjectSpec(b), ObjectSpec(a))).held_out
+    assert not SceneSpec((ObjectSpec(b), ObjectSpec(third))).held_out
 
 
 @pytest.mark.parametrize("name", TINTED)
@@ -47,49 +48,49 @@ def test_a_held_out_colour_is_held_out_for_every_object_of_a_scene(name):
                 names, colours = others[:count - 1], [None] * (count - 1)
                 names.insert(place, name)
                 colours.insert(place, colour)
-                assert scene_of(names, colours=colours).held_out == held_out, (names, colours)
-        assert Wanted((Thing(others[0]), Thing(name, colour=colour))).held_out == held_out
-    assert not scene_of([name]).held_out, "its natural colour"
+                assert compose_scene(names, colours=colours).held_out == held_out, (names, colours)
+        assert SceneSpec((ObjectSpec(others[0]), ObjectSpec(name, colour=colour))).held_out == held_out
+    assert not compose_scene([name]).held_out, "its natural colour"
 
 
 def test_a_held_out_colour_belongs_to_its_own_object():
     """A blue apple is held out, an apple and a blue umbrella are not."""
     assert ("blue", "apple") in HELD_OUT_COLOURS and ("blue", "umbrella") not in HELD_OUT_COLOURS
-    assert scene_of(["umbrella", "apple"], colours=["orange", "red"]).held_out
-    assert not scene_of(["apple", "umbrella"], colours=[None, "blue"]).held_out
-    assert not scene_of(["apple", "umbrella"], colours=["orange", "blue"]).held_out
-    assert scene_of(["car", "car"], colours=["red", "purple"]).held_out
+    assert compose_scene(["umbrella", "apple"], colours=["orange", "red"]).held_out
+    assert not compose_scene(["apple", "umbrella"], colours=[None, "blue"]).held_out
+    assert not compose_scene(["apple", "umbrella"], colours=["orange", "blue"]).held_out
+    assert compose_scene(["car", "car"], colours=["red", "purple"]).held_out
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_held_out_count_is_held_out_for_its_own_object_and_number(count):
     for name in sorted({name for _, name in HELD_OUT_COUNTS} | {"lemon", "dog"}):
         held_out = (count, name) in HELD_OUT_COUNTS
-        assert scene_of([name] * count).held_out == held_out, (count, name)
-        assert Wanted((Thing(name, count=count),)).held_out == held_out, (count, name)
+        assert compose_scene([name] * count).held_out == held_out, (count, name)
+        assert SceneSpec((ObjectSpec(name, count=count),)).held_out == held_out, (count, name)
 
 
 def test_a_held_out_count_does_not_depend_on_tints():
-    assert scene_of(["fish"] * 2, colours=["pink"] * 2).held_out
-    assert not scene_of(["fish"] * 3, colours=["pink"] * 3).held_out
-    assert scene_of(["fish"] * 3, colours=["red"] * 3).held_out, "the colour is"
+    assert compose_scene(["fish"] * 2, colours=["pink"] * 2).held_out
+    assert not compose_scene(["fish"] * 3, colours=["pink"] * 3).held_out
+    assert compose_scene(["fish"] * 3, colours=["red"] * 3).held_out, "the colour is"
 
 
 def test_a_held_out_count_is_held_out_among_other_objects():
     """Of each kind the count is its own: two cats and an apple hold two cats, a cat and two apples do not."""
     for names in itertools.permutations(("cat", "cat", "apple")):
-        assert scene_of(names).held_out, names
+        assert compose_scene(names).held_out, names
     for names in itertools.permutations(("cat", "apple", "apple")):
-        assert not scene_of(names).held_out, names
-    assert scene_of(["cat", "apple", "apple", "apple"]).held_out, "three apples are"
-    assert Wanted((Thing("apple"), Thing("cat", count=2))).held_out
-    assert not Wanted((Thing("apple", count=2), Thing("cat"))).held_out
+        assert not compose_scene(names).held_out, names
+    assert compose_scene(["cat", "apple", "apple", "apple"]).held_out, "three apples are"
+    assert SceneSpec((ObjectSpec("apple"), ObjectSpec("cat", count=2))).held_out
+    assert not SceneSpec((ObjectSpec("apple", count=2), ObjectSpec("cat"))).held_out
 
 
 @pytest.mark.parametrize("of", ["full", "hard", "rich"])
 def test_no_training_scene_holds_a_held_out_combination_and_every_held_out_scene_does(of):
     def found(split, start, count):
-        drawn = [scene(seed, split, WORLDS[of]) for seed in range(start, start + count)]
+        drawn = [draw_scene(seed, split, WORLDS[of]) for seed in range(start, start + count)]
         return [combinations([(placed.name, placed.colour) for placed in one.objects]) for one in drawn]
 
     assert not any(itertools.chain(found("train", 0, 3000), found("test", 0, 500)))

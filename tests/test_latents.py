@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from models import one_thread, randomise  # noqa: F401
 
 from sdlearn.config import PRESETS
-from sdlearn.data import SIDE, scenes
+from sdlearn.data import SIDE, draw_scenes
 from sdlearn.explore.figures import WIDTH
 from sdlearn.explore.latents import (
     Edit,
@@ -38,7 +38,7 @@ from sdlearn.vae import VAE, DiagonalGaussian
 
 @pytest.fixture(scope="module")
 def drawn():
-    return list(scenes(0, 4, "test"))
+    return list(draw_scenes(0, 4, "test"))
 
 
 @pytest.fixture(scope="module")

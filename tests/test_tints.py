@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdlearn.data import COLOURS, OBJECTS, atlas, scene_of
+from sdlearn.data import COLOURS, OBJECTS, atlas, compose_scene
 
 SIDE = 90                # pixels; none of the sizes of scenes, so each sprite is rendered here
 TINTABLE = [name for name, kind in OBJECTS.items() if kind.tintable]
@@ -24,11 +24,11 @@ def pixels_of(sprite, fill):
 
 @pytest.mark.parametrize("name", TINTABLE)
 def test_the_body_takes_the_tints_body_and_the_shade_its_shade(name):
-    natural = atlas.sprite(name, None, SIDE)
+    natural = atlas.load_sprite(name, None, SIDE)
     parts = [pixels_of(natural, fill) for fill in OBJECTS[name].fills]
     assert parts[0].sum() > 30 and sum(part.sum() for part in parts) > 0.1 * (natural[..., 3] == 255).sum()
     for colour, tint in COLOURS.items():
-        tinted = atlas.sprite(name, colour, SIDE)
+        tinted = atlas.load_sprite(name, colour, SIDE)
         for part, fill in zip(parts, tint, strict=True):
             assert pixels_of(tinted, fill)[part].all(), (name, colour, fill)
 
@@ -50,7 +50,7 @@ def test_the_colour_of_a_tint_is_the_one_that_its_name_says():
 
 def test_a_scene_shows_the_tint_of_each_object():
     """In the image, too: the exact colour of the tint lies within the object's own mask, and in no other."""
-    drawn = scene_of(["apple", "car"], colours=["green", "pink"], relation="left", background="white", seed=2)
+    drawn = compose_scene(["apple", "car"], colours=["green", "pink"], relation="left", background="white", seed=2)
     for i, colour in enumerate(("green", "pink")):
         shown = (drawn.image == rgb(COLOURS[colour][0])).all(axis=-1)
         assert shown[drawn.masks[i]].any() and not shown[~drawn.masks[i]].any()

@@ -20,8 +20,8 @@ from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss
 from sdlearn.config import PRESETS
 from sdlearn.data import CORE, WORLDS, World
-from sdlearn.data.captions import ANSWERS
-from sdlearn.data.world import name_of
+from sdlearn.data.captions import CAPTION_LABELS
+from sdlearn.data.world import world_name
 from sdlearn.images import psnr, to_images, to_tensor
 from sdlearn.training import command, stages
 from sdlearn.training.card import package_weights
@@ -290,8 +290,8 @@ def test_a_fresh_autoencoder_keeps_its_posterior_narrow(config):
 
 
 def image_of(seed):
-    from sdlearn.data import scene
-    return scene(seed).image
+    from sdlearn.data import draw_scene
+    return draw_scene(seed).image
 
 
 def test_scaling_brings_latents_to_unit_deviation(config):
@@ -341,8 +341,8 @@ def test_the_cache_holds_what_the_models_say_and_is_taken_up_again(config, run, 
     assert len(cache) == 50
     latents, contexts = cache.batch(7, torch.Generator().manual_seed(0))
     assert latents.shape == (7, 4, 16, 16) and contexts.shape == (7, 77, config.text.dim)
-    from sdlearn.data import scene
-    first = vae.to_latent(to_tensor([scene(0, world=CORE).image]))[0]
+    from sdlearn.data import draw_scene
+    first = vae.to_latent(to_tensor([draw_scene(0, world=CORE).image]))[0]
     assert (torch.from_numpy(cache.arrays["latents"][0]).float() - first).abs().max() < 0.01
     cache.refresh(50)                               # goes round: the oldest rows are overwritten
     assert len(cache) == 60 and cache.meta["made"] == 100
@@ -500,7 +500,7 @@ def test_all_is_cut_and_goes_on(tmp_path, monkeypatch, capsys, steps_of_a_tenth)
 
     def cut(recipe, folder, **options):
         hard = 0
-        trained.append((recipe.name, name_of(recipe.world) if hasattr(recipe, "world") else None, options["anneal"]))
+        trained.append((recipe.name, world_name(recipe.world) if hasattr(recipe, "world") else None, options["anneal"]))
         for progress, parts in fit(recipe, folder, save_seconds=0.0 if cuts else 45.0, **options):
             yield progress, parts
             hard += recipe.name == "unet" and recipe.world == WORLDS["hard"]
@@ -662,9 +662,9 @@ def test_a_pooled_vector_is_asked_what_its_caption_says(config, run):
     world = World(single=0.0, count=0.0, pair=1.0, triple=0.0)
     recipe = CLIPRecipe(config, tokenizer, batch_size=8, world=world)
     batch = recipe.batch(torch.Generator().manual_seed(0))
-    assert batch[2].shape == (8, len(ANSWERS))
+    assert batch[2].shape == (8, len(CAPTION_LABELS))
     _, parts = recipe.loss(recipe.model, *batch)
-    guess = sum(math.log(len(answers)) for answers in ANSWERS)          # an untaught layer finds all answers alike
+    guess = sum(math.log(len(labels)) for labels in CAPTION_LABELS)            # an untrained layer: uniform
     assert float(parts["reading"]) == pytest.approx(guess, rel=1e-4)
     untaught = relation_accuracy(recipe.model, tokenizer, count=60, world=world)
     optimiser = torch.optim.Adam(recipe.model.parameters(), lr=3e-3)

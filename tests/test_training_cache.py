@@ -12,7 +12,7 @@ from accelerate import PartialState
 from models import one_thread, tiny_parts  # noqa: F401
 from recipes import scene_config
 
-from sdlearn.data import CORE, scene
+from sdlearn.data import CORE, draw_scene
 from sdlearn.tokenizer import Tokenizer
 from sdlearn.training.unet import LatentCache, UNetRecipe, encode_scenes, shuffled_caption_losses
 
@@ -29,7 +29,8 @@ def make(parts, folder, *, vae=None, text=None, tokenizer=None, **options):
 
 def holds(cache, seeds, parts):
     """Whether row i holds the scene of seeds[i]."""
-    wanted = encode_scenes([scene(seed, world=CORE) for seed in seeds], parts.vae, parts.text_encoder, parts.tokenizer)
+    drawn = [draw_scene(seed, world=CORE) for seed in seeds]
+    wanted = encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer)
     found = cache.take(np.arange(len(seeds)))
     return all(torch.allclose(one, another, atol=0.01) for one, another in zip(found, wanted, strict=True))
 
@@ -75,7 +76,7 @@ def changed(module, name):
 
 def changes(parts):
     """What latents and text features depend on, each changed a little, by name."""
-    texts = [*(scene(seed).caption for seed in range(20))]
+    texts = [*(draw_scene(seed).caption for seed in range(20))]
     return {
         "first layer of the autoencoder": {"vae": changed(parts.vae, "encoder.conv_in.weight")},
         "last layer of the encoder": {"vae": changed(parts.vae, "encoder.conv_out.bias")},
@@ -108,7 +109,7 @@ def test_a_cache_is_regenerated_when_captions_are_worded_in_another_way(parts, t
 def test_the_shuffled_caption_gap_of_a_run_is_of_unseen_scenes(parts, tmp_path):
     """Of the test split in the run's world, whatever the run has learnt from."""
     recipe = UNetRecipe(parts.config, parts.vae, parts.text_encoder, parts.tokenizer, tmp_path, first=0, capacity=4)
-    drawn = [scene(seed, "test", CORE) for seed in range(3)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(3)]
     wanted = shuffled_caption_losses(parts.unet, recipe.schedule,
                                      *encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
     assert recipe.listening(parts.unet, count=3) == pytest.approx(wanted, rel=1e-5)

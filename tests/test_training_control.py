@@ -34,7 +34,7 @@ from sdlearn.checkpoint.shipped import (
 from sdlearn.clip import CLIP
 from sdlearn.config import PRESETS
 from sdlearn.controlnet import ControlNet
-from sdlearn.data import CORE, scene
+from sdlearn.data import CORE, draw_scene
 from sdlearn.images import to_images, to_tensor
 from sdlearn.inpaint import latent_mask, masked_pixels
 from sdlearn.pipeline import StableDiffusion
@@ -139,7 +139,7 @@ def test_every_row_gets_the_hint_of_its_own_scene(config, run, stage):
     recipe = make(stage, config, run)
     recipe.cache.refresh(25)                            # rows 0 to 24 now hold scenes 50 to 74
     rows = np.array([0, 24, 25, 49])
-    wanted = [scene(seed, world=CORE) for seed in (50, 74, 25, 49)]
+    wanted = [draw_scene(seed, world=CORE) for seed in (50, 74, 25, 49)]
     hints, = recipe.beside(rows)
     assert hints.shape == (4, 3, 128, 128) and hints.min() == 0 and hints.max() == 1
     for hint, one in zip(hints, wanted, strict=True):
@@ -157,7 +157,7 @@ def test_rows_and_seeds_survive_a_kill_between_writing_and_counting(config, run)
     again = make("edges", config, run).cache
     again.refresh(2)
     rows = np.arange(50)
-    drawn = [scene(seed, world=CORE) for seed in again.seeds(rows).tolist()]
+    drawn = [draw_scene(seed, world=CORE) for seed in again.seeds(rows).tolist()]
     latents = again.vae.to_latent(to_tensor([one.image for one in drawn]))
     assert (again.take(rows)[0] - latents).abs().max() < 0.01
 
@@ -212,7 +212,7 @@ def test_a_stage_says_what_must_come_first(config, tmp_path):
 def test_a_scene_agrees_with_its_own_hints():
     covered = []
     for seed in range(20):
-        one, other = scene(seed, world=CORE), scene(seed + 100, world=CORE)
+        one, other = draw_scene(seed, world=CORE), draw_scene(seed + 100, world=CORE)
         assert edge_f1(one.image, one.edge_map) > 0.95 > 0.6 > edge_f1(other.image, one.edge_map)
         assert edge_f1(np.full_like(one.image, 200), one.edge_map) == 0
         assert foreground_iou(np.full_like(one.image, 200), one.depth_map) == 0
@@ -235,7 +235,7 @@ def test_edges_may_be_one_pixel_off_and_no_more():
 def test_shuffled_hint_losses_are_of_other_scenes_hints_alone(config, run):
     """Networks that know the answer, and miss it by 1 where the hint is another scene's, by 2 without any."""
     recipe = make("edges", config, run, first=0, capacity=4)
-    drawn = [scene(1000 + seed, "test", CORE) for seed in range(4)]
+    drawn = [draw_scene(1000 + seed, "test", CORE) for seed in range(4)]
     noisy, t, contexts, target = recipe.probe(drawn, 700)
     hints, = recipe.given(drawn)
 
@@ -254,7 +254,7 @@ def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(co
     """A network that misses the answer by 1 for another scene's caption, by 2 for another's surroundings, and by 100
     outside of the hole."""
     recipe = make("inpaint", config, run, first=0, capacity=4, first_masks=0)
-    drawn = [scene(1000 + seed, "test", CORE) for seed in range(4)]
+    drawn = [draw_scene(1000 + seed, "test", CORE) for seed in range(4)]
     noisy, _, contexts, target = recipe.probe(drawn, 700)
     masks, masked = recipe.given(drawn)
 
@@ -272,8 +272,8 @@ def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(co
 def test_agreement_compares_each_kind_of_image_with_its_own_scenes_hint(config, run, stage):
     recipe = make(stage, config, run, first=0, capacity=4)
     agree = {"edges": edge_f1, "depth": foreground_iou}[stage]
-    drawn = [scene(seed, "test", CORE) for seed in range(4)]
-    others = [scene(100 + seed, "test", CORE).image for seed in range(4)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(4)]
+    others = [draw_scene(100 + seed, "test", CORE).image for seed in range(4)]
     through = to_images(recipe.vae.to_pixels(recipe.vae.to_latent(to_tensor([one.image for one in drawn]))))
     wanted = {name: np.mean([agree(image, recipe.hint_of(one)) for image, one in zip(images, drawn, strict=True)])
               for name, images in (("with_hint", [one.image for one in drawn]), ("without", others),
@@ -287,7 +287,7 @@ def test_a_report_tells_images_with_the_hint_from_those_without(config, run, mon
     """A ControlNet that gives the scenes themselves, on a U-Net that gives flat grey."""
     monkeypatch.setattr(control, "SHOWN", 3)
     recipe = make("edges", config, run, first=0, capacity=4)
-    drawn = [scene(seed, "test", CORE) for seed in range(3)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(3)]
 
     def sample(network, prompts, steps=20):
         assert prompts == [one.caption for one in drawn]
@@ -305,7 +305,7 @@ def test_a_report_tells_images_with_the_hint_from_those_without(config, run, mon
 def test_masks_are_never_empty_and_of_every_kind():
     rng, shares = random.Random(0), []
     for seed in range(300):
-        mask = random_mask(scene(seed, world=CORE), rng)
+        mask = random_mask(draw_scene(seed, world=CORE), rng)
         assert mask.shape == (128, 128) and mask.dtype == bool
         assert latent_mask(torch.from_numpy(mask).float()[None, None], 8).any()
         shares.append(mask.mean())
@@ -315,7 +315,7 @@ def test_masks_are_never_empty_and_of_every_kind():
 
 
 def test_the_hole_is_the_first_objects_box():
-    one = scene(3, "test", CORE)
+    one = draw_scene(3, "test", CORE)
     left, top, right, bottom = one.objects[0].box
     mask = first_object_mask(one)
     assert mask[top:bottom, left:right].all() and mask.mean() < 1 and (mask == first_object_mask(one)).all()
@@ -357,7 +357,7 @@ def test_masks_are_kept_for_the_next_call_and_thrown_away_with_their_autoencoder
 def test_what_the_inpainting_unet_reads_is_what_the_pipeline_gives_it(config, run):
     """Mask and masked latent of the recipe against those of `inpaint`, for one scene."""
     recipe = make("inpaint", config, run)
-    one = scene(5, "test", CORE)
+    one = draw_scene(5, "test", CORE)
     masks, masked = recipe.given([one])
     mask = torch.from_numpy(first_object_mask(one)).float()[None, None]
     assert torch.equal(masks, latent_mask(mask, 8))
@@ -366,7 +366,7 @@ def test_what_the_inpainting_unet_reads_is_what_the_pipeline_gives_it(config, ru
 
 def test_what_is_kept_is_measured_outside_of_the_hole_alone(config, run):
     recipe = make("inpaint", config, run)
-    drawn = [scene(seed, "test", CORE) for seed in range(3)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(3)]
     images = np.stack([one.image for one in drawn])
     inside = np.stack([np.where(first_object_mask(one)[..., None], 255 - one.image, one.image) for one in drawn])
     assert recipe.kept(drawn, inside)["known_psnr"] > 100 or recipe.kept(drawn, inside)["known_psnr"] == float("inf")
@@ -456,7 +456,7 @@ def test_moments_are_those_of_every_layers_inputs(config, run, stage):
         assert moment.shape == (inputs, inputs) and torch.equal(moment, moment.T), name
         assert moment.diagonal().min() >= 0 and torch.linalg.eigvalsh(moment).min() > -1e-3 * moment.trace()
     # conv_in's inputs are patches of the noisy latents; the middle pixel of each channel has their mean square.
-    noisy = torch.cat([recipe.probe([scene(10**6 + 4 * i + j, world=CORE) for j in range(4)], step)[0]
+    noisy = torch.cat([recipe.probe([draw_scene(10**6 + 4 * i + j, world=CORE) for j in range(4)], step)[0]
                        for i, step in enumerate((50, 250, 450, 650, 850, 999))])
     middle = found["conv_in.weight"].diagonal().reshape(-1, 3, 3)[:4, 1, 1]
     torch.testing.assert_close(middle, noisy.square().mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -464,7 +464,7 @@ def test_moments_are_those_of_every_layers_inputs(config, run, stage):
     # Layers that read the text get one in four without a caption, at every timestep.
     texts = []
     for i in range(6):
-        drawn = [scene(10**6 + 4 * i + j, world=CORE) for j in range(4)]
+        drawn = [draw_scene(10**6 + 4 * i + j, world=CORE) for j in range(4)]
         texts += [recipe.empty, recipe.text_encoder(recipe.tokenizer([one.caption for one in drawn[1:]])).hidden]
     tokens = torch.cat(texts).flatten(0, 1)
     readers = [name for name in found if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
@@ -499,7 +499,7 @@ def test_an_inpainting_unet_comes_back_and_the_pipeline_takes_it(folder, config)
     assert parts.config.name == "small-inpaint" and parts.config.unet.in_channels == 9
     model = StableDiffusion(parts)
     assert model.inpaints
-    one = scene(0, "test", CORE)
+    one = draw_scene(0, "test", CORE)
     image, = model.inpaint(one.caption, one.image, first_object_mask(one), num_inference_steps=2, seed=0)
     assert image.size == (128, 128)
     assert not StableDiffusion(load_folder(folder)).inpaints, "the base is still the base"
@@ -621,7 +621,7 @@ def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path,
         assert f"({place.name}/samples.png)" in text
 
     sampled = StableDiffusion(load_folder(out))
-    one = scene(0, "test", CORE)
+    one = draw_scene(0, "test", CORE)
     free, = sampled.text2img(one.caption, num_inference_steps=3)
     led, = sampled.control(one.caption, load_shipped_controlnet(out, "edges"), np.stack([one.edge_map] * 3, 2),
                            num_inference_steps=3)
@@ -650,7 +650,7 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
     whole = moved(fresh, far=0.05)
     figures = adapters.package_adapter(recipe, whole.state_dict(), folder, 2)
 
-    drawn = [scene(seed, "test", CORE) for seed in range(2)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(2)]
     stored = load_shipped_controlnet(folder, "edges") if stage == "edges" else load_shipped_inpaint(folder).unet
     recipe.unet = base
 
@@ -746,7 +746,7 @@ def test_a_lesson_learns_from_nothing_and_can_be_sampled(config, base):
 
 
 def test_the_lessons_world_is_plain():
-    drawn = [scene(seed, world=from_scratch.WORLD) for seed in range(60)]
+    drawn = [draw_scene(seed, world=from_scratch.WORLD) for seed in range(60)]
     assert {one.objects[0].name for one in drawn} == set(from_scratch.WORLD.objects)
     assert all(len(one.objects) == 1 for one in drawn)
     assert sum(p.numel() for p in UNet(from_scratch.CONFIG.unet).parameters()) < 3e6

@@ -10,7 +10,7 @@ from models import one_thread  # noqa: F401
 from recipes import scene_config, untrained_base
 
 from sdlearn.data import CORE, FULL, WORLDS
-from sdlearn.data import scene as scene_of_seed
+from sdlearn.data import draw_scene as scene_of_seed
 from sdlearn.training import card, stages
 from sdlearn.training.clip import hard_negative_accuracy, relation_accuracy, retrieval_accuracy
 from sdlearn.training.unet import UNetRecipe, validation_prompts

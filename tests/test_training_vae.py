@@ -4,7 +4,7 @@ import pytest
 import torch
 from recipes import scene_config
 
-from sdlearn.data import CORE, scene
+from sdlearn.data import CORE, draw_scene
 from sdlearn.images import psnr, to_tensor
 from sdlearn.training.vae import (
     VAERecipe,
@@ -26,7 +26,7 @@ def test_crops_are_taken_around_the_smallest_object_more_often(config, monkeypat
         monkeypatch.setattr("sdlearn.training.vae.SMALLEST_SHARE", share)
         recipe, found = VAERecipe(config, world=CORE), []
         for seed in range(120):
-            drawn = scene(seed, world=CORE)
+            drawn = draw_scene(seed, world=CORE)
             if len(drawn.objects) > 1:
                 smallest = min(drawn.objects, key=lambda placed: max(placed.extent))
                 crop = recipe._crop(seed, 32)
@@ -61,7 +61,7 @@ def test_larger_latents_are_no_way_out_of_the_noise(config):
 
 def test_the_decoder_learns_from_noisy_latents(config, monkeypatch):
     recipe = VAERecipe(config)
-    pixels = to_tensor([scene(0).image])
+    pixels = to_tensor([draw_scene(0).image])
     monkeypatch.setattr(recipe, "with_noise", lambda latents: latents * 0)
     flat, _ = recipe.loss(recipe.model, pixels)
     monkeypatch.undo()
@@ -110,7 +110,7 @@ def test_reconstruction_gets_worse_with_noise_and_is_the_same_each_time(config):
     assert list(figures) == [0.0, 0.1, 0.15] and figures == reconstruction_under_noise(Coarse(), count=12)
     assert figures[0.0]["PSNR"] > figures[0.1]["PSNR"] > figures[0.15]["PSNR"]
     assert figures[0.0]["small objects"] < figures[0.0]["PSNR"]
-    drawn = [scene(seed, "test", CORE) for seed in range(12)]
+    drawn = [draw_scene(seed, "test", CORE) for seed in range(12)]
     pixels = to_tensor([one.image for one in drawn])
     again = Coarse().decode(Coarse().encode(pixels).mode())
     assert figures[0.0]["PSNR"] == pytest.approx(float(psnr(again, pixels).mean()), rel=1e-6)

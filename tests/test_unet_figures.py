@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdlearn import StableDiffusion
 from sdlearn.config import PRESETS, UNetConfig
-from sdlearn.data import scene
+from sdlearn.data import draw_scene
 from sdlearn.explore.figures import WIDTH
 from sdlearn.explore.unet_figures import UNetBreaker, cost_bars, shaded_table, shape_ladder
 from sdlearn.explore.unet_parts import (
@@ -190,7 +190,7 @@ def test_a_table_writes_its_numbers():
 # --- the widget ---------------------------------------------------------------------------------------
 
 def test_the_widget_shows_what_is_set(model):
-    widget = UNetBreaker(model, [scene(0, "test"), scene(1, "test")])
+    widget = UNetBreaker(model, [draw_scene(0, "test"), draw_scene(1, "test")])
     before = widget.image.value
     widget.controls["time"].value = 50
     told = widget.image.value
@@ -200,7 +200,7 @@ def test_the_widget_shows_what_is_set(model):
     assert widget.image.value != told
     assert widget.settings() == {"scene": 0, "t": 500, "time": 50, "skips": (0, 1, 2, 3), "silent": ["attn2"]}
     images, captions = widget.look(1, 100, time=50)
-    assert len(images) == len(captions) == 4 and captions[0] == scene(1, "test").caption
+    assert len(images) == len(captions) == 4 and captions[0] == draw_scene(1, "test").caption
     still = widget.still()
     assert still.width <= WIDTH and sum("no skips" in one for one in words(still)) == 3
     with pytest.raises(ValueError, match="no scenes"):
@@ -213,13 +213,13 @@ def losses(captions) -> list[str]:
 
 def test_only_what_the_altered_u_net_predicts_depends_on_the_change(model):
     """Of four images and captions the last one is the altered U-Net's, and the third the whole one's."""
-    widget = UNetBreaker(model, [scene(0, "test")])
+    widget = UNetBreaker(model, [draw_scene(0, "test")])
     change = {"skips": (0, 1, 2, 3), "silent": ["attn1", "attn2"]}
     images, captions = widget.look(0, 900, **change)
     same_images, same_captions = widget.look(0, 900)
     with altered(model.unet, **change):
         broken_images, broken_captions = widget.look(0, 900)
-    assert np.array_equal(images[0], scene(0, "test").image)
+    assert np.array_equal(images[0], draw_scene(0, "test").image)
     for i in range(3):
         assert np.array_equal(images[i], same_images[i])
     assert np.array_equal(same_images[2], same_images[3]) and not np.array_equal(images[2], images[3])
@@ -231,7 +231,7 @@ def test_only_what_the_altered_u_net_predicts_depends_on_the_change(model):
 
 
 def test_the_still_shows_what_each_altered_u_net_predicts(model):
-    widget = UNetBreaker(model, [scene(0, "test")])
+    widget = UNetBreaker(model, [draw_scene(0, "test")])
     changes = ({"time": 50}, {"skips": (0, 1, 2, 3)}, {"silent": ["attn1"]}, {"silent": ["attn2"]})
     expected, figures = [], []
     for t in (100, 500, 900):

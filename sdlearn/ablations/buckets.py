@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data import Scene, scene
+from ..data import Scene, draw_scene
 from ..finetune.loop import draw_indices, train
 from ..images import to_images, to_tensor
 from ..sizes import Size, fit_size
@@ -79,7 +79,7 @@ def laid_out(one: Scene, size: Size) -> np.ndarray:
 @torch.no_grad()
 def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, Tensor]:
     """Latents (N, C, h, w) and text features (N, M, T) of the scenes of these seeds, in images of one size."""
-    drawn = [scene(seed, split, base.world) for seed in seeds]
+    drawn = [draw_scene(seed, split, base.world) for seed in seeds]
     latents = [base.vae.to_latent(to_tensor([laid_out(one, size) for one in drawn[first:first + 16]]).to(base.device))
                for first in range(0, len(drawn), 16)]
     return torch.cat(latents), base.text_encoder(base.tokenizer([one.caption for one in drawn]).to(base.device)).hidden

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import Scene, scene
-from ..data.likeness import cutouts, kinds, likeness
+from ..data import Scene, draw_scene
+from ..data.similarity import cut_out_foreground, pixel_similarity, reference_cutouts
 from ..finetune import (
     TrainStep,
     add_embedding,
@@ -120,7 +120,7 @@ def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
     """What losses are measured on: scenes and their latents (B, C, h, w), the same for all that learn from `base`."""
     sets = {"images that taught": make_scenes(THING, TAUGHT, 0), "unseen images": make_scenes(THING, count, 100),
             "class": make_scenes(CLASS, count, 200),
-            "other scenes": [scene(seed, "test", base.world) for seed in range(2 * count)]}
+            "other scenes": [draw_scene(seed, "test", base.world) for seed in range(2 * count)]}
     return {name: (drawn, encode_scenes(drawn, base.vae, base.text_encoder, base.tokenizer)[0])
             for name, drawn in sets.items()}
 
@@ -153,7 +153,8 @@ def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
     model = way.model
     draws = partial(draw, model, model.unet, guidance=plan.guidance, steps=plan.sampling_steps)
     images = draws(prompts(way.words, plan))
-    alike = likeness(cutouts(to_tensor(images)), kinds([THING]))[:, 0].split(plan.prompts)
+    shown = cut_out_foreground(to_tensor(images))
+    alike = pixel_similarity(shown, reference_cutouts([THING]))[:, 0].split(plan.prompts)
     names = ("fidelity", "fidelity elsewhere", "fidelity of the class")
     asked = model.measures.ask(replace(model.world, count=0, pair=0, triple=0), 2 * plan.prompts)
     others = model.measures.judge(draws([one.text for one in asked]), asked)["right"]

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ..data import FULL, scene
+from ..data import FULL, draw_scene
 from ..diagnostics.costs import step_flops
 from ..finetune.loop import train
 from ..images import psnr, to_images, to_tensor
@@ -52,7 +52,7 @@ def run_variant(base: Base, plan: Plan, factor: int) -> Iterator[Measurement]:
         recipe = VAERecipe(config_of(base, factor), batch_size=plan.batch)
     model, at = recipe.model.to(base.device), evaluation_steps(plan.steps)
     average = EMA(model, decay=0.995)
-    unseen = to_tensor([scene(seed, "test", FULL).image for seed in range(plan.unseen)])
+    unseen = to_tensor([draw_scene(seed, "test", FULL).image for seed in range(plan.unseen)])
 
     def loss(generator: torch.Generator):
         pixels, = recipe.batch(generator)

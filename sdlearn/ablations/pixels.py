@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from ..data import scene
+from ..data import draw_scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
@@ -63,7 +63,8 @@ def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Mea
 @lru_cache(maxsize=4)
 def scenes_at(base: Base, count: int, split: str, side: int) -> EncodedScenes:
     """The lesson's scenes as pixels, shrunk; the captions' features are those that latents have."""
-    pixels = torch.cat([scaled(to_tensor([scene(seed, split, LESSON_WORLD).image]), side) for seed in range(count)])
+    pixels = torch.cat([scaled(to_tensor([draw_scene(seed, split, LESSON_WORLD).image]), side)
+                        for seed in range(count)])
     return EncodedScenes(pixels.clamp(-1, 1).to(base.device), encode_lesson_scenes(base, count, split).contexts)
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from ..data import scene
+from ..data import draw_scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
@@ -61,7 +61,7 @@ def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
         return encode_lesson_scenes(base, count, split).latents
     found = []
     for first in range(0, count, 32):
-        drawn = [scene(seed, split, LESSON_WORLD).image for seed in range(first, min(first + 32, count))]
+        drawn = [draw_scene(seed, split, LESSON_WORLD).image for seed in range(first, min(first + 32, count))]
         found.append(base.vae.to_latent(scaled(to_tensor(drawn), side).to(base.device)))
     return torch.cat(found)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..controlnet import Control, ControlNet, add_control
-from ..data import Scene, scene
+from ..data import Scene, draw_scene
 from ..finetune.controlnet import train_controlnet
 from ..images import to_tensor
 from ..training.control import HINTS, edge_f1, hint_tensor, hint_widths
@@ -46,7 +46,7 @@ def fresh(base: Base, *, zero: bool, seed: int = 0) -> ControlNet:
 @lru_cache(maxsize=4)
 def drawn_scenes(base: Base, count: int, split: str) -> tuple[list[Scene], torch.Tensor]:
     """Scenes of the base's world and their hints (B, 3, H, W)."""
-    drawn = [scene(seed, split, base.world) for seed in range(count)]
+    drawn = [draw_scene(seed, split, base.world) for seed in range(count)]
     return drawn, hint_tensor([HINT(one) for one in drawn])
 
 
@@ -97,7 +97,7 @@ def unseen_latents(base: Base, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:
-    """How well the edges of images follow the hint, and the images; `drawing.AT_ONCE` at most."""
+    """How well the edges of images follow the hint, and the images; `drawing.BATCH_SIZE` at most."""
     drawn, hints = drawn_scenes(base, plan.prompts, "test")
     with torch.no_grad():
         run = add_control(base.unet, [Control(net, hints.to(base.device))])

@@ -19,7 +19,7 @@ from ..ablations import (
     write_results,
 )
 from ..data import World
-from ..evaluation import duplicate_rate, judge_images, load_judge, prompts_for, scene_for, scores
+from ..evaluation import compose_prompt_scene, compute_scores, duplicate_rate, judge_images, load_judge, make_prompts
 from ..evaluation.metrics import ssim
 from ..pipeline import SettingsError, StableDiffusion
 from ..training.command import positive
@@ -90,15 +90,15 @@ def measures(device) -> Measures:
 
     def judged(images: Sequence, asked: Sequence) -> dict[str, float]:
         verdicts = judge_images(images, asked, judge)
-        found = scores(asked, verdicts)
+        found = compute_scores(asked, verdicts)
         shares = {"right": sum(one.right for one in verdicts) / len(verdicts), "background": found.background,
-                  "more than asked": duplicate_rate(asked, [one.seen for one in verdicts])}
+                  "more than asked": duplicate_rate(asked, [one.detections for one in verdicts])}
         return {name: share for name, share in shares.items() if share is not None}
 
-    return Measures(asked_of, judged, lambda prompt: scene_for(prompt).image, ssim)
+    return Measures(asked_of, judged, lambda prompt: compose_prompt_scene(prompt).image, ssim)
 
 
 def asked_of(world: World, count: int) -> list:
     """`count` prompts of each kind that the world's scenes answer."""
     tasks = [task for form, some in TASKS.items() if getattr(world, form) > 0 for task in some]
-    return prompts_for(world.objects, count=count, tasks=tasks)
+    return make_prompts(world.objects, count=count, tasks=tasks)

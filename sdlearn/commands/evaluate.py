@@ -5,15 +5,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..evaluation.command import FIGURES, Plan
-from ..evaluation.command import run as measure
-from ..evaluation.keeping import FEWEST_PROMPTS, check_prompts, keep
+from ..evaluation.command import FIGURES, EvaluationPlan
+from ..evaluation.command import run_evaluation as measure
+from ..evaluation.page import MIN_PROMPTS, check_prompts, save_evaluation
 from ..pipeline import SettingsError, StableDiffusion, shipped
 from ..samplers import SAMPLERS
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    plan = Plan()
+    plan = EvaluationPlan()
     parser.add_argument("--model", default="mini", help=f"{', '.join(shipped())} or a model folder (%(default)s)")
     parser.add_argument("--prompts", type=int, default=plan.prompts, help="of each of the eight tasks (%(default)s)")
     parser.add_argument("--seeds", type=int, default=plan.seeds, help="images of each prompt (%(default)s)")
@@ -25,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="FOLDER",
                         help=f"for {FIGURES} and sheets of failures (%(default)s)")
     parser.add_argument("--keep", action="store_true",
-                        help=f"put the figures into the model's own folder; {FEWEST_PROMPTS} prompts a task or more")
+                        help=f"put the figures into the model's own folder; {MIN_PROMPTS} prompts a task or more")
     parser.add_argument("--allow-few-prompts", action="store_true",
-                        help=f"keep figures of fewer than {FEWEST_PROMPTS} prompts a task: for tests of the command")
+                        help=f"keep figures of fewer than {MIN_PROMPTS} prompts a task: for tests of the command")
 
 
 def run(args: argparse.Namespace):
-    fewest = 1 if args.allow_few_prompts else FEWEST_PROMPTS
+    fewest = 1 if args.allow_few_prompts else MIN_PROMPTS
     try:
         if args.keep:
             check_prompts(args.prompts, fewest)             # before hours of work, not after
-        plan = Plan(prompts=args.prompts, seeds=args.seeds, guidance=args.guidance and tuple(args.guidance),
+        plan = EvaluationPlan(prompts=args.prompts, seeds=args.seeds, guidance=args.guidance and tuple(args.guidance),
                     steps=args.steps, sampler=args.sampler)
         model = StableDiffusion.load(args.model, device=args.device)
         told = measure(model, plan, args.out, watch=tqdm)
@@ -44,4 +44,4 @@ def run(args: argparse.Namespace):
     print(told)
     print(args.out)
     if args.keep:
-        print(keep(args.out, args.model, fewest=fewest))
+        print(save_evaluation(args.out, args.model, fewest=fewest))

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace):
     if not 1 <= args.count <= 1024:
         raise SettingsError(f"count is {args.count}; give a whole number from 1 to 1024")
     [file] = check_writable([args.out])
-    drawn = list(data.scenes(args.seed, args.count, args.split, data.WORLDS[args.world]))
+    drawn = list(data.draw_scenes(args.seed, args.count, args.split, data.WORLDS[args.world]))
     sheet = data.contact_sheet([one.image for one in drawn], [one.caption for one in drawn])
     save_png(file, sheet, {"seed": args.seed, "count": args.count, "split": args.split, "world": args.world})
     print(file)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..evaluation.accuracy import measure_on_scenes
-from ..evaluation.card import ship_judge
+from ..evaluation.card import package_judge
 from ..evaluation.detector import Detector, detection_loss
 from ..pipeline import StableDiffusion
 from ..training import command, stages
@@ -41,4 +41,4 @@ def ship(args: argparse.Namespace):
     """Write a run's judge with its figures, those of scenes through `mini`'s autoencoder among them."""
     detector = stages.load_averaged(Detector(), args.run, JudgeRecipe.name)
     progress = load_state(args.run / f"{JudgeRecipe.name}-state.pt")["progress"]
-    print(f"written: {ship_judge(detector, progress, args.out, vae=StableDiffusion.load(device='cpu').vae)}")
+    print(f"written: {package_judge(detector, progress, args.out, vae=StableDiffusion.load(device='cpu').vae)}")

@@ -118,7 +118,7 @@ def _write(file: Path, array: np.ndarray) -> bool:
     return True
 
 
-def sprite(name: str, colour: str | None, size: int) -> np.ndarray:
+def load_sprite(name: str, colour: str | None, size: int) -> np.ndarray:
     """A sprite of any object, the untaught ones included; uint8 (height, width, 4), premultiplied."""
     if name in UNTAUGHT:
         return render_sprite(UNTAUGHT[name], colour, size)

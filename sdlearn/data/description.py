@@ -48,12 +48,12 @@ def describe(scene) -> Description:
     return Description(scene.groups, scene.relation, scene.background, halves)
 
 
-def turn_round(description: Description) -> Description:
+def swap_groups(description: Description) -> Description:
     """The same from the other end: "a cat to the left of a dog" is "a dog to the right of a cat"."""
     return replace(description, groups=description.groups[::-1], relation=OPPOSITE.get(description.relation))
 
 
-def change_one_thing(description: Description, rng: random.Random) -> Iterator[Description]:
+def iter_hard_negatives(description: Description, rng: random.Random) -> Iterator[Description]:
     """Descriptions that differ in one thing each: the relation, a count, which kind has which count, whose tint is
     whose, a tint."""
     groups = description.groups
@@ -73,7 +73,7 @@ def change_one_thing(description: Description, rng: random.Random) -> Iterator[D
         yield _with(description, rng.choice(coloured), colour=tint)
 
 
-def change_an_object(description: Description, rng: random.Random) -> Description:
+def replace_object(description: Description, rng: random.Random) -> Description:
     """One kind of object is called something that is not in the scene."""
     named = {group.name for group in description.groups}
     other = rng.choice([name for name in OBJECTS if name not in named])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .description import Description, Group, turn_round, with_article
+from .description import Description, Group, swap_groups, with_article
 from .world import BACKGROUNDS, COLOURS, OBJECTS
 
 # --- words for one object ---------------------------------------------------------------------------
@@ -157,11 +157,11 @@ AS_IS, SENTENCE, TITLE, CAPITALS = range(4)
 CASES = (AS_IS,) * 12 + (SENTENCE,) * 6 + (TITLE, CAPITALS)
 
 
-def word_freely(description: Description, rng: random.Random) -> str:
+def write_varied_caption(description: Description, rng: random.Random) -> str:
     """A text by the grammar. Sizes, the relation and the background are sometimes unsaid; tints and counts never."""
     mood = _pick(rng, MOODS)
     turned = rng.random() < 0.4 and len(description.groups) == 2
-    description = turn_round(description) if turned else description
+    description = swap_groups(description) if turned else description
     frame, fields = _pick(rng, mood.frames), _image_fields(rng)
     clause = rng.random() < CLAUSE_SHARE and mood is STATEMENT
     scene, is_clause = _word_objects(description, mood, clause, rng)
@@ -275,7 +275,7 @@ def _fill(template: str, **fields: str) -> str:
     return re.sub(" +", " ", re.sub(r"\{([^}]+)\}", lambda match: fields[match[1]], template))
 
 
-def grammar_phrases(objects: Sequence[str]) -> Iterator[str]:
+def list_phrases(objects: Sequence[str]) -> Iterator[str]:
     """All wordings that the grammar can put into captions of these objects, {fields} of templates included."""
     yield from (*OPINIONS, *ALONE, *PLAIN, *IMAGES, *IMAGE_ADJECTIVES, *LEADS, *GROUNDS_WITHIN, *RELATED, *HALVES,
                 *CLAUSES, *COLOURS, *BACKGROUNDS, "gray", "is are", "the one a single an")

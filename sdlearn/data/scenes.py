@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from .atlas import sprite
-from .captions import caption_for
+from .atlas import load_sprite
+from .captions import write_caption
 from .description import Group, group_objects
 from .world import (
     BACKGROUNDS,
@@ -32,18 +32,18 @@ from .world import (
 
 SIDE = 128              # native width and height of an image, in pixels
 MARGIN = 2              # pixels that stay free along the edge
-MOST = 4                # objects in a scene
+MAX_OBJECTS = 4                # objects in a scene
 # The longer side of an object at most, in pixels, by how many objects there are.
 LARGEST = {1: 100, 2: 76, 3: 48, 4: 44}
 SPLITS = ("train", "test", "held_out")
 WHOLE = (MARGIN, MARGIN, SIDE - MARGIN, SIDE - MARGIN)      # where objects may lie: left, top, right, bottom
 QUARTERS = tuple((x, y, x + SIDE // 2 - MARGIN, y + SIDE // 2 - MARGIN)
                  for y in (MARGIN, SIDE // 2) for x in (MARGIN, SIDE // 2))
-KINDS = {**OBJECTS, **UNTAUGHT}         # all that can be drawn; those of `UNTAUGHT` only when asked for by name
+DRAWABLE_OBJECTS = {**OBJECTS, **UNTAUGHT}         # those of `UNTAUGHT` are drawn only when asked for by name
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedObject:
     """One object in a scene. `box` is left, top, right, bottom in pixels; the nearest has depth 0."""
 
     name: str
@@ -72,7 +72,7 @@ class Scene:
     seed: int
     split: str
     caption: str
-    objects: tuple[Placed, ...]
+    objects: tuple[PlacedObject, ...]
     background: str
     background_rgb: tuple[int, int, int]
     relation: str | None            # of the first object to the second, when there are two of them
@@ -137,10 +137,10 @@ class Scene:
         """Placed objects and their sprites, farthest first."""
         for placed in sorted(self.objects, key=lambda o: -o.depth):
             left, top, right, bottom = placed.box
-            yield placed, sprite(placed.name, placed.colour, max(right - left, bottom - top))
+            yield placed, load_sprite(placed.name, placed.colour, max(right - left, bottom - top))
 
 
-def scene(seed: int, split: str = "train", world: World = FULL) -> Scene:
+def draw_scene(seed: int, split: str = "train", world: World = FULL) -> Scene:
     """The scene of a seed. `split` is "train", "test" (unseen scenes of the same kind) or "held_out"
     (only combinations that training never shows)."""
     if split not in SPLITS:
@@ -149,15 +149,15 @@ def scene(seed: int, split: str = "train", world: World = FULL) -> Scene:
     while True:
         drawn = _draw(rng, seed, split, world)
         if drawn.held_out == (split == "held_out"):
-            return replace(drawn, caption=caption_for(drawn, rng, world.grammar))
+            return replace(drawn, caption=write_caption(drawn, rng, world.grammar))
 
 
-def scenes(start: int, count: int, split: str = "train", world: World = FULL):
+def draw_scenes(start: int, count: int, split: str = "train", world: World = FULL):
     """Scenes of the seeds `start` to `start + count - 1`, one after the other."""
-    return (scene(seed, split, world) for seed in range(start, start + count))
+    return (draw_scene(seed, split, world) for seed in range(start, start + count))
 
 
-def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = None, relation: str | None = None,
+def compose_scene(names: Sequence[str], *, colours: Sequence[str | None] | None = None, relation: str | None = None,
              background: str | None = None, seed: int = 0) -> Scene:
     """A scene of just these objects, whatever training shows; what is left out is drawn from the seed.
 
@@ -178,13 +178,13 @@ def scene_of(names: Sequence[str], *, colours: Sequence[str | None] | None = Non
 
 
 def _check_wanted(names, colours, relation, background):
-    if not 1 <= len(names) <= MOST or len(colours) != len(names):
+    if not 1 <= len(names) <= MAX_OBJECTS or len(colours) != len(names):
         raise ValueError(f"a scene holds one to four objects with a colour (or None) for each, not {len(names)} "
                          f"objects and {len(colours)} colours")
     for name, colour in zip(names, colours, strict=True):
-        if name not in KINDS:
-            raise ValueError(f"there is no object '{name}'; choose one of {', '.join(KINDS)}")
-        if colour is not None and not (KINDS[name].tintable and colour in COLOURS):
+        if name not in DRAWABLE_OBJECTS:
+            raise ValueError(f"there is no object '{name}'; choose one of {', '.join(DRAWABLE_OBJECTS)}")
+        if colour is not None and not (DRAWABLE_OBJECTS[name].tintable and colour in COLOURS):
             raise ValueError(f"'{name}' cannot be {colour}; the colours are {', '.join(COLOURS)}, and only some "
                              "objects take them: see tintable in OBJECTS")
     if relation is not None and (relation not in RELATIONS or len(names) != 2):
@@ -235,8 +235,8 @@ def _composed(rng: random.Random, seed: int, split: str, names, colours, sizes, 
     background = background or rng.choice(tuple(BACKGROUNDS))
     shade = rng.randint(-8, 8)
     rgb = tuple(min(255, max(0, value + shade)) for value in BACKGROUNDS[background])
-    objects = tuple(Placed(name, KINDS[name].kind, colour, size, box, depth) for name, colour, size, box, depth
-                    in zip(names, colours, sizes, boxes, depths, strict=True))
+    objects = tuple(PlacedObject(name, DRAWABLE_OBJECTS[name].kind, colour, size, box, depth) for
+                    name, colour, size, box, depth in zip(names, colours, sizes, boxes, depths, strict=True))
     return Scene(seed, split, "", objects, background, rgb, relation)
 
 
@@ -255,7 +255,7 @@ def _extent(rng: random.Random, name: str, colour: str | None, size: str, number
     low, high = SIZES[size]
     high = min(high, LARGEST[number])
     pixels = rng.randrange(low, high + 1, SIZE_STEP)
-    height, width = sprite(name, colour, pixels).shape[:2]
+    height, width = load_sprite(name, colour, pixels).shape[:2]
     return width, height
 
 
@@ -270,7 +270,7 @@ def _place(rng, names, colours, sizes, relation) -> list[tuple[int, int, int, in
         boxes = [_free_box(rng, extent) for extent in extents]
         if all(_overlap(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i]):
             return boxes
-    if number == MOST:
+    if number == MAX_OBJECTS:
         return [_free_box(rng, extent, QUARTERS[i]) for i, extent in enumerate(extents)]
     # Crowded: a row, each in a third of the width, none wider than 48 pixels.
     return [(x, y, x + w, y + h) for i, (w, h) in enumerate(extents)

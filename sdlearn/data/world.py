@@ -178,7 +178,7 @@ CLASSROOM = World(objects=("apple", "star", "tree", "sun"), single=1.0, count=0.
 WORLDS = {"classroom": CLASSROOM, "core": CORE, "hard": HARD, "rich": RICH, "full": FULL, "rich-full": RICH_FULL}
 
 
-def name_of(world: World) -> str:
+def world_name(world: World) -> str:
     """What a world is called in `WORLDS`; of one that is not there, "another"."""
     return next((name for name, known in WORLDS.items() if known == world), "another")
 

@@ -1,12 +1,12 @@
 """The judge and the measures: how well images show what was asked for."""
 
-from .detector import Detector, DetectorConfig, look
-from .judge import Detection, Judge, Seen, load_judge, save_judge
-from .sampling import Judged, evaluate, evaluate_scenes, sample, scene_for, scores_of
-from .scoring import Scores, Verdict, duplicate_rate, judge_images, scores, verdict
-from .tasks import GENEVAL, HELD_OUT, TASKS, Prompt, Thing, Wanted, prompts_for
+from .detector import Detector, DetectorConfig, visible_colour
+from .judge import Detection, Detections, Judge, load_judge, save_judge
+from .sampling import JudgedImage, compose_prompt_scene, evaluate, evaluate_scenes, generate_images, score_images
+from .scoring import Scores, Verdict, compute_scores, duplicate_rate, judge_image, judge_images
+from .tasks import GENEVAL, HELD_OUT, TASKS, ObjectSpec, Prompt, SceneSpec, make_prompts
 
-__all__ = ["GENEVAL", "HELD_OUT", "TASKS", "Detection", "Detector", "DetectorConfig", "Judge", "Judged", "Prompt",
-           "Scores", "Seen", "Thing", "Verdict", "Wanted", "duplicate_rate", "evaluate", "evaluate_scenes",
-           "judge_images", "load_judge", "look", "sample", "save_judge", "scene_for", "scores", "scores_of",
-           "prompts_for", "verdict"]
+__all__ = ["GENEVAL", "HELD_OUT", "TASKS", "Detection", "Detections", "Detector", "DetectorConfig", "Judge",
+           "JudgedImage", "ObjectSpec", "Prompt", "SceneSpec", "Scores", "Verdict", "compose_prompt_scene",
+           "compute_scores", "duplicate_rate", "evaluate", "evaluate_scenes", "generate_images", "judge_image",
+           "judge_images", "load_judge", "make_prompts", "save_judge", "score_images", "visible_colour"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..data import CORE, scene
+from ..data import CORE, draw_scene
 from ..images import psnr, to_tensor
 
 SCENES = 200
@@ -22,7 +22,7 @@ def autoencoder_psnr(vae, objects: Sequence[str], *, count: int = SCENES) -> dic
     whole: dict[str, list[float]] = {"PSNR": [], f"PSNR with noise {NOISE}": []}
     small: dict[str, list[float]] = {f"{name}, small objects": [] for name in whole}
     for seed in range(count):
-        one = scene(seed, "test", world)
+        one = draw_scene(seed, "test", world)
         pixels = to_tensor([one.image])                                                 # (1, 3, H, W)
         latent = vae.to_latent(pixels.to(parameter.device, parameter.dtype))            # (1, C, h, w)
         noise = NOISE * torch.randn(latent.shape, generator=generator).to(latent)

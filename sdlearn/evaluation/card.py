@@ -8,51 +8,52 @@ import torch
 
 from ..checkpoint import read_json
 from ..data import CORE, FULL
-from .accuracy import accuracy
+from .accuracy import measure_accuracy
 from .detector import Detector
 from .judge import WEIGHTS, Judge, load_judge, save_judge
-from .report import circumstances, percent
-from .sampling import through
+from .report import describe_environment, format_percent
+from .sampling import encode_decode
 
 FIGURES, CARD = "figures.json", "MODEL_CARD.md"
 
 
-def measure(judge: Judge, *, count: int, vae=None) -> dict[str, dict[str, float]]:
+def measure_judge(judge: Judge, *, count: int, vae=None) -> dict[str, dict[str, float]]:
     """Accuracy on `count` unseen scenes of each kind, by kind; on a quarter as many through an autoencoder, if any."""
     kinds = {"all objects": {"world": FULL}, "core objects": {"world": CORE},
              "held-out combinations": {"split": "held_out"}}
-    told = {f"{kind} ({count:,} scenes)": accuracy(judge, count=count, **options) for kind, options in kinds.items()}
+    told = {f"{kind} ({count:,} scenes)": measure_accuracy(judge, count=count, **options)
+            for kind, options in kinds.items()}
     if vae is not None:
         few = max(1, count // 4)
-        told[f"core objects through mini's autoencoder ({few:,} scenes)"] = accuracy(
-            judge, count=few, world=CORE, change=partial(through, vae))
+        told[f"core objects through mini's autoencoder ({few:,} scenes)"] = measure_accuracy(
+            judge, count=few, world=CORE, change=partial(encode_decode, vae))
     return told
 
 
-def ship_judge(detector: Detector, progress: dict, out: Path | None = None, *, count: int = 1000, vae=None) -> Path:
+def package_judge(detector: Detector, progress: dict, out: Path | None = None, *, count: int = 1000, vae=None) -> Path:
     """Write a detector in half precision with its figures and card; the figures are those of the weights as written.
 
     progress: steps, samples and seconds of training. Raises OSError where the folder cannot be written.
     """
     folder = save_judge(out or WEIGHTS, detector, dtype=torch.float16)
     judge = load_judge(folder)
-    figures = {"unseen scenes": measure(judge, count=count, vae=vae),
-               "training": {name: progress[name] for name in ("step", "samples", "seconds")}, **circumstances()}
+    figures = {"unseen scenes": measure_judge(judge, count=count, vae=vae),
+               "training": {name: progress[name] for name in ("step", "samples", "seconds")}, **describe_environment()}
     (folder / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(judge, figures), encoding="utf-8")
+    (folder / CARD).write_text(format_card(judge, figures), encoding="utf-8")
     return folder
 
 
-def known_figures(folder: Path = WEIGHTS) -> dict | None:
-    """What `ship_judge` measured; None for weights without figures."""
+def load_figures(folder: Path = WEIGHTS) -> dict | None:
+    """What `package_judge` measured; None for weights without figures."""
     return read_json(folder / FIGURES) if (folder / FIGURES).exists() else None
 
 
-def card(judge: Judge, figures: dict) -> str:
+def format_card(judge: Judge, figures: dict) -> str:
     """The judge's card, in Markdown; every number in it was measured or read off the network."""
     config, kinds, training = judge.config, figures["unseen scenes"], figures["training"]
     names = list(dict.fromkeys(name for shares in kinds.values() for name in shares))
-    rows = [f"| {name} | " + " | ".join(percent(shares.get(name)) for shares in kinds.values()) + " |"
+    rows = [f"| {name} | " + " | ".join(format_percent(shares.get(name)) for shares in kinds.values()) + " |"
             for name in names]
     count = sum(parameter.numel() for parameter in judge.detector.parameters())
     return "\n".join((

@@ -44,7 +44,7 @@ NAMED = {
 }
 
 
-def look(name: str, colour: str | None) -> str | None:
+def visible_colour(name: str, colour: str | None) -> str | None:
     """The colour that an object shows: its tint, or its natural one; None for classes that come in one look only,
     and where the natural colour is none of COLOURS."""
     fills = OBJECTS[name].fills
@@ -169,12 +169,12 @@ class Detector(nn.Module):
                 boxes[i, k] = torch.tensor(placed.box, dtype=torch.float32)
                 classes[i, k] = config.objects.index(placed.name)
                 if OBJECTS[placed.name].tintable:
-                    colours[i, k] = place(config.colours, look(placed.name, placed.colour))
+                    colours[i, k] = colour_index(config.colours, visible_colour(placed.name, placed.colour))
         background = torch.tensor([config.backgrounds.index(one.background) for one in scenes])
         return Targets(boxes, classes, colours, background)
 
 
-def place(colours: tuple[str, ...], colour: str | None) -> int:
+def colour_index(colours: tuple[str, ...], colour: str | None) -> int:
     return len(colours) if colour is None else colours.index(colour)
 
 

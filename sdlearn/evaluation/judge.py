@@ -1,7 +1,7 @@
 """From the network's cells to a list of objects; the judge's weights on disk.
 
     judge = load_judge()
-    [seen] = judge.look_at([image])
+    [seen] = judge.detect([image])
     seen.objects, seen.background
 """
 
@@ -23,7 +23,7 @@ from .detector import STRIDE, UNIT, Detector, DetectorConfig, Heads
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "judge"
 CONFIG, TENSORS = "config.json", "model.safetensors"
-MOST = 24               # objects at most in an image
+MAX_DETECTIONS = 24               # objects at most in an image
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Detection:
     name: str
     box: tuple[float, float, float, float]
     score: float
-    colour: str | None      # that it shows, see `detector.look`; None for classes that come in one look only
+    colour: str | None      # that it shows, see `detector.visible_colour`; None for classes that come in one look only
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -42,7 +42,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Detections:
     """What the judge has found in one image; `objects` by falling score."""
 
     objects: tuple[Detection, ...]
@@ -56,7 +56,7 @@ class Judge:
         self.detector, self.config = detector.eval(), detector.config
 
     @torch.no_grad()
-    def look_at(self, images, *, at_once: int = 32) -> list[Seen]:
+    def detect(self, images, *, at_once: int = 32) -> list[Detections]:
         """What is in each image: PIL images or bytes (H, W, 3) of one size, or pixels (B, 3, H, W) in [-1, 1].
 
         Raises ValueError for sides that are no multiples of 4.
@@ -64,29 +64,30 @@ class Judge:
         pixels = images if isinstance(images, Tensor) else to_tensor([np.asarray(one) for one in images])
         device = self.detector.stem.weight.device
         return [seen for part in pixels.split(at_once)
-                for seen in read_off(self.detector(part.to(device).float()), self.config)]
+                for seen in decode_heads(self.detector(part.to(device).float()), self.config)]
 
 
-def read_off(heads: Heads, config: DetectorConfig) -> Iterator[Seen]:
+def decode_heads(heads: Heads, config: DetectorConfig) -> Iterator[Detections]:
     """The objects and the background of each image of a batch."""
     chance = heads.heat.sigmoid()
     peaks = chance * (chance == F.max_pool2d(chance, 3, stride=1, padding=1))         # (B, N, h, w)
     columns = peaks.shape[3]
     for i, background in enumerate(heads.background.argmax(dim=1).tolist()):
-        scores, places = peaks[i].flatten().topk(min(MOST, peaks[i].numel()))         # by falling score
+        scores, places = peaks[i].flatten().topk(min(MAX_DETECTIONS, peaks[i].numel()))         # by falling score
         found = []
         for score, flat in zip(scores.tolist(), places.tolist(), strict=True):
             if score < config.threshold:
                 break
             kind, cell = divmod(flat, peaks[i, 0].numel())
             row, column = divmod(cell, columns)
-            one = at_cell(heads, config, i, kind, row, column, score)
-            if not any(same_place(one.box, other.box) for other in found):
+            one = decode_cell(heads, config, i, kind, row, column, score)
+            if not any(are_duplicates(one.box, other.box) for other in found):
                 found.append(one)
-        yield Seen(tuple(found), config.backgrounds[background])
+        yield Detections(tuple(found), config.backgrounds[background])
 
 
-def at_cell(heads: Heads, config: DetectorConfig, i: int, kind: int, row: int, column: int, score: float) -> Detection:
+def decode_cell(heads: Heads, config: DetectorConfig, i: int, kind: int, row: int, column: int,
+                score: float) -> Detection:
     """What image i's cell says of an object of class `kind`."""
     x, y = (STRIDE * (start + part) for start, part in
             zip((column, row), heads.offset[i, :, row, column].tolist(), strict=True))
@@ -97,12 +98,12 @@ def at_cell(heads: Heads, config: DetectorConfig, i: int, kind: int, row: int, c
     return Detection(name, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), score, colour)
 
 
-def same_place(a: Sequence[float], b: Sequence[float]) -> bool:
+def are_duplicates(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two boxes are of one thing: they share more than 0.6 of the area that they cover together."""
-    return overlap(a, b) > 0.6
+    return box_iou(a, b) > 0.6
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     shared = max(0.0, width) * max(0.0, height)

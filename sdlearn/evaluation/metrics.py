@@ -19,7 +19,7 @@ from ..images import to_tensor
 
 LUMINANCE = (77 / 256, 150 / 256, 29 / 256)     # of red, green, blue: ITU-R BT.601, as in the scenes' edge maps
 EDGE = 40.0                             # jump of luminance between neighbours, of 255, that is an edge: as there
-AT_ONCE = 64                            # images in a batch of the image encoder
+BATCH_SIZE = 64                            # images in a batch of the image encoder
 
 
 def as_pixels(images) -> Tensor:
@@ -142,7 +142,7 @@ def concept_fidelity(clip: CLIP, images, references) -> float:
 def image_embeds(clip: CLIP, images) -> Tensor:
     """Unit vectors (B, S) in the space that images and texts share, on the CPU."""
     device = clip.logit_scale.device
-    return torch.cat([clip.encode_image(part.to(device)).float().cpu() for part in as_pixels(images).split(AT_ONCE)])
+    return torch.cat([clip.encode_image(part.to(device)).float().cpu() for part in as_pixels(images).split(BATCH_SIZE)])
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def vision_features(clip: CLIP, images) -> Tensor:
     """The image encoder's pooled features (B, D) before the projection, on the CPU: for the Fréchet distance."""
     device = clip.logit_scale.device
     return torch.cat([clip.vision_model(part.to(device)).pooled.float().cpu()
-                      for part in as_pixels(images).split(AT_ONCE)])
+                      for part in as_pixels(images).split(BATCH_SIZE)])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -187,7 +187,7 @@ def frechet_with_floor(clip: CLIP, images, real, others) -> tuple[float, float]:
     return frechet_distance(made, wanted), frechet_distance(rest, wanted)
 
 
-def by_prompt(items: Sequence, prompts: Sequence) -> dict:
+def group_by_prompt(items: Sequence, prompts: Sequence) -> dict:
     """Items grouped by their prompt, for measures of images of one prompt."""
     groups: dict = {}
     for item, prompt in zip(items, prompts, strict=True):

@@ -13,20 +13,20 @@ from torch import Tensor
 from ..data import OBJECTS, Scene
 from ..tokenizer import Tokenizer
 
-GROUND = "background"
+BACKGROUND = "background"
 
 
-class Pointing(NamedTuple):
+class PointingResult(NamedTuple):
     """Shares of peaks, NaN where there was none to count; what a peak at any place would give is `..._by_chance`."""
 
-    own: float                  # of nouns, inside the box of their thing
-    other: float                # of nouns, inside the box of another thing of the scene
-    ground: float               # of the word "background", outside of all boxes
-    own_by_chance: float
-    ground_by_chance: float
+    hit_rate: float                  # of nouns, inside the box of their thing
+    other_object_rate: float                # of nouns, inside the box of another thing of the scene
+    background_rate: float               # of the word "background", outside of all boxes
+    hit_rate_by_chance: float
+    background_rate_by_chance: float
 
 
-def pointing(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> Pointing:
+def pointing_game(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> PointingResult:
     """Where the heat maps (B, M, h, w) of the scenes' captions are highest; of a word of several tokens, their sum.
 
     Each noun of each scene counts once, and "background" wherever the caption has it. Raises ValueError for a
@@ -37,26 +37,26 @@ def pointing(heat: Tensor, scenes: Sequence[Scene], tokenizer: Tokenizer) -> Poi
     nouns, grounds = [], []                             # rows of (in own, in other, own's share of the image)
     for one, maps in zip(scenes, heat, strict=True):
         for name, count in {group.name: group.count for group in one.groups}.items():
-            own = boxes_of(one, lambda thing, name=name: thing.name == name)
-            other = boxes_of(one, lambda thing, name=name: thing.name != name) & ~own
-            at = peak(maps, OBJECTS[name].noun(count), one, tokenizer)
+            own = box_mask(one, lambda thing, name=name: thing.name == name)
+            other = box_mask(one, lambda thing, name=name: thing.name != name) & ~own
+            at = find_peak(maps, OBJECTS[name].noun(count), one, tokenizer)
             nouns.append((own[at], other[at], own.mean()))
-        if GROUND in one.caption:
-            free = ~boxes_of(one, lambda thing: True)
-            grounds.append((free[peak(maps, GROUND, one, tokenizer)], free.mean()))
+        if BACKGROUND in one.caption:
+            free = ~box_mask(one, lambda thing: True)
+            grounds.append((free[find_peak(maps, BACKGROUND, one, tokenizer)], free.mean()))
     own, other, area = np.mean(nouns, axis=0) if nouns else [math.nan] * 3
     outside, ground = np.mean(grounds, axis=0) if grounds else [math.nan] * 2
-    return Pointing(*map(float, (own, other, outside, area, ground)))
+    return PointingResult(*map(float, (own, other, outside, area, ground)))
 
 
-def peak(maps: Tensor, word: str, one: Scene, tokenizer: Tokenizer) -> tuple[int, int]:
+def find_peak(maps: Tensor, word: str, one: Scene, tokenizer: Tokenizer) -> tuple[int, int]:
     """(row, column) of the pixel in the middle of the cell where the maps (M, h, w) of a word are highest."""
-    heat = maps[places_of(word, one.caption, tokenizer)].sum(dim=0)                  # (h, w)
+    heat = maps[token_positions(word, one.caption, tokenizer)].sum(dim=0)                  # (h, w)
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     return int((row + 0.5) * one.side / heat.shape[0]), int((column + 0.5) * one.side / heat.shape[1])
 
 
-def boxes_of(one: Scene, wanted) -> np.ndarray:
+def box_mask(one: Scene, wanted) -> np.ndarray:
     """The boxes of the things for which `wanted` is true, bool (side, side)."""
     area = np.zeros((one.side, one.side), bool)
     for thing in filter(wanted, one.objects):
@@ -65,7 +65,7 @@ def boxes_of(one: Scene, wanted) -> np.ndarray:
     return area
 
 
-def places_of(word: str, text: str, tokenizer: Tokenizer) -> list[int]:
+def token_positions(word: str, text: str, tokenizer: Tokenizer) -> list[int]:
     """Places in the text's row of ids, which begins with the start token, where the word, or words, first stand.
 
     Raises ValueError where they do not stand.

@@ -14,7 +14,7 @@ JUMP = 0.25             # from the ground, of values in [-1, 1], root mean squar
 LEAST = 8               # blocks of a region that counts: two latent cells of a model of factor 8
 
 
-def regions(images, *, block: int = BLOCK, jump: float = JUMP, least: int = LEAST) -> list[list[int]]:
+def region_areas(images, *, block: int = BLOCK, jump: float = JUMP, least: int = LEAST) -> list[list[int]]:
     """Of each image the areas, in pixels, of the separate regions that differ from its ground, the largest first.
 
     The ground is each colour's median, so it has to fill more than half of the image. Blocks that touch, corners

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from ..machine import machine_name
-from .accuracy import detection_sheet, words
-from .metrics import by_prompt, clipped_share, feature_diversity, pixel_diversity, saturation
-from .sampling import Judged, scores_of
+from .accuracy import describe_detections, detection_sheet
+from .metrics import clipped_share, feature_diversity, group_by_prompt, pixel_diversity, saturation
+from .sampling import JudgedImage, score_images
 from .scoring import Scores, count_confusion, mean
 from .tasks import GENEVAL
 from .wordings import compare_wordings
 
-WORST = 28              # failures on the sheet
+MAX_FAILURES = 28              # failures on the sheet
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Column:
     wordings: dict[str, dict[str, float]]       # see `wordings.compare_wordings`
 
 
-def column(title: str, judged: Sequence[Judged], clip=None) -> Column:
+def make_column(title: str, judged: Sequence[JudgedImage], clip=None) -> Column:
     """Scores of images, and measures of those of prompts in the captions' words.
 
     clip: the model's encoders, if it has any that see images of this size.
     """
-    plain = in_captions_words(judged)
-    groups = [group for group in by_prompt([one.image for one in plain], [one.prompt for one in plain]).values()
+    plain = with_caption_wording(judged)
+    groups = [group for group in group_by_prompt([one.image for one in plain], [one.prompt for one in plain]).values()
               if len(group) > 1]
     images = [one.image for one in plain]
     measures = {"saturation": float(saturation(images).mean()), "clipped": float(clipped_share(images).mean())}
@@ -47,15 +47,15 @@ def column(title: str, judged: Sequence[Judged], clip=None) -> Column:
     if groups and images[0].shape[:2] == (side, side):
         measures["diversity, features"] = mean([feature_diversity(clip, group) for group in groups])
     counts = count_confusion([one.prompt for one in judged], [one.verdict for one in judged])
-    return Column(title, scores_of(judged), measures, counts, compare_wordings(judged))
+    return Column(title, score_images(judged), measures, counts, compare_wordings(judged))
 
 
-def in_captions_words(judged: Sequence[Judged]) -> list[Judged]:
+def with_caption_wording(judged: Sequence[JudgedImage]) -> list[JudgedImage]:
     """Those of the seven tasks whose prompts are drawn."""
     return [one for one in judged if one.prompt.kind is None]
 
 
-def table(columns: Sequence[Column]) -> str:
+def format_table(columns: Sequence[Column]) -> str:
     """Tasks as rows, in percent; the measures beneath."""
     tasks = list(columns[0].scores.tasks)
     rows = [(task, [one.scores.tasks[task] for one in columns]) for task in tasks]
@@ -63,26 +63,26 @@ def table(columns: Sequence[Column]) -> str:
         rows.append(("overall (mean of the six)", [one.scores.overall for one in columns]))
     rows.append(("background, where asked", [one.scores.background for one in columns]))
     rows.append(("more than was asked for", [one.scores.duplicates for one in columns]))
-    lines = [line("% of images", [one.title for one in columns])]
-    lines += [line(name, [percent(share) for share in shares]) for name, shares in rows]
+    lines = [format_row("% of images", [one.title for one in columns])]
+    lines += [format_row(name, [format_percent(share) for share in shares]) for name, shares in rows]
     names = list(dict.fromkeys(name for one in columns for name in one.measures))
-    lines += [line(name, [figure(one.measures.get(name)) for one in columns]) for name in names]
+    lines += [format_row(name, [format_number(one.measures.get(name)) for one in columns]) for name in names]
     return "\n".join(lines)
 
 
-def line(name: str, cells: Sequence[str]) -> str:
+def format_row(name: str, cells: Sequence[str]) -> str:
     return f"{name:26}" + "".join(f"{cell:>11}" for cell in cells)
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def figure(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def told(one: Column) -> dict:
+def column_to_dict(one: Column) -> dict:
     """A column for JSON; the standard errors are clustered by prompt."""
     return {"tasks": one.scores.tasks, "standard error": one.scores.errors,
             "overall": one.scores.overall, "standard error of overall": one.scores.overall_error,
@@ -90,15 +90,15 @@ def told(one: Column) -> dict:
             "images": one.scores.images, **one.measures, "counts": one.counts, "wordings": one.wordings}
 
 
-def results(judged: Sequence[Judged]) -> list[dict]:
+def results_to_dicts(judged: Sequence[JudgedImage]) -> list[dict]:
     """Every image for JSON: what was asked, what the judge saw, and the verdict."""
     return [{"task": one.prompt.task, "kind": one.prompt.kind, "prompt": one.prompt.text, "seed": one.seed,
              "right": one.verdict.right, "wrong": list(one.verdict.wrong), "background": one.verdict.background,
-             "seen": words(one.verdict.seen)}
+             "seen": describe_detections(one.verdict.detections)}
             for one in judged]
 
 
-def worst(judged: Sequence[Judged], count: int = WORST) -> list[Judged]:
+def pick_failures(judged: Sequence[JudgedImage], count: int = MAX_FAILURES) -> list[JudgedImage]:
     """Failures, evenly from all tasks: those with the most that is wrong first, then those in which the judge
     found least."""
     tasks = defaultdict(list)
@@ -106,20 +106,20 @@ def worst(judged: Sequence[Judged], count: int = WORST) -> list[Judged]:
         if not one.verdict.right:
             tasks[one.prompt.task].append(one)
     for some in tasks.values():
-        some.sort(key=lambda one: (-len(one.verdict.wrong), sum(d.score for d in one.verdict.seen.objects)))
+        some.sort(key=lambda one: (-len(one.verdict.wrong), sum(d.score for d in one.verdict.detections.objects)))
     ranked = sorted(((place, order, one) for order, some in enumerate(tasks.values())
                      for place, one in enumerate(some)), key=lambda item: item[:2])
     chosen = [one for _, _, one in ranked[:count]]
     return sorted(chosen, key=lambda one: list(tasks).index(one.prompt.task))
 
 
-def failure_sheet(judged: Sequence[Judged]) -> Image.Image:
+def failure_sheet(judged: Sequence[JudgedImage]) -> Image.Image:
     """Images with the boxes of what the judge saw; beneath, what was asked, and why it is wrong."""
     captions = [f"{one.prompt.text} (seed {one.seed}) - {'; '.join(one.verdict.wrong)}" for one in judged]
-    return detection_sheet([one.image for one in judged], [one.verdict.seen for one in judged], captions=captions)
+    return detection_sheet([one.image for one in judged], [one.verdict.detections for one in judged], captions=captions)
 
 
-def circumstances() -> dict:
+def describe_environment() -> dict:
     """Where and with what an evaluation was run."""
     return {"machine": machine_name("cuda" if torch.cuda.is_available() else "cpu"),
             "python": platform.python_version(), "torch": torch.__version__, "date": str(date.today())}

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.captions import WAYS
-from .judge import Detection, Judge, Seen, load_judge
-from .tasks import GENEVAL, Prompt, Thing, Wanted
+from ..data.captions import RELATION_PHRASES
+from .judge import Detection, Detections, Judge, load_judge
+from .tasks import GENEVAL, ObjectSpec, Prompt, SceneSpec
 
 # GenEval's reading of a relation: what centres are apart, less a tenth of both extents on each axis, points in the
 # direction that is named, or up to 60 degrees (cosine 0.5) beside it.
@@ -26,14 +26,14 @@ class Verdict:
     right: bool
     wrong: tuple[str, ...]          # what is missing or different, in words; empty when right
     background: bool | None
-    seen: Seen
+    detections: Detections
 
 
-def verdict(wanted: Wanted, seen: Seen) -> Verdict:
+def judge_image(wanted: SceneSpec, seen: Detections) -> Verdict:
     """What the judge's findings in one image mean for what was wanted of it."""
-    groups = [[one for one in seen.objects if one.name == thing.name][:thing.count] for thing in wanted.things]
+    groups = [[one for one in seen.objects if one.name == thing.name][:thing.count] for thing in wanted.objects]
     wrong = []
-    for thing, group in zip(wanted.things, groups, strict=True):
+    for thing, group in zip(wanted.objects, groups, strict=True):
         there = sum(one.name == thing.name for one in seen.objects)
         if there < thing.count or (thing.count > 1 and there > thing.count):
             wrong.append(f"{there} {thing.name}, not {thing.count}")
@@ -41,13 +41,13 @@ def verdict(wanted: Wanted, seen: Seen) -> Verdict:
                   if thing.colour and one.colour != thing.colour]
     if wanted.relation and all(groups):
         (first, *_), (second, *_) = groups
-        if not related(first, second, wanted.relation):
-            wrong.append(f"{first.name} not {WAYS[wanted.relation][0]} {second.name}")
+        if not is_in_relation(first, second, wanted.relation):
+            wrong.append(f"{first.name} not {RELATION_PHRASES[wanted.relation][0]} {second.name}")
     background = None if wanted.background is None else seen.background == wanted.background
     return Verdict(not wrong, tuple(wrong), background, seen)
 
 
-def related(first: Detection, second: Detection, relation: str) -> bool:
+def is_in_relation(first: Detection, second: Detection, relation: str) -> bool:
     """Whether the first lies left of, right of, above or below the second."""
     apart = []
     for low, high in ((0, 2), (1, 3)):                                                # along x, along y
@@ -67,7 +67,7 @@ def judge_images(images, prompts: Sequence[Prompt], judge: Judge | None = None) 
     if len(images) != len(prompts):
         raise ValueError(f"there are {len(images)} images for {len(prompts)} prompts; give one prompt for each")
     judge = judge or load_judge()
-    return [verdict(prompt.wanted, seen) for prompt, seen in zip(prompts, judge.look_at(images), strict=True)]
+    return [judge_image(prompt.spec, seen) for prompt, seen in zip(prompts, judge.detect(images), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Scores:
         return None if None in errors else math.hypot(*errors) / len(errors)
 
 
-def scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
+def compute_scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
     """The shares over images; one prompt for each verdict. Raises ValueError when there is none.
 
     Backgrounds and duplicates are those of the prompts in the captions' words, as far as there are any.
@@ -106,7 +106,7 @@ def scores(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Scores:
     return Scores(tasks, {task: clustered_error(list(some.values())) for task, some in right.items()},
                   mean([tasks[task] for task in GENEVAL]) if GENEVAL.keys() <= tasks.keys() else None,
                   mean(grounds) if grounds else None,
-                  duplicate_rate([prompt for prompt, _ in pairs], [one.seen for _, one in pairs]), len(verdicts))
+                  duplicate_rate([prompt for prompt, _ in pairs], [one.detections for _, one in pairs]), len(verdicts))
 
 
 def clustered_error(groups: Sequence[Sequence[float]]) -> float | None:
@@ -132,18 +132,18 @@ def count_confusion(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> d
     table = defaultdict(Counter)
     for prompt, one in zip(prompts, verdicts, strict=True):
         if prompt.task in ("one object", "counting"):
-            [thing] = prompt.wanted.things
-            table[thing.count][thing.count + more(thing, one.seen)] += 1
+            [thing] = prompt.spec.objects
+            table[thing.count][thing.count + count_excess(thing, one.detections)] += 1
     return {n: dict(sorted(table[n].items())) for n in sorted(table)}
 
 
-def duplicate_rate(prompts: Sequence[Prompt], seen: Sequence[Seen]) -> float:
+def duplicate_rate(prompts: Sequence[Prompt], seen: Sequence[Detections]) -> float:
     """Share of images in which something that was asked for is there more often than asked."""
-    return mean([any(more(thing, one) > 0 for thing in prompt.wanted.things)
+    return mean([any(count_excess(thing, one) > 0 for thing in prompt.spec.objects)
                  for prompt, one in zip(prompts, seen, strict=True)])
 
 
-def more(thing: Thing, seen: Seen) -> int:
+def count_excess(thing: ObjectSpec, seen: Detections) -> int:
     """By how many there are more of a thing than asked for; negative when there are fewer."""
     return sum(one.name == thing.name for one in seen.objects) - thing.count
 

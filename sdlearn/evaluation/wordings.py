@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from .sampling import Judged
+from .sampling import JudgedImage
 from .scoring import clustered_error, mean
 from .tasks import CAPTION_WORDING, OTHER_WORDINGS
 
 ALL = "all"
 
 
-def compare_wordings(judged: Sequence[Judged]) -> dict[str, dict[str, float | None]]:
+def compare_wordings(judged: Sequence[JudgedImage]) -> dict[str, dict[str, float | None]]:
     """By kind of wording, and of "all": shares of right images and backgrounds in both wordings, and the ratio.
 
-    judged: the images of `tasks.other_wordings` and of `tasks.in_caption_wording` of them, in the same order; others
-    are passed over. Empty where there are none.
+    judged: the images of `tasks.load_other_wordings` and of `tasks.reword_as_captions` of them, in the same order;
+    others are ignored. Empty where there are none.
     """
     pairs = list(zip(*([one for one in judged if one.prompt.task == task]
                        for task in (OTHER_WORDINGS, CAPTION_WORDING)), strict=True))
@@ -22,7 +22,7 @@ def compare_wordings(judged: Sequence[Judged]) -> dict[str, dict[str, float | No
     return table | ({ALL: _compared(pairs)} if pairs else {})
 
 
-def _compared(pairs: list[tuple[Judged, Judged]]) -> dict[str, float | None]:
+def _compared(pairs: list[tuple[JudgedImage, JudgedImage]]) -> dict[str, float | None]:
     shares = {"images": len(pairs)}
     for place, name in enumerate(("other wording", "captions' words")):
         verdicts = [pair[place].verdict for pair in pairs]

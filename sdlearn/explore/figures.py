@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data.atlas import sprite
+from ..data.atlas import load_sprite
 from ..pipeline import SamplingStep
 
 WIDTH = 1020            # of a page
@@ -108,7 +108,7 @@ def portrait(name: str, colour: str | None = None, background: tuple[int, int, i
 
     name: one of `data.OBJECTS` or `data.UNTAUGHT`. colour: a tint, for objects that take one.
     """
-    rgba = sprite(name, colour, size).astype(np.uint16)                 # colours are premultiplied
+    rgba = load_sprite(name, colour, size).astype(np.uint16)                 # colours are premultiplied
     square = np.full((size + 8, size + 8, 3), background, np.uint16)
     top, left = ((size + 8 - side) // 2 for side in rgba.shape[:2])
     below = square[top:top + rgba.shape[0], left:left + rgba.shape[1]]

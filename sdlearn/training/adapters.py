@@ -23,7 +23,7 @@ from ..checkpoint.shipped import (
 )
 from ..config import ModelConfig
 from ..controlnet import ControlNet
-from ..data import contact_sheet, scene
+from ..data import contact_sheet, draw_scene
 from ..images import to_images
 from ..unet import UNet
 from . import stages
@@ -85,7 +85,7 @@ def package_concept(config: ModelConfig, run: Path, folder: Path) -> dict[str, d
 def package_adapter(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder: Path, count: int) -> dict[str, float]:
     """Write one adapter, load it again, and measure what of it got lost; the sheet beside it."""
     base = load_folder(folder).unet.to(recipe.empty.device)     # as stored: what it will be added to
-    drawn = [scene(seed, "test", recipe.world) for seed in range(count)]
+    drawn = [draw_scene(seed, "test", recipe.world) for seed in range(count)]
     captions = [one.caption for one in drawn]
     if isinstance(recipe, ControlRecipe):
         whole = ControlNet.from_unet(base, hint_widths=hint_widths(recipe.vae.config.factor))
@@ -138,7 +138,7 @@ def input_moments(recipe: ControlRecipe | InpaintRecipe, network: nn.Module, bas
              if isinstance(layer, (nn.Linear, nn.Conv2d)) and f"{name}.weight" in base.state_dict()]
     try:
         for i, step in enumerate((50, 250, 450, 650, 850, 999)):
-            drawn = [scene(10**6 + count * i + j, world=recipe.world) for j in range(count)]
+            drawn = [draw_scene(10**6 + count * i + j, world=recipe.world) for j in range(count)]
             noisy, t, contexts, _ = recipe.probe(drawn, step)
             contexts[:count // 4] = recipe.empty
             recipe.network(network, *(part.to(noisy.device) for part in recipe.given(drawn)))(noisy, t, contexts)
@@ -151,7 +151,7 @@ def input_moments(recipe: ControlRecipe | InpaintRecipe, network: nn.Module, bas
 def effect_error(recipe: ControlRecipe | InpaintRecipe, base: UNet, whole: nn.Module, stored: nn.Module,
                  count: int, step: int = 500) -> float:
     """How far the output moves by storing, as a share of how far the adapter moves the base's output, at a timestep."""
-    drawn = [scene(2000 + seed, "test", recipe.world) for seed in range(count)]
+    drawn = [draw_scene(2000 + seed, "test", recipe.world) for seed in range(count)]
     noisy, t, contexts, _ = recipe.probe(drawn, step)
     beside = [part.to(noisy.device) for part in recipe.given(drawn)]
     before, right, near = (network(noisy, t, contexts) for network in

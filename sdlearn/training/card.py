@@ -11,7 +11,7 @@ from ..checkpoint import Parts, save_folder
 from ..checkpoint.shipped import SHIPPED, remove_old_evaluation
 from ..clip import CLIP
 from ..config import ModelConfig
-from ..data import CORE, FULL, WORLDS, World, contact_sheet, scene, vocabulary
+from ..data import CORE, FULL, WORLDS, World, contact_sheet, draw_scene, vocabulary
 from ..data.world import SIZES
 from ..images import psnr, ssim, to_images, to_tensor
 from ..machine import machine_name
@@ -31,7 +31,7 @@ def autoencoder_psnr(vae, count: int = 500, world: World = FULL) -> float:
     """Mean PSNR in dB of the round trip of `count` unseen scenes (posterior mean, pixels in [-1, 1])."""
     scores = []
     for first in range(0, count, 25):
-        pixels = to_tensor([scene(seed, "test", world).image for seed in range(first, min(first + 25, count))])
+        pixels = to_tensor([draw_scene(seed, "test", world).image for seed in range(first, min(first + 25, count))])
         scores.append(psnr(vae.decode(vae.encode(pixels).mode()).clamp(-1, 1), pixels))
     return float(torch.cat(scores).mean())
 
@@ -41,7 +41,7 @@ def autoencoder_by_size(vae, count: int = 200, world: World = FULL) -> dict[str,
     """PSNR in dB and SSIM of the round trip within the boxes of objects, by their size; `count` objects of each."""
     found = {size: {"objects": 0, "pixels": 0.0, "PSNR": 0.0, "SSIM": 0.0} for size in SIZES}
     for seed in range(100 * count):
-        one = scene(seed, "test", world)
+        one = draw_scene(seed, "test", world)
         wanted = [placed for placed in one.objects if found[placed.size]["objects"] < count]
         if wanted:
             pixels = to_tensor([one.image])
@@ -66,7 +66,7 @@ def autoencoder_by_size(vae, count: int = 200, world: World = FULL) -> dict[str,
 def image_to_text_accuracy(clip: CLIP, tokenizer, images, prompts: list[str], others: int = 99,
                            world: World = CORE) -> float:
     """Share of images whose own prompt is nearest, by the encoders, among it and `others` other captions."""
-    wrong = [scene(10_000 + seed, "test", world).caption for seed in range(others)]
+    wrong = [draw_scene(10_000 + seed, "test", world).caption for seed in range(others)]
     embedded = clip.encode_image(to_tensor(images))
     texts, rest = (clip.encode_text(trim_padding(tokenizer(list(some)), tokenizer.end)) for some in (prompts, wrong))
     own = (embedded * texts).sum(dim=1)
@@ -92,7 +92,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
     words = known_words(world, states["unet"].get("worlds", []))
     parts = Parts(config_with(config, vae), tokenizer, clip.text_model, vae, unet, clip,
                   {"objects": sorted(world.objects), "words": words})
-    real = [scene(seed, "test", world) for seed in range(len(prompts) - 1)]
+    real = [draw_scene(seed, "test", world) for seed in range(len(prompts) - 1)]
     through = to_images(torch.cat([vae.decode(vae.encode(to_tensor([s.image])).mode()) for s in real]))
     figures = {
         "autoencoder PSNR on 500 unseen scenes, dB": autoencoder_psnr(vae),

@@ -21,8 +21,8 @@ from torch import nn
 
 from ..clip import CLIP, similarity_logits
 from ..config import ModelConfig
-from ..data import FULL, World, contact_sheet, scene
-from ..data.captions import ANSWERS, answers_of, captions_apart
+from ..data import FULL, World, contact_sheet, draw_scene
+from ..data.captions import CAPTION_LABELS, caption_and_hard_negative, label_caption
 from ..images import save_sheet, to_tensor
 from ..tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def retrieval_accuracy(clip: CLIP, tokenizer: Tokenizer, *, count: int = 1000, s
     device = clip.logit_scale.device
     images, texts = [], []
     for first in range(start, start + count, 100):
-        drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, start + count))]
+        drawn = [draw_scene(seed, "test", world) for seed in range(first, min(first + 100, start + count))]
         images.append(clip.encode_image(to_tensor([s.image for s in drawn]).to(device)))
         texts.append(clip.encode_text(trim_padding(tokenizer([s.caption for s in drawn]), tokenizer.end).to(device)))
     images, texts = torch.cat(images), torch.cat(texts)
@@ -55,9 +55,9 @@ def hard_negative_accuracy(clip: CLIP, tokenizer: Tokenizer, *, count: int = 500
     """Share of `count` unseen scenes whose image is nearer to its caption than to one that is wrong in one thing."""
     device, right = clip.logit_scale.device, 0
     for first in range(0, count, 100):
-        drawn = [scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
+        drawn = [draw_scene(seed, "test", world) for seed in range(first, min(first + 100, count))]
         images = clip.encode_image(to_tensor([s.image for s in drawn]).to(device))
-        pairs = [captions_apart(s, random.Random(s.seed), world.grammar) for s in drawn]
+        pairs = [caption_and_hard_negative(s, random.Random(s.seed), world.grammar) for s in drawn]
         ids = trim_padding(tokenizer([caption for pair in zip(*pairs, strict=True) for caption in pair]), tokenizer.end)
         true, wrong = clip.encode_text(ids.to(device)).chunk(2)
         right += int(((images * true).sum(dim=1) > (images * wrong).sum(dim=1)).sum())
@@ -78,13 +78,13 @@ class AuxiliaryClassifier(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.answer = nn.Linear(dim, sum(map(len, ANSWERS)))
+        self.answer = nn.Linear(dim, sum(map(len, CAPTION_LABELS)))
         nn.init.zeros_(self.answer.weight)
         nn.init.zeros_(self.answer.bias)
 
     def forward(self, pooled: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, D) to the logits of each question's answers."""
-        return self.answer(self.scale * pooled).split([len(answers) for answers in ANSWERS], dim=1)
+        return self.answer(self.scale * pooled).split([len(answers) for answers in CAPTION_LABELS], dim=1)
 
 
 class CLIPWithClassifier(CLIP):
@@ -99,8 +99,8 @@ class CLIPWithClassifier(CLIP):
 def relation_accuracy(encoders: CLIPWithClassifier, tokenizer: Tokenizer, *, count: int = 500,
                       world: World = FULL) -> float:
     """Share of the relations said in captions of `count` unseen scenes that are read off the pooled vectors."""
-    drawn = [scene(seed, "test", world) for seed in range(count)]
-    answers = torch.tensor([answers_of(s.caption, s)[0] for s in drawn])
+    drawn = [draw_scene(seed, "test", world) for seed in range(count)]
+    answers = torch.tensor([label_caption(s.caption, s)[0] for s in drawn])
     ids = trim_padding(tokenizer([s.caption for s in drawn]), tokenizer.end).to(encoders.logit_scale.device)
     given = torch.cat([encoders.auxiliary_head(encoders.text_model(part).pooled)[0].argmax(dim=1)
                        for part in ids.split(100)])
@@ -120,9 +120,10 @@ class CLIPRecipe:
 
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(2**40, (self.batch_size,), generator=generator).tolist()
-        drawn = [scene(seed, world=self.world) for seed in seeds]
-        true, wrong = zip(*(captions_apart(s, random.Random(s.seed), self.world.grammar) for s in drawn), strict=True)
-        answers = torch.tensor([answers_of(caption, s) for caption, s in zip(true, drawn, strict=True)])
+        drawn = [draw_scene(seed, world=self.world) for seed in seeds]
+        pairs = [caption_and_hard_negative(s, random.Random(s.seed), self.world.grammar) for s in drawn]
+        true, wrong = zip(*pairs, strict=True)
+        answers = torch.tensor([label_caption(caption, s) for caption, s in zip(true, drawn, strict=True)])
         return (to_tensor([s.image for s in drawn]), trim_padding(self.tokenizer([*true, *wrong]), self.tokenizer.end),
                 answers)
 
@@ -138,9 +139,9 @@ class CLIPRecipe:
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
         device = averaged.logit_scale.device
-        drawn = [scene(seed, "test", self.world) for seed in range(8)]
+        drawn = [draw_scene(seed, "test", self.world) for seed in range(8)]
         images = averaged.encode_image(to_tensor([s.image for s in drawn]).to(device))
-        wrong = [scene(seed, "test", self.world).caption for seed in range(100, 400)]
+        wrong = [draw_scene(seed, "test", self.world).caption for seed in range(100, 400)]
         captions = [s.caption for s in drawn] + wrong
         texts = averaged.encode_text(trim_padding(self.tokenizer(captions), self.tokenizer.end).to(device))
         nearest = (images @ texts.T).argmax(dim=1).tolist()

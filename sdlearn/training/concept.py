@@ -17,9 +17,9 @@ from torch import nn
 
 from ..clip import TextEncoder
 from ..config import ModelConfig
-from ..data import CORE, Scene, World, contact_sheet, scene_of
+from ..data import CORE, Scene, World, compose_scene, contact_sheet
 from ..data.captions import with_article
-from ..data.likeness import cutouts, kinds, likeness
+from ..data.similarity import cut_out_foreground, pixel_similarity, reference_cutouts
 from ..data.world import BACKGROUNDS
 from ..finetune import Embedding, LoRA, LowRank, add_embedding, attach_lora, init_embedding, new_lora
 from ..finetune.loop import draw_indices, draw_timesteps
@@ -47,7 +47,7 @@ def make_caption(words: str, ground: str) -> str:
 
 def make_scenes(name: str, count: int, first: int, ground: str = GROUND) -> list[Scene]:
     """Scenes of one such thing, not a small one, from the seeds `first` on, each with the caption of its kind."""
-    found = (scene_of([name], background=ground, seed=seed) for seed in itertools.count(first))
+    found = (compose_scene([name], background=ground, seed=seed) for seed in itertools.count(first))
     large = (one for one in found if one.objects[0].size != "small")
     return [replace(one, caption=make_caption(name, ground)) for one in itertools.islice(large, count)]
 
@@ -127,7 +127,7 @@ class ConceptRecipe:
         prompts = [prompt for prompt, _ in asked.values() for _ in range(count)]
         with self.in_place(averaged):
             pixels = self.drawn(prompts)
-        return {name: float(likeness(cutouts(part.cpu()), kinds([of])).mean())
+        return {name: float(pixel_similarity(cut_out_foreground(part.cpu()), reference_cutouts([of])).mean())
                 for (name, (_, of)), part in zip(asked.items(), pixels.split(count), strict=True)}, pixels, prompts
 
 

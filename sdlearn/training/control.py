@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..config import ModelConfig
 from ..controlnet import Control, ControlNet, add_control
-from ..data import Scene, contact_sheet, scene
+from ..data import Scene, contact_sheet, draw_scene
 from ..images import save_sheet, to_images, to_tensor
 from ..unet import UNet
 from .unet import LatentRecipe
@@ -63,7 +63,7 @@ class ControlRecipe(LatentRecipe):
 
     def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Hints (B, 3, H, W) of the rows' scenes."""
-        return self.given([scene(seed, world=self.world) for seed in self.cache.seeds(rows).tolist()])
+        return self.given([draw_scene(seed, world=self.world) for seed in self.cache.seeds(rows).tolist()])
 
     def given(self, drawn: list[Scene]) -> tuple[torch.Tensor, ...]:
         """Hints (B, 3, H, W) of scenes."""
@@ -75,7 +75,7 @@ class ControlRecipe(LatentRecipe):
     @torch.no_grad()
     def report(self, averaged: ControlNet, folder: Path, step: int) -> dict[str, float]:
         """A sheet of hints, images with them and images without, the same noise for both; how far they agree."""
-        drawn = [scene(seed, "test", self.world) for seed in range(SHOWN)]
+        drawn = [draw_scene(seed, "test", self.world) for seed in range(SHOWN)]
         captions = [one.caption for one in drawn]
         led, free = self.led(averaged, drawn), self.sample(self.unet, captions)
         sheet = contact_sheet(self.strips(drawn, led, free), captions, columns=3)
@@ -85,7 +85,7 @@ class ControlRecipe(LatentRecipe):
     @torch.no_grad()
     def listening(self, net: ControlNet, count: int = 64, step: int = 700) -> dict[str, float]:
         """The loss at one timestep with the right hints, with those of other scenes, and with no ControlNet."""
-        drawn = [scene(1000 + seed, "test", self.world) for seed in range(count)]
+        drawn = [draw_scene(1000 + seed, "test", self.world) for seed in range(count)]
         noisy, t, contexts, target = self.probe(drawn, step)
         hints, = (part.to(noisy.device) for part in self.given(drawn))
         networks = {"right": self.network(net, hints), "wrong": self.network(net, hints.roll(1, dims=0)),

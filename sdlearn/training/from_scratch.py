@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoint import Parts
 from ..config import CLASSROOM as CONFIG
-from ..data import World, scene
+from ..data import World, draw_scene
 from ..data.world import CLASSROOM as WORLD
 from ..finetune.loop import Diverged, diffusion_loss, draw_indices
 from ..schedule import NoiseSchedule
@@ -51,7 +51,7 @@ def prepare_latents(parts: Parts, count: int = 1500, *, split: str = "train", wo
     """Encode the first `count` scenes of a split: some 70 a second on two CPU cores."""
     found = []
     for first in tqdm(range(0, count, 50), desc="scenes", unit="scene", unit_scale=50):
-        drawn = [scene(seed, split, world) for seed in range(first, min(first + 50, count))]
+        drawn = [draw_scene(seed, split, world) for seed in range(first, min(first + 50, count))]
         found.append(encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
     return EncodedScenes(*(torch.cat(part) for part in zip(*found, strict=True)))
 

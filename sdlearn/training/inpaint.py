@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..config import ModelConfig
-from ..data import SIDE, Scene, contact_sheet, scene
+from ..data import SIDE, Scene, contact_sheet, draw_scene
 from ..images import psnr, save_sheet, to_images, to_tensor
 from ..inpaint import latent_mask, masked_pixels, nine_channels
 from ..unet import UNet
@@ -134,7 +134,7 @@ class MaskCache:
             return
         rows = np.unique(self.cache.draw(count, generator))
         seeds = self.cache.seeds(rows)
-        drawn = [scene(seed, world=self.cache.world) for seed in seeds.tolist()]
+        drawn = [draw_scene(seed, world=self.cache.world) for seed in seeds.tolist()]
         rng = random.Random(int(torch.randint(2**60, (), generator=generator)))
         mask = mask_tensor([random_mask(one, rng) for one in drawn])                 # (B, 1, H, W)
         vae = self.cache.vae
@@ -188,7 +188,7 @@ class InpaintRecipe(LatentRecipe):
     @torch.no_grad()
     def report(self, averaged: UNet, folder: Path, step: int) -> dict[str, float]:
         """A sheet of unseen scenes, what of them is shown, and the results."""
-        drawn = [scene(seed, "test", self.world) for seed in range(SHOWN)]
+        drawn = [draw_scene(seed, "test", self.world) for seed in range(SHOWN)]
         results = self.filled(averaged, drawn)
         sheet = contact_sheet(self.strips(drawn, results), [one.caption for one in drawn], columns=3)
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
@@ -227,7 +227,7 @@ class InpaintRecipe(LatentRecipe):
     def listening(self, unet: UNet, count: int = 64, step: int = 700) -> dict[str, float]:
         """The loss in the hole at one timestep, with the right captions and what is around it, and with the
         captions, then the surroundings, of other scenes: what is heard, and what is seen."""
-        drawn = [scene(1000 + seed, "test", self.world) for seed in range(count)]
+        drawn = [draw_scene(1000 + seed, "test", self.world) for seed in range(count)]
         masks, masked = self.given(drawn)
         noisy, t, contexts, target = self.probe(drawn, step)
         figures = {}

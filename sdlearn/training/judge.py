@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageFilter
 from torch import Tensor, nn
 
-from ..data import COLOURS, FULL, OBJECTS, Scene, World, scene, scene_of
+from ..data import COLOURS, FULL, OBJECTS, Scene, World, compose_scene, draw_scene
 from ..images import save_sheet, to_tensor
 
 SEEN_FROM = 2**20       # seeds of training scenes start here; those below are for measuring
@@ -33,7 +33,7 @@ def draw_uniform_scene(seed: int, world: World = FULL) -> Scene:
     for name in names:
         colour = rng.choice((None, *COLOURS)) if OBJECTS[name].tintable else None
         colours.append(drawn.setdefault(name, colour) if alike else colour)
-    return scene_of(names, colours=colours, seed=seed)
+    return compose_scene(names, colours=colours, seed=seed)
 
 
 def add_distractor_blobs(image: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
@@ -99,11 +99,11 @@ class JudgeRecipe:
         parts; `measure(model)` gives figures and a sheet of what the model finds in unseen scenes."""
         self.model, self.of, self.measure = model, loss, measure
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
-        self.kind = type(model.targets([scene(0, world=world)]))
+        self.kind = type(model.targets([draw_scene(0, world=world)]))
 
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
-        drawn = [(scene if i % 2 else draw_uniform_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
+        drawn = [(draw_scene if i % 2 else draw_uniform_scene)(seed, world=self.world) for i, seed in enumerate(seeds)]
         drawn = [replace(one, objects=()) if one.seed % 100 < 6 else one for one in drawn]      # blobs alone
         pixels = to_tensor([self._image(one) for one in drawn])
         crisp = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.25          # so that clean scenes stay easy

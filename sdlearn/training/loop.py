@@ -24,7 +24,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from ..attention import eager_attention
-from ..data.world import name_of
+from ..data.world import world_name
 
 
 class Recipe(Protocol):
@@ -223,7 +223,7 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
     if (name := "fp32" if precision == "no" else precision) not in progress.precisions:
         progress.precisions.append(name)
     worlds = getattr(recipe, "worlds", None) or [world for world in [getattr(recipe, "world", None)] if world]
-    progress.worlds += [name for name in map(name_of, worlds) if name not in progress.worlds]
+    progress.worlds += [name for name in map(world_name, worlds) if name not in progress.worlds]
     warmed = state is not None and "optimiser" in state
     first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
     averaged, decay_share = (progress.step, 1.0) if anneal else (0, recipe.decay_share)

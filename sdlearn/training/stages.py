@@ -21,7 +21,7 @@ from ..checkpoint.shipped import (
 )
 from ..clip import CLIP, TextEncoder
 from ..config import ModelConfig
-from ..data import WORLDS, scene
+from ..data import WORLDS, draw_scene
 from ..tokenizer import Tokenizer
 from ..unet import UNet
 from ..vae import VAE
@@ -77,7 +77,7 @@ def train_tokenizer(config: ModelConfig, run: Path, captions: int = 20_000) -> T
     folder = run / "tokenizer"
     if not folder.exists():
         english = (Path(__file__).parent.parent / "data" / "english.txt").read_text(encoding="utf-8").split()
-        texts = [scene(seed, world=WORLDS["rich-full"]).caption for seed in range(captions)]
+        texts = [draw_scene(seed, world=WORLDS["rich-full"]).caption for seed in range(captions)]
         save_tokenizer(folder, Tokenizer.train([*texts, *english], config.text.vocab_size))
     return load_tokenizer(folder)
 

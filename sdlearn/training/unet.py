@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..clip import TextEncoder
 from ..config import ModelConfig
-from ..data import CORE, Scene, World, contact_sheet, scene
+from ..data import CORE, Scene, World, contact_sheet, draw_scene
 from ..guidance import predict_x0
 from ..images import save_sheet, to_images, to_tensor
 from ..samplers import SAMPLERS
@@ -35,7 +35,7 @@ FIRST_PROMPT = "a red apple to the left of a cat on a yellow background"
 
 def validation_prompts(count: int, world: World = CORE) -> list[str]:
     """Captions of unseen scenes, the same at every call: what progress is watched on."""
-    return [FIRST_PROMPT, *(scene(seed, "test", world).caption for seed in range(count - 1))]
+    return [FIRST_PROMPT, *(draw_scene(seed, "test", world).caption for seed in range(count - 1))]
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ class LatentCache:
 
     def _fingerprint(self) -> str:
         """Of everything the rows depend on: the two frozen models, the world, and how its captions are worded."""
-        captions = [scene(seed, world=self.world).caption for seed in range(64)]
+        captions = [draw_scene(seed, world=self.world).caption for seed in range(64)]
         digest = hashlib.sha256(repr((self.world, self.tokenizer.vocab_size, captions)).encode())
         for model in (self.vae.encoder, self.text_encoder):
             for parameter in model.parameters():
@@ -135,7 +135,7 @@ class LatentCache:
         """Encode `count` new scenes and put them in the place of the oldest."""
         if count == 0:
             return
-        drawn = [scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
+        drawn = [draw_scene(self.offset + self.meta["made"] + i, world=self.world) for i in range(count)]
         rows = np.arange(self.meta["made"], self.meta["made"] + count) % self.meta["capacity"]
         latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
         self.arrays["latents"][rows] = latents.cpu().numpy()
@@ -257,6 +257,6 @@ class UNetRecipe(LatentRecipe):
         return self.listening(averaged)
 
     def listening(self, unet, count: int = 128) -> dict[str, float]:
-        drawn = [scene(seed, "test", self.world) for seed in range(count)]
+        drawn = [draw_scene(seed, "test", self.world) for seed in range(count)]
         latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
         return shuffled_caption_losses(unet, self.schedule, latents, contexts)

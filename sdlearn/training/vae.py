@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ModelConfig
-from ..data import CORE, FULL, SIDE, World, contact_sheet, scene
+from ..data import CORE, FULL, SIDE, World, contact_sheet, draw_scene
 from ..images import psnr, save_sheet, to_images, to_tensor
 from ..vae import VAE
 
@@ -93,7 +93,7 @@ class VAERecipe:
     def _crop(self, seed: int, size: int) -> np.ndarray:
         rng = random.Random(seed)
         world = self.worlds[0] if rng.random() < CORE_SHARE else self.worlds[-1]
-        drawn = scene(seed, world=world)
+        drawn = draw_scene(seed, world=world)
         if rng.random() < SMALLEST_SHARE:
             centre = min(drawn.objects, key=lambda placed: max(placed.extent)).centre
         else:
@@ -130,7 +130,7 @@ class VAERecipe:
     @torch.no_grad()
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
         device = next(averaged.parameters()).device
-        shown = [scene(seed, "test", self.worlds[0]) for seed in range(16)]
+        shown = [draw_scene(seed, "test", self.worlds[0]) for seed in range(16)]
         pixels = to_tensor([s.image for s in shown]).to(device)
         latents = averaged.encode(pixels).mode()
         decoded = averaged.decode(latents)
@@ -150,7 +150,7 @@ def reconstruction_under_noise(vae: VAE, noises: tuple[float, ...] = (0.0, 0.1, 
 
     The noise's deviation is in units of the deviation of these scenes' latents. The same noise for every autoencoder.
     """
-    drawn = [scene(seed, "test", world) for seed in range(count)]
+    drawn = [draw_scene(seed, "test", world) for seed in range(count)]
     device = next(vae.parameters()).device
     pixels = to_tensor([one.image for one in drawn])                                    # (count, 3, H, W)
     latents = torch.cat([vae.encode(part.to(device)).mode() for part in pixels.split(16)])
@@ -169,6 +169,6 @@ def reconstruction_under_noise(vae: VAE, noises: tuple[float, ...] = (0.0, 0.1, 
 @torch.no_grad()
 def measure_scaling_factor(vae: VAE, count: int = 256, world: World = FULL) -> float:
     """One over the standard deviation of the latents of `count` scenes: SD's scaling factor, for this autoencoder."""
-    latents = [vae.encode(to_tensor([scene(seed, world=world).image for seed in range(i, i + 16)])).mode()
+    latents = [vae.encode(to_tensor([draw_scene(seed, world=world).image for seed in range(i, i + 16)])).mode()
                for i in range(0, count, 16)]
     return 1 / float(torch.cat(latents).std())

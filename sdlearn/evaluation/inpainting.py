@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..images import psnr
-from .judge import Detection, Seen
+from .judge import Detection, Detections
 
 
 def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def known_psnr(pixels: Tensor, originals: Tensor, mask: Tensor) -> Tensor:
     return psnr(pixels, originals, where=1 - mask)
 
 
-def seam_jump(pixels: Tensor, mask: Tensor) -> Tensor:
+def seam_difference(pixels: Tensor, mask: Tensor) -> Tensor:
     """How far apart neighbours are that the mask's border separates: the mean of |inside - outside|, (B,).
 
     Pixels (B, 3, H, W), mask (B, 1, H, W). NaN where a mask has no border within the image.
@@ -32,7 +32,7 @@ def seam_jump(pixels: Tensor, mask: Tensor) -> Tensor:
     return total / count
 
 
-def inside(one: Detection, mask: Tensor) -> bool:
+def is_centre_in_mask(one: Detection, mask: Tensor) -> bool:
     """Whether the middle of what was found lies within a mask (1, H, W)."""
     rows, columns = mask.shape[-2:]
     x, y = one.centre
@@ -40,10 +40,10 @@ def inside(one: Detection, mask: Tensor) -> bool:
     return bool(mask[0, row, column] > 0)
 
 
-def found_inside(seen: Sequence[Seen], mask: Tensor, names: Sequence[str]) -> float:
+def share_found_in_mask(seen: Sequence[Detections], mask: Tensor, names: Sequence[str]) -> float:
     """The share of images in which the judge has found the object of that name with its middle in the mask.
 
-    seen: what `Judge.look_at` returns; mask (B, 1, H, W); names: one for each image.
+    seen: what `Judge.detect` returns; mask (B, 1, H, W); names: one for each image.
     """
-    return sum(any(one.name == name and inside(one, hole) for one in found.objects)
+    return sum(any(one.name == name and is_centre_in_mask(one, hole) for one in found.objects)
                for found, hole, name in zip(seen, mask, names, strict=True)) / len(names)

@@ -6,7 +6,7 @@ An image encoder sees what it was trained to tell apart. Of a thing that it was 
 judge of whether an image shows just that thing. Here a thing is cut out of its plain ground, brought to one size and
 compared colour by colour, so that neither its place nor its size counts:
 
-    likeness(cutouts(pixels), kinds(["alien", "robot"]))        # (B, 2)
+    pixel_similarity(cut_out_foreground(pixels), reference_cutouts(["alien", "robot"]))        # (B, 2)
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .atlas import sprite
+from .atlas import load_sprite
 
 SIDE = 24               # pixels of a cut-out
 JUMP = 0.2              # from the ground, of values in [-1, 1], root mean square over the colours
 LEAST = 30              # pixels of a thing: fewer are specks
 
 
-def cutouts(pixels: Tensor, *, jump: float = JUMP) -> Tensor:
+def cut_out_foreground(pixels: Tensor, *, jump: float = JUMP) -> Tensor:
     """What stands on the plain ground of each image, (B, 4, S, S): colours in [-1, 1] and how much is covered.
 
     pixels: (B, 3, H, W) in [-1, 1]. The ground is each colour's median, so it has to fill more than half of the
@@ -37,16 +37,16 @@ def cutouts(pixels: Tensor, *, jump: float = JUMP) -> Tensor:
     return torch.stack(found)
 
 
-def kinds(names: Sequence[str], *, size: int = 72) -> Tensor:
+def reference_cutouts(names: Sequence[str], *, size: int = 72) -> Tensor:
     """Cut-outs of kinds of objects as they are drawn, in their natural colours: (R, 4, S, S)."""
     found = []
     for name in names:
-        drawn = torch.from_numpy(sprite(name, None, size).copy()).permute(2, 0, 1).float()    # premultiplied
+        drawn = torch.from_numpy(load_sprite(name, None, size).copy()).permute(2, 0, 1).float()    # premultiplied
         found.append(_square(drawn[:3] / 127.5 - 1, drawn[3] > 127))
     return torch.stack(found)
 
 
-def likeness(things: Tensor, references: Tensor) -> Tensor:
+def pixel_similarity(things: Tensor, references: Tensor) -> Tensor:
     """How alike cut-outs (B, 4, S, S) and (R, 4, S, S) are, (B, R): 1 for the same, about 0 for what shares nothing.
 
     1 - |a - b|^2 / (|a|^2 + |b|^2)
