@@ -16,10 +16,10 @@ from ..checkpoint import Parts
 from ..config import CLASSROOM, UNetConfig
 from ..data import World
 from ..data.world import CLASSROOM as LESSON_WORLD
+from ..diffusion import sample_latents
 from ..finetune.loop import Diverged
-from ..guidance import predict_x0
 from ..images import to_images, to_tensor
-from ..samplers import get_sampler, make_timesteps_for
+from ..schedule import seeded_noise
 from ..training.from_scratch import EncodedScenes, train_small_unet
 from .ablation import Asked, Base, Measurement, Plan, evaluation_steps
 
@@ -37,18 +37,17 @@ def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, s
     """
     shape = shape or (base.vae.config.latent_channels, base.cells, base.cells)
     decode = decode or (lambda latent: base.vae.to_pixels(latent, at_once=8))
-    grid = make_timesteps_for(sampler, base.schedule, steps)
     images = []
     for first in range(0, len(texts), AT_ONCE):
         some = list(texts[first:first + AT_ONCE])
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
-        noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(base.device)  # (B, C, h, w)
         context = base.text_encoder(base.tokenizer([*some, ""]).to(base.device)).hidden                 # (B + 1, M, T)
-        denoise = predict_x0(unet, base.schedule, context[:-1], context[-1:], guidance_scale=guidance)
-        *_, last = get_sampler(sampler)(denoise, noise, grid, base.schedule, generator=generators)
-        if not bool(last.x.isfinite().all()):
+        latents = sample_latents(unet, base.schedule, seeded_noise(shape, generators), context[:-1], context[-1:],
+                                 sampler=sampler, num_inference_steps=steps, guidance_scale=guidance,
+                                 generator=generators)                                                  # (B, C, h, w)
+        if not bool(latents.isfinite().all()):
             raise Diverged(f"the latent became NaN or infinite in {steps} steps of {sampler}")
-        images.append(to_images(decode(last.x)))
+        images.append(to_images(decode(latents)))
     return np.concatenate(images)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from ..controlnet import add_control
 from ..inpaint import blended_denoise, latent_mask, masked_pixels, nine_channels, paste, repaint
 from ..samplers import SAMPLERS, Denoise, Step
-from ..schedule import Timesteps
+from ..schedule import Timesteps, seeded_noise
 from ..vae import DiagonalGaussian
 from .settings import SettingsError
-from .task import PipelineInputs, noise_like
+from .task import PipelineInputs
 
 
 def get_timesteps(grid: Timesteps, strength: float) -> Timesteps:
@@ -38,7 +38,7 @@ class SamplingState:
         self.known = self.mask = None
         if task.image is not None and (noised or self.blends):
             self.known = encode_to_latents(model, task.image, generators)                      # (B, C, h, w)
-        noise = noise_like(shape, generators) if task.latent is None else task.latent
+        noise = seeded_noise(shape[1:], generators) if task.latent is None else task.latent
         self.noise = noise.to(model.device)
         start = self.known is not None and noised
         self.x = self.schedule.add_noise(self.known, self.noise, grid[0][0]) if start else self.noise

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..controlnet import Control, ControlNet, check_version
@@ -100,9 +99,3 @@ def checked_control(model, control: Control, size: tuple[int, int], batch: int) 
 def check_batch(what: str, given: Tensor | None, batch: int):
     if given is not None and len(given) not in (1, batch):
         raise SettingsError(f"there are {len(given)} {what}s for a batch of {batch}; give one for all, or one for each")
-
-
-def noise_like(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """(B, C, h, w) of variance 1. Drawn on the CPU, each image's from its own generator: the same for every
-    device and batch."""
-    return torch.stack([torch.randn(shape[1:], generator=one) for one in generators])
