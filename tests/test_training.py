@@ -396,7 +396,7 @@ def test_fixed_prompts_never_change():
 def test_shipping_writes_a_folder_that_loads_and_a_card_that_was_measured(config, run, tmp_path, monkeypatch):
     from sdlearn.training import card
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 12.345)
-    monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 0.678)
+    monkeypatch.setattr(card, "retrieval_accuracy", lambda clip, tokenizer: 0.678)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {"tiny": {"objects": 7, "pixels": 9, "PSNR": 23.4,
                                                                            "SSIM": 0.5678}})
     folder = package_weights(config, run, tmp_path / "model", count=3)
@@ -435,7 +435,7 @@ def test_the_autoencoders_errors_are_told_by_size():
 def test_a_run_starts_from_shipped_weights(config, run, tmp_path, monkeypatch):
     from sdlearn.training import card
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
-    monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
+    monkeypatch.setattr(card, "retrieval_accuracy", lambda clip, tokenizer: 1.0)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
     folder = package_weights(config, run, tmp_path / "model", count=2)
     assert stages.start_from(folder, tmp_path / "new") == ["vae", "clip", "unet"]

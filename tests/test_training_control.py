@@ -197,7 +197,7 @@ def test_a_stage_stops_goes_on_and_reports(config, run, stage, monkeypatch):
     assert progress.step == first.step + 1 and progress.samples == first.samples + 8
     figures = make(stage, config, run).report(again.model.eval(), run, progress.step)
     assert all(np.isfinite(value) for value in figures.values()) and list(run.glob(f"{stage}-*.png"))
-    wanted = {"edges": "edge_f1_with_hint", "depth": "covered_iou_without", "inpaint": "known_psnr"}[stage]
+    wanted = {"edges": "edge_f1_with_hint", "depth": "foreground_iou_without", "inpaint": "known_psnr"}[stage]
     assert wanted in figures
 
 
@@ -603,9 +603,9 @@ def test_shipped_models_are_found_by_name(folder, monkeypatch):
 
 def test_a_run_ships_what_it_has_and_starts_from_it_again(config, run, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "autoencoder_psnr", lambda vae: 1.0)
-    monkeypatch.setattr(card, "retrieval", lambda clip, tokenizer: 1.0)
+    monkeypatch.setattr(card, "retrieval_accuracy", lambda clip, tokenizer: 1.0)
     monkeypatch.setattr(card, "autoencoder_by_size", lambda vae: {})
-    monkeypatch.setattr(card, "ship_adapters", lambda *args: adapters.package_adapters(*args, count=2))
+    monkeypatch.setattr(card, "package_adapters", lambda *args: adapters.package_adapters(*args, count=2))
     monkeypatch.setattr(adapters, "input_moments", partial(adapters.input_moments, count=4))
     recipes = {stage: trained(stage, config, run) for stage in SMALL}
     out = card.package_weights(config, run, tmp_path / "model", count=2)

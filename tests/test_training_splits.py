@@ -96,9 +96,9 @@ def test_the_scaling_factor_and_the_tokenizer_are_of_the_training_split(config, 
 def test_a_card_tells_drawn_images_from_real_scenes(config, run, monkeypatch, tmp_path):
     """The choice among captions is of what the U-Net draws, then of the prompts' own scenes through the autoencoder."""
     prompts, seen = validation_prompts(3, CORE), []
-    for name in ("retrieval", "autoencoder_psnr", "autoencoder_by_size", "reconstruction_under_noise"):
+    for name in ("retrieval_accuracy", "autoencoder_psnr", "autoencoder_by_size", "reconstruction_under_noise"):
         monkeypatch.setattr(card, name, lambda *_: {}, raising=False)
-    monkeypatch.setattr(card, "chosen_rightly", lambda clip, tokenizer, images, prompts, world:
+    monkeypatch.setattr(card, "image_to_text_accuracy", lambda clip, tokenizer, images, prompts, world:
                         seen.append((np.stack(list(images)), list(prompts), world)) or float(len(seen)))
     monkeypatch.setattr(UNetRecipe, "listening", lambda *_: {})
     parts, figures, images = card.measure(config, run, prompts, CORE)
