@@ -16,18 +16,19 @@ from sdlearn.__main__ import main
 from sdlearn.ablations import (
     ABLATIONS,
     RESULTS,
-    Base,
     Measurement,
-    Measures,
     Plan,
     Variant,
     buckets,
+    check_model,
     concept,
     default_minutes,
+    drawing,
     dropout,
     factor,
     load_ablation,
     load_or_fit_plan,
+    measuring,
     pixels,
     run_ablation,
     sizes,
@@ -37,15 +38,17 @@ from sdlearn.ablations import (
 )
 from sdlearn.ablations.ablation import early_evaluation_steps, encode_lesson_scenes, evaluation_steps
 from sdlearn.ablations.drawing import draw, lesson, scaled
+from sdlearn.ablations.measuring import judge_shares as real_shares
+from sdlearn.ablations.measuring import make_prompts as real_prompts
 from sdlearn.ablations.running import RECORD, SHEET_BYTES, encode_png, fit_plan, scale_plan
 from sdlearn.checkpoint import CheckpointError, save_folder
 from sdlearn.commands import ablate
 from sdlearn.config import PRESETS, VAEConfig
 from sdlearn.data import CORE, FULL, compose_scene, draw_scene
 from sdlearn.data.world import CLASSROOM
-from sdlearn.evaluation.metrics import ssim
 from sdlearn.finetune.loop import Diverged
 from sdlearn.images import to_tensor
+from sdlearn.pipeline import StableDiffusion
 from sdlearn.training.unet import make_training_batch
 from sdlearn.vae import VAE
 
@@ -61,16 +64,16 @@ SMALL = {
 }
 
 
-class Asked:
+class Prompt:
     def __init__(self, text):
         self.text = text
 
 
-def ask(world, count):
-    return [Asked(f"a {name} on a red background") for name in (world.objects * count)[:count]]
+def make_prompts(world, count):
+    return [Prompt(f"a {name} on a red background") for name in (world.objects * count)[:count]]
 
 
-def judge(images, asked):
+def judge_shares(images, asked, device):
     assert len(images) == len(asked) and all(one.dtype == np.uint8 and one.shape[2] == 3 for one in images)
     assert all(side % 4 == 0 and 96 <= side <= 256 for one in images for side in one.shape[:2])
     return {"right": float(np.mean([one.mean() for one in images])) / 255}
@@ -84,9 +87,17 @@ def config():
                    vision=replace(tiny.vision, image_size=128, patch_size=32))
 
 
+@pytest.fixture(autouse=True)
+def fast_judge(monkeypatch):
+    """Brightness in place of the judge, and few prompts."""
+    monkeypatch.setattr(measuring, "judge_shares", judge_shares)
+    monkeypatch.setattr(measuring, "make_prompts", make_prompts)
+    monkeypatch.setattr(drawing, "compose_prompt_scene", lambda prompt: compose_scene(["apple"]))
+
+
 @pytest.fixture(scope="module")
 def base(config):
-    return Base(tiny_parts(config=config), Measures(ask, judge, lambda one: compose_scene(["apple"]).image, ssim))
+    return StableDiffusion(tiny_parts(config=config))
 
 
 def played(variants):
@@ -137,8 +148,8 @@ def test_every_ablation_runs_and_its_result_is_data(base, tmp_path, name):
         stored = told["variants"][variant.name]
         assert stored["changed"] == json.loads(json.dumps(dict(variant.changed)))
         want = {r.step: r.figures for r in seen[variant.name] if r.figures}
-        assert [r["step"] for r in stored["readings"]] == list(want)
-        for reading in stored["readings"]:
+        assert [r["step"] for r in stored["measurements"]] == list(want)
+        for reading in stored["measurements"]:
             assert {k: v for k, v in reading.items() if k != "step"} == pytest.approx(dict(want[reading["step"]]),
                                                                                       rel=1e-4)
     with Image.open(file.with_suffix(".png")) as sheet:
@@ -155,15 +166,14 @@ def test_marks():
 
 def test_a_base_must_be_able_to_answer(base):
     with pytest.raises(ValueError, match="which objects it was taught"):
-        Base(replace(base.parts, world=None), base.measures)
+        check_model(StableDiffusion(replace(base.parts, world=None)))
     wide = replace(base.parts.config, unet=replace(base.parts.config.unet, in_channels=9))
     with pytest.raises(ValueError, match="inpainting model"):
-        Base(replace(base.parts, config=wide), base.measures)
+        check_model(StableDiffusion(replace(base.parts, config=wide)))
 
 
 def test_drawing_is_the_same_in_batches_and_tells_what_is_not_finite(base, monkeypatch):
-    from sdlearn.ablations import drawing
-    texts = [one.text for one in ask(CORE, 3)]
+    texts = [one.text for one in make_prompts(CORE, 3)]
     whole = draw(base, base.unet, texts, guidance=2.0, steps=2)
     monkeypatch.setattr(drawing, "AT_ONCE", 2)
     parts = draw(base, base.unet, texts, guidance=2.0, steps=2)
@@ -215,7 +225,7 @@ def test_factors_are_of_equal_parameters():
         assert shape.factor == number
         with torch.device("meta"):
             counts[number] = sum(p.numel() for p in VAE(shape).parameters())
-        told[number] = factor.facts(Base(tiny_parts(), Measures(ask, judge, None, ssim)), number)
+        told[number] = factor.facts(StableDiffusion(tiny_parts()), number)
     assert max(counts.values()) < 1.03 * min(counts.values())
     assert factor.CHANNELS[8] == mini.vae.channels, "f = 8 is the shipped autoencoder's shape"
     assert all(told[number]["parameters"] == counts[number] for number in counts)
@@ -272,7 +282,7 @@ def test_zero_convolutions_start_on_the_line_of_the_base(base):
     assert on["with ControlNet"] == on["base"] == above["base"] and on["change of the output"] == 0
     assert above["change of the output"] > 0.1 and above["with ControlNet"] != above["base"]
     figures, images = zero_conv.images_of(base, SMALL["zero-conv"], zero)
-    captions = [draw_scene(seed, "test", base.world).caption for seed in range(2)]
+    captions = [draw_scene(seed, "test", measuring.get_world(base)).caption for seed in range(2)]
     wanted = draw(base, base.unet, captions, guidance=3.0, steps=2)
     assert np.array_equal(np.stack(images), wanted) and set(figures) == {"edges F1"}
 
@@ -382,16 +392,16 @@ def test_a_batch_of_the_fine_tune_has_one_shape(base):
     assert all(one[0] * one[2] * one[3] <= 1.5 * 4 * 256 for one in seen)
 
 
-def test_two_looks_find_what_either_of_them_finds(base):
+def test_an_image_is_right_at_either_of_two_sizes(base, monkeypatch):
     """A judge that knows only what has the native area, or only what is larger."""
-    def half(images, asked):
+    def half(images, asked, device):
         [one] = images
         native = one.shape[0] * one.shape[1] < 1.3 * 128**2
         return {"right": float(native), "more than asked": float(not native)}
-    looking = Base(base.parts, replace(base.measures, judge=half))
-    asked = ask(CORE, 2)
+    monkeypatch.setattr(measuring, "judge_shares", half)
+    asked = make_prompts(CORE, 2)
     for height, width, expected in ((256, 128, 1.0), (256, 256, 1.0), (128, 128, 0.0)):
-        found = buckets.judged(looking, np.zeros((2, height, width, 3), np.uint8), asked)
+        found = buckets.judged(base, np.zeros((2, height, width, 3), np.uint8), asked)
         assert found == {"right": 1.0, "more than asked": expected}
 
 
@@ -408,8 +418,8 @@ def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
     plan = SMALL["concept"]
     before = [{name: value.clone() for name, value in part.state_dict().items()}
               for part in (base.unet, base.text_encoder)]
-    pixels = to_tensor([one.image for one in concept.make_scenes("alien", 2, 0)])
-    known = concept.asked_of(base, plan.unseen)
+    pixels = to_tensor([one.image for one in concept.images_of("alien", 2, 0)])
+    known = concept.loss_scenes(base, plan.unseen)
     assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
     learns = {}
     for name, way in concept.WAYS.items():
@@ -470,7 +480,7 @@ def test_another_model_is_another_run(base, tmp_path):
     other = tiny_parts(config=base.parts.config)
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1
-    assert len(list(run_ablation(ablation, Base(other, base.measures), ablation.plan, tmp_path))) == 6
+    assert len(list(run_ablation(ablation, StableDiffusion(other), ablation.plan, tmp_path))) == 6
 
 
 def test_a_variant_that_diverges_is_told_and_the_others_go_on(base, tmp_path):
@@ -483,7 +493,7 @@ def test_a_variant_that_diverges_is_told_and_the_others_go_on(base, tmp_path):
         raise AssertionError(f"{name} is not JSON")
     told = json.loads(file.read_text(), parse_constant=no_constant)["variants"]
     assert "became nan at step 2" in told["one"]["ended"] and told["two"]["ended"] is None
-    assert told["one"]["readings"] == [{"step": 1, "loss": 1.0, "odd": None}]
+    assert told["one"]["measurements"] == [{"step": 1, "loss": 1.0, "odd": None}]
     assert list(run_ablation(ablation, base, ablation.plan, tmp_path)) == [], "it ended, and is not tried for ever"
 
 
@@ -493,7 +503,7 @@ def test_a_real_divergence_is_caught(base, tmp_path, monkeypatch):
     list(run_ablation(ABLATIONS["zero-conv"], base, replace(SMALL["zero-conv"], steps=4), tmp_path))
     records = [json.loads((folder / RECORD).read_text()) for folder in (tmp_path / "zero-conv").iterdir()]
     assert len(records) == 2 and all(one["ended"] for one in records)
-    assert all(one["readings"][0]["step"] == 0 for one in records)
+    assert all(one["measurements"][0]["step"] == 0 for one in records)
 
 
 def test_the_plan_is_settled_once(base, tmp_path, monkeypatch):
@@ -529,7 +539,15 @@ def test_a_sheet_keeps_its_bytes():
     assert flat.startswith(b"\x89PNG") and len(flat) < 1000
 
 
-def test_a_missing_result_is_told(tmp_path):
+def test_results_with_the_key_of_earlier_versions_are_read(tmp_path):
+    result = load_ablation("steps")
+    for variant in result["variants"].values():
+        variant["readings"] = variant.pop("measurements")
+    (tmp_path / "steps.json").write_text(json.dumps(result))
+    assert load_ablation("steps", tmp_path) == load_ablation("steps")
+
+
+def test_a_missing_result_raises(tmp_path):
     with pytest.raises(CheckpointError, match="no result of an ablation 'nothing'.*run `ablate nothing`"):
         load_ablation("nothing", tmp_path)
 
@@ -537,6 +555,8 @@ def test_a_missing_result_is_told(tmp_path):
 # --- the command ------------------------------------------------------------------------------------
 
 def test_the_command_runs_resumes_and_writes(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "judge_shares", real_shares)
+    monkeypatch.setattr(measuring, "make_prompts", real_prompts)
     folder = save_folder(tmp_path / "model", base.parts)
     zero = replace(ABLATIONS["zero-conv"], plan=SMALL["zero-conv"])
     teaching = replace(ABLATIONS["dropout"], plan=replace(SMALL["dropout"], steps=2, prompts=1))
@@ -549,7 +569,7 @@ def test_the_command_runs_resumes_and_writes(base, tmp_path, monkeypatch, capsys
     assert main(args) == 0
     out = capsys.readouterr().out
     told = load_ablation("dropout", tmp_path / "out")
-    last = told["variants"]["dropout 0.1"]["readings"][-1]
+    last = told["variants"]["dropout 0.1"]["measurements"][-1]
     assert {"right, w = 3", "background, w = 7", "more than asked, w = 1"} <= set(last), "of the real judge"
     assert str(tmp_path / "out" / "zero-conv.json") in out and told["model"]["name"] == "model", "a folder's name"
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob(RECORD)}
@@ -565,7 +585,7 @@ def test_minutes_are_shared_out_among_all_ablations(base, tmp_path, monkeypatch,
                         lambda one, base, folder, minutes: given.update({one.name: minutes}))
     monkeypatch.setattr(ablate, "run_ablation", lambda *_: iter(()))
     monkeypatch.setattr(ablate, "write_results", lambda *_: "")
-    monkeypatch.setattr(ablate, "measures", lambda device: base.measures)
+    monkeypatch.setattr(ablate, "check_model", lambda model: None)
     model = SimpleNamespace(parts=base.parts, device=torch.device(device))
     monkeypatch.setattr(ablate.StableDiffusion, "load", lambda *_, **__: model)
     args = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
@@ -596,10 +616,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, capsy
 
 
 def test_prompts_are_those_that_a_world_answers():
-    from sdlearn.commands.ablate import asked_of
-    assert [one.task for one in asked_of(CLASSROOM, 2)] == ["one object"] * 2 + ["colours"] * 2
-    assert {one.task for one in asked_of(FULL, 1)} == {"one object", "colours", "counting", "two objects", "position",
-                                                       "colour binding"}
+    assert [one.task for one in real_prompts(CLASSROOM, 2)] == ["one object"] * 2 + ["colours"] * 2
+    assert {one.task for one in real_prompts(FULL, 1)} == {"one object", "colours", "counting", "two objects",
+                                                           "position", "colour binding"}
 
 
 # --- what is shipped --------------------------------------------------------------------------------
@@ -611,9 +630,9 @@ def test_shipped_results_are_whole(file):
     ablation = ABLATIONS[file.stem]
     assert told["ablation"] == ablation.name and len(told["variants"]) >= 2
     for variant in told["variants"].values():
-        assert variant["ended"] is not None or variant["readings"][-1]["step"] > 0
+        assert variant["ended"] is not None or variant["measurements"][-1]["step"] > 0
         assert all(isinstance(value, (int, float)) or value is None
-                   for reading in variant["readings"] for value in reading.values())
+                   for reading in variant["measurements"] for value in reading.values())
     assert file.with_suffix(".png").stat().st_size <= SHEET_BYTES
 
 
@@ -624,7 +643,7 @@ def shipped(name):
 @shipped("zero-conv")
 def test_the_shipped_zero_convolutions_start_on_the_line_of_their_base():
     zero, random = load_ablation("zero-conv")["variants"].values()
-    first, other = zero["readings"][0], random["readings"][0]
+    first, other = zero["measurements"][0], random["measurements"][0]
     assert first["with ControlNet"] == first["base"] and first["change of the output"] == 0
     assert other["with ControlNet"] > 1.02 * other["base"] and other["change of the output"] > 0.05
 
@@ -632,7 +651,7 @@ def test_the_shipped_zero_convolutions_start_on_the_line_of_their_base():
 @shipped("steps")
 def test_in_the_shipped_steps_more_of_them_come_closer():
     for name, variant in load_ablation("steps")["variants"].items():
-        apart = [reading["distance"] for reading in variant["readings"]]
+        apart = [reading["distance"] for reading in variant["measurements"]]
         if name not in steps.FRESH_NOISE:
             assert apart[-1] < 0.5 * apart[1], name
 
@@ -640,7 +659,7 @@ def test_in_the_shipped_steps_more_of_them_come_closer():
 @shipped("buckets")
 def test_the_shipped_fine_tunes_start_alike_and_buckets_help_at_long_ones():
     told = load_ablation("buckets")["variants"]
-    alone, mixed = (run["readings"] for run in told.values())
+    alone, mixed = (run["measurements"] for run in told.values())
     assert alone[0] == mixed[0] and alone[-1]["step"] == mixed[-1]["step"]
     long = [f"loss, {shape}" for shape in told["buckets"]["changed"]["training shapes"]
             if len({*shape.split("x")}) == 2]

@@ -69,8 +69,8 @@ def test_boxes_lie_where_they_are_and_images_have_their_colours():
 
 
 def test_an_ablation_has_a_line_for_each_variant_at_the_steps_that_were_measured():
-    readings = [{"step": 0, "loss": 2.0}, {"step": 5, "other": 1.0}, {"step": 9, "loss": 1.0}]
-    found = {"ablation": "made-up", "variants": {"one": {"readings": readings}, "two": {"readings": readings[:1]}}}
+    rows = [{"step": 0, "loss": 2.0}, {"step": 5, "other": 1.0}, {"step": 9, "loss": 1.0}]
+    found = {"ablation": "made-up", "variants": {"one": {"measurements": rows}, "two": {"measurements": rows[:1]}}}
     [axes] = by_steps(found, {"loss": "the loss"}, "mean", title="Two").axes
     assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 9], [0]]
     assert "the loss" in axes.get_title(loc="left")

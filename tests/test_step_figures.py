@@ -13,8 +13,8 @@ def test_lines_are_the_readings_over_calls_of_the_network():
     assert list(panel.lines) == ["heun", "ddim"]
     for name, calls in (("heun", 2), ("ddim", 1)):
         xs, ys = panel.lines[name]
-        assert xs == [calls * one["step"] for one in variants[name]["readings"]] and len(xs) > 3
-        assert ys == [one["right"] for one in variants[name]["readings"]] and all(0 <= y <= 1 for y in ys)
+        assert xs == [calls * one["step"] for one in variants[name]["measurements"]] and len(xs) > 3
+        assert ys == [one["right"] for one in variants[name]["measurements"]] and all(0 <= y <= 1 for y in ys)
 
 
 def test_a_sampler_that_was_not_measured_is_an_error():

@@ -1,19 +1,20 @@
-"""Ablations: what happens when one thing is left out or done otherwise, all else equal.
+"""Ablations: what happens when one thing is left out or changed, all else equal.
 
-    base = Base(model.parts, measures)                      # measures: see `Measures`
+    base = StableDiffusion.load()
     plan = Plan(steps=200, batch=32, scenes=1500, unseen=64, prompts=10, sampling_steps=20)
     for variant in ABLATIONS["dropout"].variants(base, plan):
         for measurement in variant.run():
             ...
 
-The results that the course shows are data: `load_ablation("steps")`.
+The results that are shipped with the package: `load_ablation("steps")`.
 """
 
-from .ablation import Ablation, Base, Measurement, Measures, Plan, Variant
+from .ablation import Ablation, Measurement, Plan, Variant
 from .buckets import BUCKET_TUNING
 from .concept import CONCEPT
 from .dropout import DROPOUT
 from .factor import FACTOR
+from .measuring import check_model
 from .pixels import PIXELS
 from .running import RESULTS, default_minutes, load_ablation, load_or_fit_plan, run_ablation, write_results
 from .sizes import SIZES
@@ -23,5 +24,5 @@ from .zero_conv import ZERO_CONV
 ABLATIONS: dict[str, Ablation] = {one.name: one for one in (DROPOUT, FACTOR, PIXELS, ZERO_CONV, STEPS, SIZES,
                                                          BUCKET_TUNING, CONCEPT)}
 
-__all__ = ["ABLATIONS", "Ablation", "Base", "Measures", "Plan", "RESULTS", "Measurement", "Variant", "run_ablation",
-           "load_ablation", "load_or_fit_plan", "write_results", "default_minutes"]
+__all__ = ["ABLATIONS", "RESULTS", "Ablation", "Measurement", "Plan", "Variant", "check_model", "default_minutes",
+           "load_ablation", "load_or_fit_plan", "run_ablation", "write_results"]

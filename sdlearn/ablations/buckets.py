@@ -19,12 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data import Scene, draw_scene
+from ..evaluation import Prompt
 from ..finetune.loop import draw_indices, train
 from ..images import to_images, to_tensor
+from ..pipeline import StableDiffusion
 from ..sizes import Size, fit_size
 from ..training.loop import EMA
 from ..training.unet import draw_shifted_timesteps, make_training_batch
-from .ablation import Ablation, Asked, Base, Measurement, Plan, Variant, evaluation_steps
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, evaluation_steps
 from .drawing import draw, resized
 
 # Of the base's own width and height: all of them are multiples of a quarter.
@@ -37,9 +40,9 @@ LEARNING_RATE, WARMUP, DROPOUT, SHIFT = 1e-4, 20, 0.1, 3.0      # shift: of `dra
 SHOWN = 2
 
 
-def size_of(base: Base, shape: tuple[float, float]) -> Size:
+def size_of(base: StableDiffusion, shape: tuple[float, float]) -> Size:
     """(width, height) in pixels."""
-    width, height = (round(base.parts.config.image_size * part) for part in shape)
+    width, height = (round(base.config.image_size * part) for part in shape)
     return width, height
 
 
@@ -47,7 +50,7 @@ def called(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     ways = {"native size only": (NATIVE,), "buckets": BUCKETS}
     sizes = {name: [size_of(base, shape) for shape in shapes] for name, shapes in ways.items()}
     return [Variant(name, {"training shapes": [called(size) for size in some],
@@ -55,9 +58,9 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
                     plan.steps, partial(run_variant, base, plan, tuple(some))) for name, some in sizes.items()]
 
 
-def batch_of(base: Base, plan: Plan, size: Size) -> int:
+def batch_of(base: StableDiffusion, plan: Plan, size: Size) -> int:
     """So many images of a size that they have about as many cells as the plan's batch of native ones."""
-    return max(1, round(plan.batch * base.parts.config.image_size**2 / (size[0] * size[1])))
+    return max(1, round(plan.batch * base.config.image_size**2 / (size[0] * size[1])))
 
 
 # --- scenes of other shapes -----------------------------------------------------------------------------
@@ -77,9 +80,9 @@ def laid_out(one: Scene, size: Size) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 @torch.no_grad()
-def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, Tensor]:
+def material(base: StableDiffusion, seeds: range, split: str, size: Size) -> tuple[Tensor, Tensor]:
     """Latents (N, C, h, w) and text features (N, M, T) of the scenes of these seeds, in images of one size."""
-    drawn = [draw_scene(seed, split, base.world) for seed in seeds]
+    drawn = [draw_scene(seed, split, measuring.get_world(base)) for seed in seeds]
     latents = [base.vae.to_latent(to_tensor([laid_out(one, size) for one in drawn[first:first + 16]]).to(base.device))
                for first in range(0, len(drawn), 16)]
     return torch.cat(latents), base.text_encoder(base.tokenizer([one.caption for one in drawn]).to(base.device)).hidden
@@ -87,7 +90,7 @@ def material(base: Base, seeds: range, split: str, size: Size) -> tuple[Tensor, 
 
 # --- training -------------------------------------------------------------------------------------------
 
-def run_variant(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, sizes: Sequence[Size]) -> Iterator[Measurement]:
     unet = copy.deepcopy(base.unet)
     average, at = EMA(unet), evaluation_steps(plan.steps, 4)
     before = start(base, plan)
@@ -107,7 +110,7 @@ def run_variant(base: Base, plan: Plan, sizes: Sequence[Size]) -> Iterator[Measu
                    for text in part.captions])
 
 
-def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
+def loss_of(base: StableDiffusion, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
     """The diffusion loss of a batch of one bucket, as a function of a random generator."""
     count = len(sizes)
     parts = [material(base, range(i, plan.scenes, count), "train", size) for i, size in enumerate(sizes)]
@@ -131,26 +134,26 @@ def loss_of(base: Base, plan: Plan, unet: nn.Module, sizes: Sequence[Size]):
 # --- what is measured -----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=4)
-def start(base: Base, plan: Plan) -> Measurement:
+def start(base: StableDiffusion, plan: Plan) -> Measurement:
     """What is measured of the base itself: the same for all variants."""
     return measured(base, plan, base.unet)
 
 
-def measured(base: Base, plan: Plan, unet: nn.Module) -> Measurement:
+def measured(base: StableDiffusion, plan: Plan, unet: nn.Module) -> Measurement:
     figures, shown, captions = losses(base, plan, unet), [], []
-    asked = base.measures.ask(replace(base.world, count=0, pair=0, triple=0), plan.prompts)
+    asked = measuring.make_prompts(replace(measuring.get_world(base), count=0, pair=0, triple=0), plan.prompts)
     for size in (size_of(base, shape) for shape in ASKED):
         factor = base.vae.config.factor
         images = draw(base, unet, [one.text for one in asked], guidance=plan.guidance, steps=plan.sampling_steps,
                       shape=(base.vae.config.latent_channels, size[1] // factor, size[0] // factor))
         figures |= {f"{name}, {called(size)}": share for name, share in judged(base, images, asked).items()}
-        shown += [on_square(one, 2 * base.parts.config.image_size) for one in images[:SHOWN]]
+        shown += [on_square(one, 2 * base.config.image_size) for one in images[:SHOWN]]
         captions += [f"{called(size)}: {one.text}" for one in asked[:SHOWN]]
     return Measurement(0, figures, shown, captions)
 
 
 @torch.no_grad()
-def losses(base: Base, plan: Plan, unet: nn.Module) -> dict[str, float]:
+def losses(base: StableDiffusion, plan: Plan, unet: nn.Module) -> dict[str, float]:
     """The mean loss over three timesteps on unseen scenes, at every bucket's shape and at the new one."""
     found = {}
     for size in (size_of(base, shape) for shape in (*BUCKETS, NEW)):
@@ -161,15 +164,16 @@ def losses(base: Base, plan: Plan, unet: nn.Module) -> dict[str, float]:
     return found
 
 
-def judged(base: Base, images: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
+def judged(base: StableDiffusion, images: np.ndarray, asked: Sequence[Prompt]) -> dict[str, float]:
     """Shares of images, uint8 (B, H, W, 3), each looked at twice: at its own pixels, at which copies are told
     apart, and brought down to the native area, at which a large thing has its usual size. An image is right, or has
     more than was asked for, if either look says so."""
     height, width = images.shape[1:3]
-    own = base.parts.config.image_size
+    own = base.config.image_size
     small = fit_size((width, height), own, own // 4)
     looks = [images] if small == (width, height) else [images, brought_to(images, small)]
-    each = [[base.measures.judge(some[i:i + 1], asked[i:i + 1]) for some in looks] for i in range(len(images))]
+    each = [[measuring.judge_shares(some[i:i + 1], asked[i:i + 1], base.device) for some in looks]
+            for i in range(len(images))]
     return {name: float(np.mean([max(look[name] for look in one) for one in each]))
             for name in ("right", "more than asked") if name in each[0][0]}
 

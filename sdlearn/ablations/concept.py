@@ -29,9 +29,11 @@ from ..finetune import (
     train_lora,
 )
 from ..images import to_tensor
+from ..pipeline import StableDiffusion
 from ..training.concept import CLASS, GROUND, OPENINGS, RANK, RARE, TARGETS, TAUGHT, THING, WORD, make_scenes
 from ..training.unet import encode_scenes, make_training_batch
-from .ablation import Ablation, Base, Measurement, Plan, Variant, early_evaluation_steps
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, early_evaluation_steps
 from .drawing import draw
 
 OTHER_GROUND = "green"      # one that the thing has never been seen on
@@ -45,14 +47,14 @@ SENTENCES = tuple(f"{opening}a {{}} on a {GROUND} background" for opening in OPE
 class Way:
     """A way to learn: a model of its own, the words for the thing in prompts, its training, the numbers that learn."""
 
-    model: Base
+    model: StableDiffusion
     words: str
     run: Iterator[TrainStep]
     learns: int
     beside: Callable = lambda unet: torch.no_grad()     # a context in which the U-Net is the one that has learnt
 
 
-def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
+def by_word(base: StableDiffusion, plan: Plan, pixels: Tensor) -> Way:
     own = own_copy(base)
     start = CLASS.split()[-1]
     count = len(own.tokenizer.encode(start))            # one; more only for a vocabulary that has no such word
@@ -63,7 +65,7 @@ def by_word(base: Base, plan: Plan, pixels: Tensor) -> Way:
     return Way(own, WORD, run, vectors.vectors.numel())
 
 
-def by_lora(base: Base, plan: Plan, pixels: Tensor) -> Way:
+def by_lora(base: StableDiffusion, plan: Plan, pixels: Tensor) -> Way:
     own, words = own_copy(base), f"{RARE} {CLASS}"
     lora = new_lora(own.unet, rank=RANK, targets=TARGETS, seed=plan.seed)
     run = train_lora(own, lora, pixels, f"a {words} on a {GROUND} background", max_steps=plan.steps,
@@ -71,7 +73,7 @@ def by_lora(base: Base, plan: Plan, pixels: Tensor) -> Way:
     return Way(own, words, run, sum(one.numel() for one in lora.tensors()), lambda unet: attach_lora(unet, lora.unet))
 
 
-def by_unet(base: Base, plan: Plan, pixels: Tensor, *, prior: bool) -> Way:
+def by_unet(base: StableDiffusion, plan: Plan, pixels: Tensor, *, prior: bool) -> Way:
     own, words = own_copy(base), f"{RARE} {CLASS}"
     kept = {}
     if prior:
@@ -86,18 +88,18 @@ WAYS = {"textual inversion": by_word, "LoRA": by_lora, "DreamBooth": partial(by_
         "DreamBooth, prior kept": partial(by_unet, prior=True)}
 
 
-def own_copy(base: Base) -> Base:
-    """The base with a U-Net, a text encoder and a tokenizer that may change."""
-    parts = base.parts
-    return Base(replace(parts, unet=copy.deepcopy(parts.unet), text_encoder=copy.deepcopy(parts.text_encoder),
-                        tokenizer=copy.deepcopy(parts.tokenizer)), base.measures)
+def own_copy(base: StableDiffusion) -> StableDiffusion:
+    """The model with a copy of its U-Net, text encoder and tokenizer, which training may change."""
+    own = copy.copy(base)
+    own.unet, own.text_encoder, own.tokenizer = map(copy.deepcopy, (base.unet, base.text_encoder, base.tokenizer))
+    return own
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant(name, {"method": name}, plan.steps, partial(run_variant, base, plan, name)) for name in WAYS]
 
 
-def run_variant(base: Base, plan: Plan, name: str) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, name: str) -> Iterator[Measurement]:
     at = {mark for mark in early_evaluation_steps(plan.steps) if mark == 0 or mark >= min(FIRST, plan.steps)}
     pixels = to_tensor([one.image for one in make_scenes(THING, TAUGHT, 0)])
     way = WAYS[name](base, plan, pixels)
@@ -116,21 +118,21 @@ def run_variant(base: Base, plan: Plan, name: str) -> Iterator[Measurement]:
 
 
 @lru_cache(maxsize=2)
-def asked_of(base: Base, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
+def loss_scenes(base: StableDiffusion, count: int) -> dict[str, tuple[list[Scene], Tensor]]:
     """What losses are measured on: scenes and their latents (B, C, h, w), the same for all that learn from `base`."""
     sets = {"images that taught": make_scenes(THING, TAUGHT, 0), "unseen images": make_scenes(THING, count, 100),
             "class": make_scenes(CLASS, count, 200),
-            "other scenes": [draw_scene(seed, "test", base.world) for seed in range(2 * count)]}
+            "other scenes": [draw_scene(seed, "test", measuring.get_world(base)) for seed in range(2 * count)]}
     return {name: (drawn, encode_scenes(drawn, base.vae, base.text_encoder, base.tokenizer)[0])
             for name, drawn in sets.items()}
 
 
 @torch.no_grad()
-def losses(base: Base, way: Way, plan: Plan) -> dict[str, float]:
+def losses(base: StableDiffusion, way: Way, plan: Plan) -> dict[str, float]:
     """Mean losses over five timesteps, always with the same noise: on the images that taught, on others of the
     thing, on images of the class, and on scenes of all that the base knows."""
     model, found = way.model, {}
-    for name, (drawn, latents) in asked_of(base, plan.unseen).items():
+    for name, (drawn, latents) in loss_scenes(base, plan.unseen).items():
         texts = [one.caption.replace(f"a {THING} ", f"a {way.words} ") for one in drawn]
         contexts = model.text_encoder(model.tokenizer(texts).to(model.device)).hidden              # (B, M, T)
         each = [F.mse_loss(model.unet(noisy, t, contexts), target) for noisy, t, target in
@@ -156,8 +158,8 @@ def seen(way: Way, plan: Plan) -> tuple[dict[str, float], np.ndarray]:
     shown = cut_out_foreground(to_tensor(images))
     alike = pixel_similarity(shown, reference_cutouts([THING]))[:, 0].split(plan.prompts)
     names = ("fidelity", "fidelity elsewhere", "fidelity of the class")
-    asked = model.measures.ask(replace(model.world, count=0, pair=0, triple=0), 2 * plan.prompts)
-    others = model.measures.judge(draws([one.text for one in asked]), asked)["right"]
+    asked = measuring.make_prompts(replace(measuring.get_world(model), count=0, pair=0, triple=0), 2 * plan.prompts)
+    others = measuring.judge_shares(draws([one.text for one in asked]), asked, model.device)["right"]
     fidelity = {name: float(one.mean()) for name, one in zip(names, alike, strict=False)}
     return {**fidelity, "others right": others}, images
 

@@ -17,25 +17,28 @@ from ..config import CLASSROOM, UNetConfig
 from ..data import World
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diffusion import sample_latents
+from ..evaluation import Prompt, compose_prompt_scene
 from ..finetune.loop import Diverged
 from ..images import to_images, to_tensor
+from ..pipeline import StableDiffusion
 from ..schedule import seeded_noise
 from ..training.from_scratch import EncodedScenes, train_small_unet
-from .ablation import Asked, Base, Measurement, Plan, evaluation_steps
+from . import measuring
+from .ablation import Measurement, Plan, evaluation_steps
 
 AT_ONCE = 32            # images in a batch
 Decode = Callable[[Tensor], Tensor]         # (B, C, h, w) -> pixels (B, 3, H, W)
 
 
 @torch.no_grad()
-def draw(base: Base, unet: Callable, texts: Sequence[str], *, guidance: float, steps: int, shape=None,
+def draw(base: StableDiffusion, unet: Callable, texts: Sequence[str], *, guidance: float, steps: int, shape=None,
          sampler: str = "dpmpp_2m", decode: Decode | None = None) -> np.ndarray:
     """Images of texts, uint8 (B, H, W, 3), image i from seed i.
 
     shape: (C, h, w) of what the network denoises, and decode how it becomes pixels: the base's own unless given.
     Raises Diverged for what is not finite.
     """
-    shape = shape or (base.vae.config.latent_channels, base.cells, base.cells)
+    shape = shape or (base.vae.config.latent_channels, base.config.latent_size, base.config.latent_size)
     decode = decode or (lambda latent: base.vae.to_pixels(latent, at_once=8))
     images = []
     for first in range(0, len(texts), AT_ONCE):
@@ -61,16 +64,16 @@ def scaled(pixels: Tensor, side: int) -> Tensor:
     return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def lesson_prompts(base: Base, plan: Plan, world: World = LESSON_WORLD) -> list[Asked]:
-    return base.measures.ask(world, plan.prompts)
+def lesson_prompts(base: StableDiffusion, plan: Plan, world: World = LESSON_WORLD) -> list[Prompt]:
+    return measuring.make_prompts(world, plan.prompts)
 
 
-def ceiling(base: Base, asked: Sequence[Asked], through: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def ceiling(base: StableDiffusion, asked: Sequence[Prompt], through: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """What the judge says of real scenes that went through what the images go through, pixels in and out."""
     with torch.no_grad():
-        pixels = to_tensor([base.measures.show(one) for one in asked]).to(base.device)
+        pixels = to_tensor([compose_prompt_scene(one).image for one in asked]).to(base.device)
         images = np.concatenate([to_images(through(part)) for part in pixels.split(8)])
-    return {f"ceiling: {name}": value for name, value in base.measures.judge(images, asked).items()}
+    return {f"ceiling: {name}": value for name, value in measuring.judge_shares(images, asked, base.device).items()}
 
 
 def lesson_unet(parts: Parts) -> UNetConfig:

@@ -8,9 +8,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from ..pipeline import StableDiffusion
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import make_training_batch, shuffled_caption_losses
-from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import draw, lesson, lesson_prompts
 
 SHARES = (0.0, 0.1)             # of captions that are replaced by the empty one
@@ -18,19 +20,19 @@ SCALES = (1.0, 3.0, 7.0)        # of guidance
 SHOWN = 4                       # images of each scale on the sheet
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant("no dropout" if share == 0 else f"dropout {share:g}", {"dropout": share}, plan.steps,
                     partial(run_variant, base, plan, share)) for share in SHARES]
 
 
-def run_variant(base: Base, plan: Plan, share: float):
+def run_variant(base: StableDiffusion, plan: Plan, share: float):
     material, unseen = encode_lesson_scenes(base, plan.scenes), encode_lesson_scenes(base, plan.unseen, "test")
     return lesson(base.parts, material, plan, dropout=share, measure=partial(heard, base, unseen),
                   finish=partial(guided_images, base, plan, share))
 
 
 @torch.no_grad()
-def heard(base: Base, unseen: EncodedScenes, unet, step: int = 700) -> dict[str, float]:
+def heard(base: StableDiffusion, unseen: EncodedScenes, unet, step: int = 700) -> dict[str, float]:
     """Losses on unseen scenes with the right captions, with those of others, and with the empty one."""
     noisy, t, target = make_training_batch(unseen.latents, step, base.schedule)
     empty = base.text_encoder(base.tokenizer("").to(base.device)).hidden.expand_as(unseen.contexts)          # (B, M, T)
@@ -38,13 +40,14 @@ def heard(base: Base, unseen: EncodedScenes, unet, step: int = 700) -> dict[str,
             f"empty@{step}": float(F.mse_loss(unet(noisy, t, empty), target))}
 
 
-def guided_images(base: Base, plan: Plan, share: float, unet) -> Measurement:
+def guided_images(base: StableDiffusion, plan: Plan, share: float, unet) -> Measurement:
     """Accuracy at each guidance scale; images of the first prompts at each."""
     asked = lesson_prompts(base, plan)
     figures, shown, captions = {}, [], []
     for scale in SCALES:
         images = draw(base, unet, [one.text for one in asked], guidance=scale, steps=plan.sampling_steps)
-        figures |= {f"{name}, w = {scale:g}": value for name, value in base.measures.judge(images, asked).items()}
+        shares = measuring.judge_shares(images, asked, base.device)
+        figures |= {f"{name}, w = {scale:g}": value for name, value in shares.items()}
         shown += list(images[:SHOWN])
         captions += [f"dropout {share:g}, w = {scale:g}: {one.text}" for one in asked[:SHOWN]]
     return Measurement(plan.steps, figures, shown, captions)

@@ -12,29 +12,32 @@ import torch
 
 from ..data import FULL, draw_scene
 from ..diagnostics.costs import step_flops
+from ..evaluation.metrics import ssim
 from ..finetune.loop import train
 from ..images import psnr, to_images, to_tensor
+from ..pipeline import StableDiffusion
 from ..training.loop import EMA
 from ..training.vae import VAERecipe
-from .ablation import Ablation, Base, Measurement, Plan, Variant, evaluation_steps
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, evaluation_steps
 from .drawing import ceiling
 
 CHANNELS = {4: (16, 52, 164), 8: (16, 32, 64, 160), 16: (16, 32, 64, 96, 144)}     # 3.98 to 4.05 M parameters each
 SHOWN = 6
 
 
-def config_of(base: Base, factor: int):
+def config_of(base: StableDiffusion, factor: int):
     """The base's config with an autoencoder of this factor."""
-    vae = replace(base.parts.config.vae, channels=CHANNELS[factor], layers_per_block=1, groups=2)
-    return replace(base.parts.config, vae=vae)
+    vae = replace(base.config.vae, channels=CHANNELS[factor], layers_per_block=1, groups=2)
+    return replace(base.config, vae=vae)
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant(f"f = {factor}", facts(base, factor), plan.steps, partial(run_variant, base, plan, factor))
             for factor in CHANNELS]
 
 
-def facts(base: Base, factor: int) -> dict[str, object]:
+def facts(base: StableDiffusion, factor: int) -> dict[str, object]:
     """What follows from the factor alone."""
     config = config_of(base, factor)
     with torch.device("meta"):
@@ -46,7 +49,7 @@ def facts(base: Base, factor: int) -> dict[str, object]:
             "GFLOPs of a U-Net step": step_flops(config.unet, config.latent_size) / 1e9}
 
 
-def run_variant(base: Base, plan: Plan, factor: int) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, factor: int) -> Iterator[Measurement]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         recipe = VAERecipe(config_of(base, factor), batch_size=plan.batch)
@@ -71,18 +74,18 @@ def run_variant(base: Base, plan: Plan, factor: int) -> Iterator[Measurement]:
         if step < plan.steps:
             yield Measurement(step, {"loss": done.loss, **figures})
             continue
-        asked = base.measures.ask(base.world, plan.prompts)
+        asked = measuring.make_prompts(measuring.get_world(base), plan.prompts)
         seen = ceiling(base, asked, lambda pixels: average.model.decode(average.model.encode(pixels).mode()))
         yield Measurement(step, {"loss": done.loss, **figures, **seen}, pairs,
                       [f"f = {factor}: scene {i}" for i in range(len(pairs))])
 
 
 @torch.no_grad()
-def round_trip(base: Base, model, unseen: torch.Tensor) -> tuple[dict[str, float], list]:
+def round_trip(base: StableDiffusion, model, unseen: torch.Tensor) -> tuple[dict[str, float], list]:
     """PSNR in dB and SSIM of unseen scenes through the autoencoder and back, and the first of them."""
     decoded = torch.cat([model.decode(model.encode(part.to(base.device)).mode()).clamp(-1, 1).cpu()
                          for part in unseen.split(8)])
-    return ({"psnr": float(psnr(decoded, unseen).mean()), "ssim": float(base.measures.ssim(decoded, unseen).mean())},
+    return ({"psnr": float(psnr(decoded, unseen).mean()), "ssim": float(ssim(decoded, unseen).mean())},
             list(to_images(decoded[:SHOWN])))
 
 

@@ -14,19 +14,21 @@ from ..data import draw_scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
+from ..pipeline import StableDiffusion
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import shuffled_caption_losses
-from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import ceiling, draw, lesson, lesson_prompts, lesson_unet, scaled
 
 SIDES = (64, 32)
 SHOWN = 6
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
-    budget = plan.steps * step_flops(lesson_unet(base.parts), base.cells)           # forward, for one image
-    found = [Variant("latents", facts(base, base.cells, base.vae.config.latent_channels, plan.steps), plan.steps,
-                     partial(latents, base, plan))]
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
+    budget = plan.steps * step_flops(lesson_unet(base.parts), base.config.latent_size)     # forward, for one image
+    found = [Variant("latents", facts(base, base.config.latent_size, base.vae.config.latent_channels, plan.steps),
+                     plan.steps, partial(latents, base, plan))]
     for side in SIDES:
         steps = max(1, budget // step_flops(lesson_unet(on_pixels(base)), side))
         found.append(Variant(f"pixels {side}x{side}", facts(base, side, 3, steps), steps,
@@ -34,34 +36,34 @@ def variants(base: Base, plan: Plan) -> list[Variant]:
     return found
 
 
-def facts(base: Base, side: int, channels: int, steps: int) -> dict[str, object]:
+def facts(base: StableDiffusion, side: int, channels: int, steps: int) -> dict[str, object]:
     parts = base.parts if channels != 3 else on_pixels(base)
     return {"diffusion on": [channels, side, side], "steps": steps,
             "GFLOPs of a U-Net step": step_flops(lesson_unet(parts), side) / 1e9}
 
 
-def on_pixels(base: Base):
+def on_pixels(base: StableDiffusion):
     """The base's parts for a U-Net that reads three channels; no autoencoder is used."""
-    return replace(base.parts, config=replace(base.parts.config, vae=replace(base.parts.config.vae, latent_channels=3)))
+    return replace(base.parts, config=replace(base.config, vae=replace(base.config.vae, latent_channels=3)))
 
 
-def latents(base: Base, plan: Plan) -> Iterator[Measurement]:
+def latents(base: StableDiffusion, plan: Plan) -> Iterator[Measurement]:
     material, unseen = encode_lesson_scenes(base, plan.scenes), encode_lesson_scenes(base, plan.unseen, "test")
-    shape = (base.vae.config.latent_channels, base.cells, base.cells)
+    shape = (base.vae.config.latent_channels, base.config.latent_size, base.config.latent_size)
     return one_side(base, plan, base.parts, plan.steps, material, unseen, shape,
                     lambda x: base.vae.to_pixels(x, at_once=8), lambda pixels: base.vae.to_latent(pixels))
 
 
-def shrunk_pixels(base: Base, plan: Plan, side: int, steps: int) -> Iterator[Measurement]:
+def shrunk_pixels(base: StableDiffusion, plan: Plan, side: int, steps: int) -> Iterator[Measurement]:
     material, unseen = (scenes_at(base, count, split, side) for count, split in
                         ((plan.scenes, "train"), (plan.unseen, "test")))
-    full = base.parts.config.image_size
+    full = base.config.image_size
     return one_side(base, plan, on_pixels(base), steps, material, unseen, (3, side, side),
                     lambda x: scaled(x.clamp(-1, 1), full), lambda pixels: scaled(pixels, side))
 
 
 @lru_cache(maxsize=4)
-def scenes_at(base: Base, count: int, split: str, side: int) -> EncodedScenes:
+def scenes_at(base: StableDiffusion, count: int, split: str, side: int) -> EncodedScenes:
     """The lesson's scenes as pixels, shrunk; the captions' features are those that latents have."""
     pixels = torch.cat([scaled(to_tensor([draw_scene(seed, split, LESSON_WORLD).image]), side)
                         for seed in range(count)])
@@ -73,8 +75,9 @@ def one_side(base, plan, parts, steps, material, unseen, shape, decode, encode) 
         asked = lesson_prompts(base, plan)
         texts = [one.text for one in asked]
         images = draw(base, unet, texts, guidance=plan.guidance, steps=plan.sampling_steps, shape=shape, decode=decode)
-        told = {**base.measures.judge(images, asked), **ceiling(base, asked, lambda pixels: decode(encode(pixels)))}
-        return Measurement(steps, told, list(images[:SHOWN]), texts[:SHOWN])
+        figures = {**measuring.judge_shares(images, asked, base.device),
+                   **ceiling(base, asked, lambda pixels: decode(encode(pixels)))}
+        return Measurement(steps, figures, list(images[:SHOWN]), texts[:SHOWN])
 
     return lesson(parts, material, plan, steps=steps, finish=finish,
                   measure=lambda unet: shuffled_caption_losses(unet, base.schedule, unseen.latents, unseen.contexts))

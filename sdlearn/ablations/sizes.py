@@ -13,9 +13,11 @@ from ..data import draw_scene
 from ..data.world import CLASSROOM as LESSON_WORLD
 from ..diagnostics.costs import step_flops
 from ..images import to_tensor
+from ..pipeline import StableDiffusion
 from ..training.from_scratch import EncodedScenes
 from ..training.unet import shuffled_caption_losses
-from .ablation import Ablation, Base, Measurement, Plan, Variant, encode_lesson_scenes
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, encode_lesson_scenes
 from .drawing import draw, lesson, lesson_prompts, lesson_unet, resized, scaled
 
 PARTS = (1.0, 0.75, 0.5)                # of the base's size: 128, 96, 64 pixels
@@ -37,27 +39,27 @@ class Buckets:
         return self.latents[int(rows[0]) % len(self.latents)][rows]
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant(name, facts(base, parts), plan.steps, partial(run_variant, base, plan, parts))
             for name, parts in (("one size", PARTS[:1]), ("buckets", PARTS))]
 
 
-def facts(base: Base, parts: tuple[float, ...]) -> dict[str, object]:
+def facts(base: StableDiffusion, parts: tuple[float, ...]) -> dict[str, object]:
     sides = [side_of(base, part) for part in parts]
     flops = [step_flops(lesson_unet(base.parts), side // base.vae.config.factor) / 1e9 for side in sides]
     return {"training sizes": sides, "mean GFLOPs of a U-Net step": sum(flops) / len(flops)}
 
 
-def side_of(base: Base, part: float) -> int:
+def side_of(base: StableDiffusion, part: float) -> int:
     """Pixels: that part of the base's size, in whole latent cells."""
-    return round(base.cells * part) * base.vae.config.factor
+    return round(base.config.latent_size * part) * base.vae.config.factor
 
 
 @lru_cache(maxsize=8)
 @torch.no_grad()
-def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
+def latents_at(base: StableDiffusion, count: int, split: str, side: int) -> torch.Tensor:
     """Latents (count, C, h, w) of the lesson's scenes, resized to `side` pixels."""
-    if side == base.parts.config.image_size:
+    if side == base.config.image_size:
         return encode_lesson_scenes(base, count, split).latents
     found = []
     for first in range(0, count, 32):
@@ -66,29 +68,30 @@ def latents_at(base: Base, count: int, split: str, side: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def run_variant(base: Base, plan: Plan, parts: tuple[float, ...]) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, parts: tuple[float, ...]) -> Iterator[Measurement]:
     contexts = encode_lesson_scenes(base, plan.scenes).contexts
     latents = [latents_at(base, plan.scenes, "train", side_of(base, part)) for part in parts]
     material = EncodedScenes(Buckets(latents), contexts)
     return lesson(base.parts, material, plan, measure=partial(heard, base, plan), finish=partial(drawn_at, base, plan))
 
 
-def heard(base: Base, plan: Plan, unet) -> dict[str, float]:
+def heard(base: StableDiffusion, plan: Plan, unet) -> dict[str, float]:
     """The loss at two timesteps with right and with wrong captions, on unseen scenes of every training size."""
     contexts = encode_lesson_scenes(base, plan.unseen, "test").contexts
     return {f"{name}, {side}": value for side in (side_of(base, part) for part in PARTS) for name, value in
             shuffled_caption_losses(unet, base.schedule, latents_at(base, plan.unseen, "test", side), contexts).items()}
 
 
-def drawn_at(base: Base, plan: Plan, unet) -> Measurement:
+def drawn_at(base: StableDiffusion, plan: Plan, unet) -> Measurement:
     """Accuracy at each size, the images seen as large as the base's; the first images of each size."""
-    asked, full, factor = lesson_prompts(base, plan), base.parts.config.image_size, base.vae.config.factor
+    asked, full, factor = lesson_prompts(base, plan), base.config.image_size, base.vae.config.factor
     figures, shown, captions = {}, [], []
     for side in (side_of(base, part) for part in ASKED):
         cells = side // factor
         images = resized(draw(base, unet, [one.text for one in asked], guidance=plan.guidance,
                               steps=plan.sampling_steps, shape=(base.vae.config.latent_channels, cells, cells)), full)
-        figures |= {f"{name}, {side}": value for name, value in base.measures.judge(images, asked).items()}
+        shares = measuring.judge_shares(images, asked, base.device)
+        figures |= {f"{name}, {side}": value for name, value in shares.items()}
         shown += list(images[:SHOWN])
         captions += [f"{side} px: {one.text}" for one in asked[:SHOWN]]
     return Measurement(plan.steps, figures, shown, captions)

@@ -11,8 +11,10 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
+from ..pipeline import StableDiffusion
 from ..samplers import SAMPLERS
-from .ablation import Ablation, Base, Measurement, Plan, Variant
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant
 from .drawing import draw, resized
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)        # of steps; those up to the plan's are taken
@@ -26,22 +28,22 @@ def counts(plan: Plan) -> list[int]:
     return [count for count in COUNTS if count <= plan.steps]
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant(name, {"sampler": name, "calls of the U-Net a step": CALLS.get(name, 1),
                            "fresh noise at each step": name in FRESH_NOISE},
                     len(counts(plan)), partial(run_variant, base, plan, name)) for name in SAMPLERS]
 
 
 @lru_cache(maxsize=2)
-def converged(base: Base, plan: Plan) -> tuple[list, np.ndarray]:
+def converged(base: StableDiffusion, plan: Plan) -> tuple[list, np.ndarray]:
     """The prompts, and the images that many steps give, uint8 (B, H, W, 3)."""
-    asked = base.measures.ask(base.world, plan.prompts)
+    asked = measuring.make_prompts(measuring.get_world(base), plan.prompts)
     sampler, steps = CONVERGED
     return asked, draw(base, base.unet, [one.text for one in asked], guidance=plan.guidance, steps=steps,
                        sampler=sampler)
 
 
-def run_variant(base: Base, plan: Plan, sampler: str) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, sampler: str) -> Iterator[Measurement]:
     """A reading for each count of steps; the images come with the last."""
     asked, wanted = converged(base, plan)
     shown, captions = [], []
@@ -52,8 +54,8 @@ def run_variant(base: Base, plan: Plan, sampler: str) -> Iterator[Measurement]:
             shown.append(resized(images[:1], images.shape[1] // 2)[0])
             captions.append(f"{sampler} {count}")
         last = count == counts(plan)[-1]
-        yield Measurement(count, {**base.measures.judge(images, asked), "distance": distance(images, wanted)},
-                      shown if last else (), captions if last else ())
+        figures = {**measuring.judge_shares(images, asked, base.device), "distance": distance(images, wanted)}
+        yield Measurement(count, figures, shown if last else (), captions if last else ())
 
 
 def distance(images: np.ndarray, wanted: np.ndarray) -> float:
@@ -61,10 +63,11 @@ def distance(images: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.mean(((images.astype(float) - wanted) / 127.5) ** 2)))
 
 
-def afford(base: Base, plan: Plan, minutes: float) -> Plan:
+def afford(base: StableDiffusion, plan: Plan, minutes: float) -> Plan:
     """As many prompts as `minutes` allow, at least one of each kind; where even that is too much, fewer counts."""
-    asked = base.measures.ask(base.world, 1)
-    latent = torch.zeros(2 * len(asked), base.unet.config.in_channels, base.cells, base.cells, device=base.device)
+    asked = measuring.make_prompts(measuring.get_world(base), 1)
+    side = base.config.latent_size
+    latent = torch.zeros(2 * len(asked), base.unet.config.in_channels, side, side, device=base.device)
     text = base.text_encoder.config
     context = torch.zeros(len(latent), text.length, text.dim, device=base.device)
     seconds = []

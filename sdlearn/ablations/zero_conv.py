@@ -15,9 +15,11 @@ from ..controlnet import Control, ControlNet, add_control
 from ..data import Scene, draw_scene
 from ..finetune.controlnet import train_controlnet
 from ..images import to_tensor
+from ..pipeline import StableDiffusion
 from ..training.control import HINTS, edge_f1, hint_tensor, hint_widths
 from ..training.unet import encode_scenes, make_training_batch
-from .ablation import Ablation, Base, Measurement, Plan, Variant, early_evaluation_steps
+from . import measuring
+from .ablation import Ablation, Measurement, Plan, Variant, early_evaluation_steps
 from .drawing import draw
 
 STARTS = {"zero convolutions": "zero", "random convolutions": "PyTorch's initialisation"}
@@ -27,12 +29,12 @@ LEARNING_RATE, WARMUP, DROPOUT = 5e-4, 10, 0.5
 SHOWN = 4
 
 
-def variants(base: Base, plan: Plan) -> list[Variant]:
+def variants(base: StableDiffusion, plan: Plan) -> list[Variant]:
     return [Variant(name, {"joined by": started}, plan.steps, partial(run_variant, base, plan, started == "zero"))
             for name, started in STARTS.items()]
 
 
-def fresh(base: Base, *, zero: bool, seed: int = 0) -> ControlNet:
+def fresh(base: StableDiffusion, *, zero: bool, seed: int = 0) -> ControlNet:
     """A ControlNet for the base, joined by zero convolutions or by random ones; all else is equal."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -44,13 +46,13 @@ def fresh(base: Base, *, zero: bool, seed: int = 0) -> ControlNet:
 
 
 @lru_cache(maxsize=4)
-def drawn_scenes(base: Base, count: int, split: str) -> tuple[list[Scene], torch.Tensor]:
+def drawn_scenes(base: StableDiffusion, count: int, split: str) -> tuple[list[Scene], torch.Tensor]:
     """Scenes of the base's world and their hints (B, 3, H, W)."""
-    drawn = [draw_scene(seed, split, base.world) for seed in range(count)]
+    drawn = [draw_scene(seed, split, measuring.get_world(base)) for seed in range(count)]
     return drawn, hint_tensor([HINT(one) for one in drawn])
 
 
-def run_variant(base: Base, plan: Plan, zero: bool) -> Iterator[Measurement]:
+def run_variant(base: StableDiffusion, plan: Plan, zero: bool) -> Iterator[Measurement]:
     net, at = fresh(base, zero=zero, seed=plan.seed), early_evaluation_steps(plan.steps)
     drawn, hints = drawn_scenes(base, plan.scenes, "train")
     first, shown = images_of(base, plan, net)
@@ -73,7 +75,7 @@ def run_variant(base: Base, plan: Plan, zero: bool) -> Iterator[Measurement]:
 
 
 @torch.no_grad()
-def losses(base: Base, plan: Plan, net: ControlNet) -> dict[str, float]:
+def losses(base: StableDiffusion, plan: Plan, net: ControlNet) -> dict[str, float]:
     """The loss on unseen scenes with the ControlNet and without, the mean of five timesteps; and how far it moves the
     base's output, as a share of that."""
     drawn, hints = drawn_scenes(base, plan.unseen, "test")
@@ -91,13 +93,13 @@ def losses(base: Base, plan: Plan, net: ControlNet) -> dict[str, float]:
 
 
 @lru_cache(maxsize=4)
-def unseen_latents(base: Base, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def unseen_latents(base: StableDiffusion, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (B, C, h, w) and text features (B, M, T) of the unseen scenes."""
     return encode_scenes(drawn_scenes(base, count, "test")[0], base.vae, base.text_encoder, base.tokenizer)
 
 
-def images_of(base: Base, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:
-    """How well the edges of images follow the hint, and the images; `drawing.BATCH_SIZE` at most."""
+def images_of(base: StableDiffusion, plan: Plan, net: ControlNet) -> tuple[dict[str, float], list]:
+    """How well the edges of images follow the hint, and the images; `drawing.AT_ONCE` at most."""
     drawn, hints = drawn_scenes(base, plan.prompts, "test")
     with torch.no_grad():
         run = add_control(base.unet, [Control(net, hints.to(base.device))])

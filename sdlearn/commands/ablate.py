@@ -1,9 +1,8 @@
-"""`python -m sdlearn ablate`: leave one thing out, all else equal, and keep what comes of it as data."""
+"""`python -m sdlearn ablate`: leave one thing out, all else equal, and store the measurements as data."""
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,22 +10,14 @@ from tqdm import tqdm
 from ..ablations import (
     ABLATIONS,
     RESULTS,
-    Base,
-    Measures,
+    check_model,
     default_minutes,
     load_or_fit_plan,
     run_ablation,
     write_results,
 )
-from ..data import World
-from ..evaluation import compose_prompt_scene, compute_scores, duplicate_rate, judge_images, load_judge, make_prompts
-from ..evaluation.metrics import ssim
 from ..pipeline import SettingsError, StableDiffusion
 from ..training.command import positive
-
-# The kinds of prompts that a world's scenes answer, by the form of scene.
-TASKS = {"single": ("one object", "colours"), "count": ("counting",),
-         "pair": ("two objects", "position", "colour binding")}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -36,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                         help="budget, shared out among the ablations for 'all' (default: "
                              f"{sum(one.minutes for one in ABLATIONS.values()):.0f} for all, a sixth of it on a GPU)")
     parser.add_argument("--run", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
-                        help="where variants are kept as they are done (%(default)s)")
+                        help="where variants are stored as they finish (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER",
                         help="for a .json and a .png of each ablation (default: the package's own)")
     parser.add_argument("--model", default="mini", help="to build on: a name or a model folder (%(default)s)")
@@ -49,11 +40,11 @@ def run(args: argparse.Namespace):
     chosen = list(ABLATIONS.values()) if args.name == "all" else [ABLATIONS[args.name]]
     model = StableDiffusion.load(args.model, device=args.device)
     try:
-        base = Base(model.parts, measures(model.device))
+        check_model(model)
         whole = sum(default_minutes(one, model.device) for one in chosen)
         for ablation in chosen:
             minutes = args.minutes and args.minutes * default_minutes(ablation, model.device) / whole
-            print(write_results(ablation, base, watched(ablation, base, args.run, minutes), args.run, args.out))
+            print(write_results(ablation, model, show_progress(ablation, model, args.run, minutes), args.run, args.out))
     except ValueError as error:                 # of lower layers, which do not know SettingsError
         raise SettingsError(str(error)) from error
 
@@ -65,40 +56,19 @@ def check_folder(folder: Path):
         raise SettingsError(f"{folder} cannot be written: {above} is no folder that may be written to")
 
 
-def watched(ablation, base: Base, folder: Path, minutes: float | None):
-    """Run an ablation with a bar for each variant and a line for each reading; gives its plan."""
-    plan = load_or_fit_plan(ablation, base, folder, minutes)
-    bar, shown = None, None
-    for variant, reading in run_ablation(ablation, base, plan, folder):
-        if variant is not shown:
+def show_progress(ablation, model: StableDiffusion, folder: Path, minutes: float | None):
+    """Run an ablation with a progress bar for each variant and a line for each measurement; returns its plan."""
+    plan = load_or_fit_plan(ablation, model, folder, minutes)
+    bar, current = None, None
+    for variant, measurement in run_ablation(ablation, model, plan, folder):
+        if variant is not current:
             if bar is not None:
                 bar.close()
-            bar, shown = tqdm(total=variant.steps, desc=f"{ablation.name}, {variant.name}", mininterval=2.0), variant
-        bar.update(1 if reading.step else 0)
-        if reading.figures:
-            figures = {name: round(value, 4) for name, value in reading.figures.items()}
-            tqdm.write(json.dumps({"variant": variant.name, "step": reading.step, **figures}))
+            bar, current = tqdm(total=variant.steps, desc=f"{ablation.name}, {variant.name}", mininterval=2.0), variant
+        bar.update(1 if measurement.step else 0)
+        if measurement.figures:
+            figures = {name: round(value, 4) for name, value in measurement.figures.items()}
+            tqdm.write(json.dumps({"variant": variant.name, "step": measurement.step, **figures}))
     if bar is not None:
         bar.close()
     return plan
-
-
-def measures(device) -> Measures:
-    """The judge and what belongs to it, for training, which does not know evaluation. Raises CheckpointError where
-    there is no judge."""
-    judge = load_judge(device=device)
-
-    def judged(images: Sequence, asked: Sequence) -> dict[str, float]:
-        verdicts = judge_images(images, asked, judge)
-        found = compute_scores(asked, verdicts)
-        shares = {"right": sum(one.right for one in verdicts) / len(verdicts), "background": found.background,
-                  "more than asked": duplicate_rate(asked, [one.detections for one in verdicts])}
-        return {name: share for name, share in shares.items() if share is not None}
-
-    return Measures(asked_of, judged, lambda prompt: compose_prompt_scene(prompt).image, ssim)
-
-
-def asked_of(world: World, count: int) -> list:
-    """`count` prompts of each kind that the world's scenes answer."""
-    tasks = [task for form, some in TASKS.items() if getattr(world, form) > 0 for task in some]
-    return make_prompts(world.objects, count=count, tasks=tasks)

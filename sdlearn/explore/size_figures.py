@@ -77,7 +77,7 @@ def by_steps(found: Mapping, panels: Mapping[str, str], y: str, *, title: str) -
     found: what `load_ablation` gives. panels: the panel's title by the figure's name. ValueError for a figure that no
     reading holds.
     """
-    runs = {name: run["readings"] for name, run in found["variants"].items()}
+    runs = {name: run["measurements"] for name, run in found["variants"].items()}
     if missing := [name for name in panels if not any(name in one for some in runs.values() for one in some)]:
         raise ValueError(f"nothing was measured of {', '.join(missing)} in the ablation '{found['ablation']}'")
     return curves(*(Panel(told, "steps", y, {

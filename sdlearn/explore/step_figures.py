@@ -16,6 +16,6 @@ def judged_by_steps(names: Sequence[str]) -> Panel:
     lines = {}
     for name in names:
         one = found["variants"][name]
-        readings, calls = one["readings"], one["changed"]["calls of the U-Net a step"]
+        readings, calls = one["measurements"], one["changed"]["calls of the U-Net a step"]
         lines[name] = [calls * reading["step"] for reading in readings], [reading["right"] for reading in readings]
     return Panel(f"judged right, measured {found['date']}", "calls of the U-Net", "share of prompts", lines, log="x")
