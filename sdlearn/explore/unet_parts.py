@@ -181,8 +181,8 @@ def altered(unet: nn.Module, *, time: float | None = None, silent: Sequence[str]
     if time is not None:
         unet.embed_time = lambda t, x: embed(float(time), x)
     if lost:
-        unet.encode = lambda *given: [torch.zeros_like(one) if i in lost else one
-                                      for i, one in enumerate(encode(*given))]
+        unet.encode = lambda *inputs, **options: [torch.zeros_like(skip) if i in lost else skip
+                                                  for i, skip in enumerate(encode(*inputs, **options))]
     try:
         yield
     finally:
