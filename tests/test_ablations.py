@@ -418,7 +418,7 @@ def test_each_way_learns_what_it_says_and_the_base_keeps_its_bits(base):
     plan = SMALL["concept"]
     before = [{name: value.clone() for name, value in part.state_dict().items()}
               for part in (base.unet, base.text_encoder)]
-    pixels = to_tensor([one.image for one in concept.images_of("alien", 2, 0)])
+    pixels = to_tensor([one.image for one in concept.make_scenes("alien", 2, 0)])
     known = concept.loss_scenes(base, plan.unseen)
     assert [len(drawn) for drawn, _ in known.values()] == [6, 2, 2, 4]
     learns = {}
