@@ -63,11 +63,11 @@ def image(mask):
     ((4, 20, 4, 20), (8, 16, 8, 16), 1 / 4),
     ((8, 16, 8, 16), (4, 20, 4, 20), 1 / 4), ((8, 12, 8, 12), (20, 24, 20, 24), 0),
 ], ids=["equal", "shifted", "drawn too large", "drawn too small", "apart"])
-def test_covered_iou_is_intersection_over_union(drawn, wanted, iou):
+def test_foreground_iou_is_intersection_over_union(drawn, wanted, iou):
     assert foreground_iou(image(rectangle(*drawn)), rectangle(*wanted)) == pytest.approx(iou)
 
 
-def test_covered_iou_of_nothing_is_zero():
+def test_foreground_iou_of_nothing_is_zero():
     empty = np.zeros((32, 32), np.uint8)
     assert foreground_iou(image(empty), empty) == foreground_iou(image(rectangle(8, 16, 8, 16)), empty) == 0
 

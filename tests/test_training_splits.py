@@ -41,8 +41,8 @@ def asked(monkeypatch):
         return scene_of_seed(seed, split, world)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("sdlearn") and getattr(module, "scene", None) is scene_of_seed:
-            monkeypatch.setattr(module, "scene", recorded)
+        if name.startswith("sdlearn") and getattr(module, "draw_scene", None) is scene_of_seed:
+            monkeypatch.setattr(module, "draw_scene", recorded)
     return found
 
 
@@ -89,8 +89,10 @@ def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
 
 def test_the_scaling_factor_and_the_tokenizer_are_of_the_training_split(config, run, asked, tmp_path):
     measure_scaling_factor(stages.load_trained_vae(config, run), count=16)
+    assert len(asked) >= 16 and set(asked) == {("train", FULL)}
+    asked.clear()
     stages.train_tokenizer(config, tmp_path, captions=5)
-    assert len(asked) >= 21 and set(asked) == {("train", FULL)}
+    assert asked == [("train", WORLDS["rich-full"])] * 5
 
 
 def test_a_card_tells_drawn_images_from_real_scenes(config, run, monkeypatch, tmp_path):
