@@ -1,7 +1,7 @@
 """The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | optimizations | export`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
-imported only when it is the one that runs, so that help comes at once.
+imported only when it is the one that runs, so that --help does not wait for PyTorch.
 """
 
 import argparse
@@ -11,16 +11,16 @@ from importlib import import_module
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"error: {message} (--help tells more)\n")
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
-# What a command is for, and the module that has its `add_arguments` and `run`.
+# Command: its help, and the module that has its `add_arguments` and `run`.
 COMMANDS = {
     "generate": ("make images of a prompt", "commands.generate"),
     "scenes": ("draw a sheet of the scenes that the model learns from", "commands.scenes"),
     "train": ("train the model's parts, or the judge", "commands.train"),
     "evaluate": ("measure how well a model follows prompts", "commands.evaluate"),
-    "ablate": ("leave one thing out of training or sampling, and keep the figures as data", "commands.ablate"),
+    "ablate": ("ablations: train or sample with one thing left out, and write the measurements", "commands.ablate"),
     "bench": ("measure how long an image takes, side by side with diffusers", "commands.bench"),
     "optimizations": ("measure what makes sampling fast, one change after the other", "commands.optimizations"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
@@ -29,7 +29,7 @@ RENAMED = {"ladder": "optimizations"}           # commands of earlier versions, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; gives the exit status."""
+    """Run a command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in RENAMED:
         print(f"`{argv[0]}` is now called `{RENAMED[argv[0]]}`", file=sys.stderr)
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     parser = Parser(prog="python -m sdlearn", description="Stable Diffusion, small enough to learn from.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (told, module) in COMMANDS.items():
-        command = commands.add_parser(name, help=told, description=told)
+    for name, (help, module) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
         if argv[:1] == [name]:
             import_module(f".{module}", __package__).add_arguments(command)
     args = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """`python -m sdlearn`: images into files, one sentence for what is wrong, nothing half-written."""
 
+import argparse
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import types
 import warnings
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from sdlearn.__main__ import COMMANDS, main
 from sdlearn.checkpoint import save_folder
 from sdlearn.commands import files as command_files
 from sdlearn.data import WORLDS, contact_sheet, draw_scenes
-from sdlearn.pipeline import PromptWarning, StableDiffusion
+from sdlearn.pipeline import PromptWarning, Settings, StableDiffusion
 
 PROMPT = "a red apple"
 
@@ -76,9 +78,8 @@ def test_an_image_is_written_with_its_settings(run, written):
         pixels = np.asarray(image)
     assert re.fullmatch("[0-9a-f]{16}", told.pop("weights"))
     assert told == {"prompt": PROMPT, "negative_prompt": "a cat", "num_inference_steps": 3, "sampler": "euler",
-                    "guidance_scale": 4.0,
-                    "size": "24x16", "batch": 1, "seed": 5, "model": str(written), "guidance_rescale": 0.0,
-                    "timestep_spacing": None,
+                    "guidance_scale": 4.0, "guidance_rescale": 0.0, "guidance_interval": None,
+                    "timestep_spacing": None, "size": "24x16", "batch": 1, "seed": 5, "model": str(written),
                     "long_prompts": "cut", "dtype": "float32", "resample": 1}
     model = StableDiffusion.load(written, device="cpu")
     [wanted] = model.text2img(PROMPT, "a cat", num_inference_steps=3, sampler="euler", guidance_scale=4.0,
@@ -105,6 +106,24 @@ def test_a_batch_is_numbered_and_each_image_can_be_made_again_alone(run):
     run("generate", PROMPT, "--steps", 2, "--seed", told["seed"], "--out", "again.png")
     with Image.open("again.png") as image:
         assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1        # of 255
+
+
+def test_generate_has_an_option_for_every_setting(run):
+    result = run("generate", "--help")
+    text = " ".join(result.out.split())
+    for one in fields(Settings):
+        assert f"--{one.name.replace('_', '-')}" in text and " ".join(one.metadata["help"].split()) in text
+
+
+@pytest.mark.parametrize("short, long", [
+    ("--steps 2", "--num-inference-steps 2"), ("--guidance 3", "--guidance-scale 3"),
+    ("--rescale 0.5", "--guidance-rescale 0.5"), ("--spacing trailing", "--timestep-spacing trailing"),
+    ("--negative cat", "--negative-prompt cat"), ("--prediction epsilon", "--prediction-type epsilon")])
+def test_options_are_read_in_both_spellings(short, long):
+    parser = argparse.ArgumentParser()
+    import_module("sdlearn.commands.generate").add_arguments(parser)
+    assert parser.parse_args([PROMPT, *short.split()]) == parser.parse_args([PROMPT, *long.split()])
+    assert parser.parse_args([PROMPT, *short.split()]) != parser.parse_args([PROMPT])
 
 
 @pytest.mark.parametrize("prompt, name", [
@@ -163,7 +182,7 @@ def test_emoji_and_control_characters_run_and_are_kept_in_the_settings(run, prom
     (["--sampler", "magic"], "no sampler 'magic'; choose one of ddpm, ddim, euler"),
     (["--guidance", "nan"], "guidance_scale is nan; give a finite number"),
     (["--guidance", "inf"], "guidance_scale is inf"),
-    (["--batch", "0"], "batch is 0; give a whole number from 1 to"),
+    (["--batch", "0"], "batch is 0: give a whole number from 1 to"),
     (["--seed", "-1"], "seed is -1"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
     (["--out", "missing/apple.png"], "apple.png cannot be written: there is no folder missing"),

@@ -70,7 +70,7 @@ def test_generate_does_all_that_the_pipeline_does(run, written, files):  # noqa:
     image = Image.open(files / "in.png")
     [wanted] = model.inpaint("a <toy> cat", image, Image.open(files / "mask.png"), strength=0.75,
                              num_inference_steps=4, resample=2,
-                             controls=make_control(net, image, strength=0.4), guidance_rescale=0.5,
+                             controls=make_control(net, image, conditioning_scale=0.4), guidance_rescale=0.5,
                              timestep_spacing="trailing",
                              sampler="ddim")
     assert np.array_equal(found, np.asarray(wanted))

@@ -11,7 +11,7 @@ from PIL import Image
 from test_cli import refused, run, written  # noqa: F401
 
 from sdlearn.checkpoint import save_folder
-from sdlearn.commands.files import save_png
+from sdlearn.commands.files import RENAMED, save_png
 from sdlearn.pipeline import StableDiffusion
 
 PROMPTS = ["a red apple", "a cat", "", "a red apple", "two dogs on a (blue:1.2) background"]
@@ -105,6 +105,16 @@ def test_an_image_that_does_not_tell_is_made_again(again, key):
         del settings[key]
         save_png(file, Image.open(file).copy(), settings)
     assert again(((), {}), ((), {}), between=forget)
+
+
+def test_settings_recorded_under_their_earlier_names_are_read(again):
+    """The image is not generated again for the names alone."""
+    def rename(file):
+        settings, old = told(file), {new: name for name, new in RENAMED.items()}
+        assert settings.pop("guidance_interval", None) is None
+        save_png(file, Image.open(file).copy(), {old.get(name, name): value for name, value in settings.items()})
+    assert not again(((), {}), ((), {}), between=rename)
+    assert again(((), {}), (("--guidance-interval", 200, 800), {}), between=rename)
 
 
 LAUNCHERS = {

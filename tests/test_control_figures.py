@@ -118,7 +118,8 @@ def test_the_explorer_draws_the_strokes(model, net):
     said, drawn, image = explorer.rows[0]
     assert said == "a red apple, strength 0.5, end 0.5, seed 3"
     assert np.array_equal(drawn, as_image(edge_map_of(explorer.strokes, explorer.side)))
-    [expected] = model.control("a red apple", net, drawn, strength=0.5, end=0.5, seed=3, num_inference_steps=2)
+    [expected] = model.control("a red apple", net, drawn, conditioning_scale=0.5, end=0.5, seed=3,
+                               num_inference_steps=2)
     assert image.tobytes() == expected.tobytes() and not explorer.button.disabled
     explorer.undo.click()
     assert explorer.strokes == [CIRCLE] and explorer.map.value == before

@@ -156,7 +156,7 @@ def test_blended_inpainting_equals_diffusers(world, sampler):
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"strength": 0.5, "end": 0.6}, {"guess": True}],
+@pytest.mark.parametrize("options", [{}, {"conditioning_scale": 0.5, "end": 0.6}, {"guess_mode": True}],
                          ids=["plain", "half, early", "guess"])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_control_equals_diffusers(world, sampler, options):
@@ -166,8 +166,8 @@ def test_control_equals_diffusers(world, sampler, options):
     noise = torch.randn(1, 4, *(side // world.parts.config.vae.factor for side in hint.size[::-1]),
                         generator=torch.Generator().manual_seed(3))
     theirs = pipe(PROMPT, image=hint, num_inference_steps=5, guidance_scale=4.0, negative_prompt=NEGATIVE,
-                  latents=noise, controlnet_conditioning_scale=options.get("strength", 1.0),
-                  guess_mode=options.get("guess", False), control_guidance_end=options.get("end", 1.0),
+                  latents=noise, controlnet_conditioning_scale=options.get("conditioning_scale", 1.0),
+                  guess_mode=options.get("guess_mode", False), control_guidance_end=options.get("end", 1.0),
                   output_type="np").images
     model = world.model(sampler=sampler)
     given = {"latent": noise, "size": hint.size, **world.settings(sampler)}
@@ -184,7 +184,7 @@ def test_two_controls_add_up_as_in_diffusers(world, sampler):
     pipe = world.pipe(StableDiffusionControlNetPipeline, sampler=sampler, controlnet=nets)
     theirs = pipe(PROMPT, image=hints, num_inference_steps=5, guidance_scale=4.0, generator=seeds(),
                   controlnet_conditioning_scale=[0.7, 0.4], output_type="np").images
-    controls = [make_control(world.net, hint, strength=s) for hint, s in zip(hints, (0.7, 0.4), strict=True)]
+    controls = [make_control(world.net, hint, conditioning_scale=s) for hint, s in zip(hints, (0.7, 0.4), strict=True)]
     ours = world.model(sampler=sampler).text2img(PROMPT, controls=controls, **world.settings(sampler))
     assert_equal(ours, theirs)
 
@@ -333,7 +333,7 @@ def test_a_fresh_controlnet_changes_no_bit_of_the_image(tiny):
 
 
 def test_control_goes_with_an_image_and_with_a_mask(tiny):
-    control = make_control(tiny.net, tiny.image(3), strength=0.5)
+    control = make_control(tiny.net, tiny.image(3), conditioning_scale=0.5)
     cases = (("plain", {"strength": 0.5}), ("plain", {"mask": tiny.mask()}), ("nine", {"mask": tiny.mask()}))
     for name, given in cases:
         model = tiny.model(name)
@@ -391,7 +391,7 @@ def test_what_cannot_be_is_told_before_anything_is_computed(tiny, monkeypatch, n
 
 
 def test_a_control_that_cannot_be_is_told(tiny):
-    cases = (({"strength": float("inf")}, "strength is inf"), ({"start": 0.6, "end": 0.5}, "starts at 0.6"))
+    cases = (({"conditioning_scale": float("inf")}, "is inf"), ({"start": 0.6, "end": 0.5}, "starts at 0.6"))
     for wrong, message in cases:
         with pytest.raises(SettingsError, match=message):
             make_control(tiny.net, tiny.image(), **wrong)

@@ -1,9 +1,10 @@
 """A prompt to images: the same as diffusers', image by image as from its seed, and told when it cannot be."""
 
+import inspect
 import os
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EPSILON, WORLD, ZERO_SNR, one_thread, tiny_parts  # noqa: F401
+from PIL import Image
 
 from sdlearn.checkpoint import CheckpointError, load_folder, save_folder
 from sdlearn.checkpoint import shipped as shipped_room
@@ -28,6 +30,7 @@ from sdlearn.pipeline import (
     SHIPPED,
     LongPromptWarning,
     NotFinite,
+    Settings,
     SettingsError,
     StableDiffusion,
     UnknownWordWarning,
@@ -351,7 +354,6 @@ def test_models_that_store_no_settings_have_stable_diffusions(model):
     ({"size": 10**9}, "cannot be made"), ({"size": (8, 8, 8)}, "8x8x8 cannot"), ({"size": 16.0}, "cannot be made"),
     ({"batch": 0}, "batch is 0"), ({"batch": 10**9}, "batch is 1000000000"),
     ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"), ({"seed": 2**64}, "seed is"),
-    ({"step": 20}, "no setting 'step'; the settings are num_inference_steps,"),
 ], ids=str)
 def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch, wrong, told):
     monkeypatch.setattr(model.text_encoder, "forward", lambda *_: pytest.fail("computed"))
@@ -359,6 +361,42 @@ def test_wrong_settings_are_told_before_anything_is_computed(model, monkeypatch,
         model.iter_steps(PROMPT, **wrong)        # at the call, not at the first step
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+METHODS = {"text2img": (), "img2img": ("x",), "inpaint": ("x", "x"), "control": ("x", "x"), "iter_steps": ()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_settings_as_keyword_arguments_with_their_defaults(method):
+    """In the signature, which an editor completes, and with ranges and defaults in the docstring."""
+    function = getattr(StableDiffusion, method)
+    found = {name: (one.default, one.annotation) for name, one in inspect.signature(function).parameters.items()
+             if one.kind is one.KEYWORD_ONLY}
+    wanted = {one.name: (one.default, one.type) for one in fields(Settings)}
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert all(f"{one.name}: {one.metadata['help']}" in function.__doc__ for one in fields(Settings))
+
+
+def test_iter_steps_takes_what_the_other_methods_take():
+    taken = set(inspect.signature(StableDiffusion.iter_steps).parameters)
+    for method in ("text2img", "img2img", "inpaint"):
+        assert set(inspect.signature(getattr(StableDiffusion, method)).parameters) <= taken
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_argument_is_a_type_error_that_names_it(model, method):
+    with pytest.raises(TypeError, match="'num_steps'"):
+        getattr(model, method)(PROMPT, *METHODS[method], num_steps=20)
+
+
+def test_validate_fills_in_the_defaults_of_the_model(model):
+    found = model.validate(batch=2)
+    assert (found.num_inference_steps, found.guidance_scale, found.size) == (50, 7.5, (32, 32))
+    assert len(found.timesteps) == 50 and model.latent_shape(found) == (2, 4, 16, 16)
+    image = Image.new("RGB", (24, 16))
+    half = model.validate(image=image, strength=0.5, num_inference_steps=8)
+    assert half.size == (24, 16) and half.image.shape == (1, 3, 16, 24)
+    assert half.timesteps == model.validate(num_inference_steps=8).timesteps[4:]
 
 
 def test_nan_is_told_and_never_a_black_image():

@@ -1,4 +1,4 @@
-"""Files that commands write: asked about before the work, and never half-written."""
+"""Files that commands write: checked before the work, written atomically."""
 
 import json
 import os
@@ -11,9 +11,13 @@ from PIL.PngImagePlugin import PngInfo
 from ..files import write_atomically
 from ..pipeline import SettingsError
 
+# What earlier versions recorded, and its present name.
+RENAMED = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale",
+           "spacing": "timestep_spacing", "prediction": "prediction_type"}
+
 
 def check_writable(files: list[Path]) -> list[Path]:
-    """The files, when a PNG can be written at each of them: asked before the work, not after."""
+    """Returns the files. Raises SettingsError unless a PNG can be written to each of them."""
     for file in files:
         if file.suffix.lower() != ".png":
             raise SettingsError(f"{file} does not end in .png; images are written as PNG files")
@@ -22,7 +26,7 @@ def check_writable(files: list[Path]) -> list[Path]:
 
 
 def check_json(file: Path):
-    """Raises SettingsError where no JSON file can be written: asked before the work, not after."""
+    """Raises SettingsError where no JSON file can be written."""
     if file.suffix.lower() != ".json":
         raise SettingsError(f"{file} does not end in .json; figures are written as JSON")
     _check(file)
@@ -35,7 +39,7 @@ def _check(file: Path):
         if not file.absolute().parent.is_dir():
             raise SettingsError(f"{file} cannot be written: there is no folder {file.parent}")
         with file.open("ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
-            pass                            # opened for writing, and left as it was
+            pass                            # opened for writing, unchanged
     except OSError as error:
         raise SettingsError(f"{file} cannot be written: {error.strerror or error}") from error
 
@@ -49,8 +53,8 @@ def save_png(file: Path, image, settings: dict):
         image.save(beside, format="PNG", pnginfo=info)
 
 
-def check_images(folder: Path) -> Path:
-    """A folder for images, which is made where there is none. Raises SettingsError where it cannot be."""
+def make_folder(folder: Path) -> Path:
+    """Returns the folder, which is created where it is missing. Raises SettingsError where it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,18 +62,24 @@ def check_images(folder: Path) -> Path:
     return folder
 
 
-def settings_of(file: Path) -> dict | None:
-    """The settings in a PNG that `save_png` wrote; None where there is no such file, or not a whole one."""
+def read_settings(file: Path) -> dict | None:
+    """The settings in a PNG that `save_png` wrote; None where there is no such file, or a truncated one.
+
+    Settings that were recorded under an earlier name are returned under the present one.
+    """
     try:
         with Image.open(file) as image:
             image.load()
-            return json.loads(image.text["sdlearn"])
-    except (OSError, AttributeError, KeyError, ValueError, SyntaxError):    # a broken PNG raises any of them
+            settings = json.loads(image.text["sdlearn"])
+    except (OSError, AttributeError, KeyError, ValueError, SyntaxError):    # a damaged PNG raises any of them
         return None
+    if "steps" in settings:
+        settings = {RENAMED.get(name, name): value for name, value in settings.items()} | {"guidance_interval": None}
+    return settings
 
 
 def check_target(out: Path, single: bool):
-    """Raises SettingsError where no model can be written: asked before the model is read, not after."""
+    """Raises SettingsError where no model can be written, before one is read."""
     if single and out.suffix.lower() != ".safetensors":
         raise SettingsError(f"{out} does not end in .safetensors; single files are written as such")
     if single and out.is_dir():

@@ -188,7 +188,7 @@ class SketchExplorer(WithStill):
 
     def settings(self) -> Mapping:
         """What is set, as keywords of `model.control`."""
-        return {"prompt": self.prompt.value, "strength": self.strength.value, "end": self.end.value,
+        return {"prompt": self.prompt.value, "conditioning_scale": self.strength.value, "end": self.end.value,
                 "seed": self.seed.value}
 
     def draw(self):
@@ -204,8 +204,8 @@ class SketchExplorer(WithStill):
         else:
             self.message.value = "<br>".join(html.escape(said)
                                              for _, said in self.model.prompt_warnings(chosen["prompt"]))
-            said = f"{chosen['prompt']}, " + ", ".join(f"{name} {chosen[name]:g}" for name in
-                                                       ("strength", "end", "seed"))
+            said = (f"{chosen['prompt']}, strength {chosen['conditioning_scale']:g}, end {chosen['end']:g}, "
+                    f"seed {chosen['seed']}")
             self.rows = [(said, drawn, image), *self.rows][:KEPT]
             self.shown.children = [self._card(words, one) for words, _, one in self.rows]
         finally:
