@@ -248,7 +248,8 @@ def test_stepping_leaves_gradients_as_the_caller_has_them(model):
 def test_text_guidance_of_one_runs_the_network_on_one_half_only(monkeypatch):
     model, batches = make(), []
     forward = model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
+    monkeypatch.setattr(model.unet, "forward", lambda x, t, context, **kw: (batches.append(len(context))
+                                                                            or forward(x, t, context, **kw)))
     model.text2img(PROMPT, num_inference_steps=2, guidance_scale=1.0)
     model.text2img(PROMPT, num_inference_steps=2, guidance_scale=2.0)
     assert batches == [1, 1, 2, 2]
@@ -435,7 +436,7 @@ def test_guidance_beyond_what_numbers_hold_is_told(model):
 def test_too_little_memory_is_told(monkeypatch, where):
     model = make()
     module = model.unet if where == "unet" else model.vae.decoder
-    monkeypatch.setattr(module, "forward", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(module, "forward", lambda *_, **kw: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(MemoryError, match="not enough memory for the images.*fewer or smaller"):
         model.text2img(PROMPT, num_inference_steps=2)
 
@@ -443,7 +444,7 @@ def test_too_little_memory_is_told(monkeypatch, where):
 def test_other_errors_of_the_network_pass_as_they_are(monkeypatch):
     model = make()
 
-    def broken(*_):
+    def broken(*_, **kw):
         raise RuntimeError("a mistake in a layer")
 
     monkeypatch.setattr(model.unet, "forward", broken)
