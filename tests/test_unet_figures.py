@@ -23,6 +23,7 @@ from sdlearn.explore.unet_parts import (
     rungs,
     total,
 )
+from sdlearn.pipeline.cache import with_cache
 from sdlearn.unet import UNet, skip_channels, up_inputs
 
 TINY = PRESETS["tiny"].unet
@@ -154,6 +155,15 @@ def test_alterations_are_what_they_say(model, given):
     with altered(unet, skips=range(4)):
         features = unet.encode(x, unet.embed_time(t, x), context)
     assert all(not one.any() for one in features[:-1]) and features[-1].any()
+
+
+def test_an_altered_time_holds_where_a_cache_embeds_all_timesteps_of_a_run(model, given):
+    unet, (x, t, context) = model.unet, given
+    with altered(unet, time=7):
+        cached = with_cache(unet, [900.0, 500.0, 100.0])
+        for other in (900.0, 500.0, 100.0):
+            assert torch.allclose(cached(x, other, context), unet(x, 7.0, context), atol=1e-6)
+        assert model.text2img("a cat", num_inference_steps=3, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("change, said", [({"silent": ["attn3"]}, "attn3"), ({"skips": [4]}, "skips 0 to 3")])

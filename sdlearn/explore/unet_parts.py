@@ -179,7 +179,9 @@ def altered(unet: nn.Module, *, time: float | None = None, silent: Sequence[str]
     hooks = [one.register_forward_hook(lambda module, given, out: torch.zeros_like(out)) for one in layers]
     before = dict(vars(unet))               # methods that were replaced already, by an `altered` around this one
     if time is not None:
-        unet.embed_time = lambda t, x: embed(float(time), x)
+        # As many as were asked for: a cache embeds all timesteps of a run at once.
+        unet.embed_time = lambda t, x: embed(torch.full(t.shape, float(time), device=x.device)
+                                             if isinstance(t, torch.Tensor) else float(time), x)
     if lost:
         unet.encode = lambda *inputs, **options: [torch.zeros_like(skip) if i in lost else skip
                                                   for i, skip in enumerate(encode(*inputs, **options))]
