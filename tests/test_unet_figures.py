@@ -158,7 +158,7 @@ def test_alterations_are_what_they_say(model, given):
 
 
 def test_an_altered_time_holds_where_a_cache_embeds_all_timesteps_of_a_run(model, given):
-    unet, (x, t, context) = model.unet, given
+    unet, (x, _, context) = model.unet, given
     with altered(unet, time=7):
         cached = with_cache(unet, [900.0, 500.0, 100.0])
         for other in (900.0, 500.0, 100.0):
