@@ -246,7 +246,8 @@ def test_long_prompts_in_chunks_give_the_images_that_diffusers_gives(model, tmp_
 
 def test_guidance_in_an_interval_runs_one_half_outside_of_it(model, monkeypatch):
     batches, forward = [], model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda x, *rest: batches.append(rest[1].shape[0]) or forward(x, *rest))
+    monkeypatch.setattr(model.unet, "forward", lambda x, *rest, **options:
+                        batches.append(rest[1].shape[0]) or forward(x, *rest, **options))
     model.text2img(PROMPT, num_inference_steps=4, sampler="ddim",
                    guidance_interval=(200, 600))        # at 751, 501, 251, 1
     assert batches == [1, 2, 2, 1]
