@@ -204,7 +204,7 @@ def code_cell(count, source="x = 1\n", **output):
 
 def test_a_notebook_in_order_passes():
     cells = [code_cell(1), {"cell_type": "markdown", "source": "text"}, code_cell(None, source=""),
-             code_cell(2, source=["x = 1\n", "\n"] * 399)]          # 400 lines with the first cell's
+             code_cell(2, source=["x = 1\n", "\n"] * (CODE_LINES - 1))]    # the limit, with the first cell's line
     assert notebook_complaints({"metadata": {}, "cells": cells}) == []
 
 
@@ -214,7 +214,7 @@ def test_a_notebook_in_order_passes():
     ([code_cell(1), code_cell(3)], {}, "not run once"),
     ([code_cell(2), code_cell(1)], {}, "not run once"),
     ([code_cell(1)], {"widgets": {}}, "metadata.widgets"),
-    ([code_cell(1, source="x = 1\n" * 401)], {}, "401 lines"),
+    ([code_cell(1, source="x = 1\n" * (CODE_LINES + 1))], {}, f"{CODE_LINES + 1} lines"),
     ([{**code_cell(1), "outputs": [{"output_type": "error", "ename": "KeyError"}]}], {}, "ended in KeyError"),
 ])
 def test_a_notebook_out_of_order_is_found(cells, metadata, words):
