@@ -134,7 +134,8 @@ def test_weights_and_notebooks_keep_their_budgets():
 
 
 def test_no_file_names_a_path_of_one_machine():
-    names = [name for name in tracked(ROOT) if Path(name).suffix in TEXT_SUFFIXES or name.startswith(".ci/")]
+    names = [name for name in tracked(ROOT) if Path(name).suffix in TEXT_SUFFIXES
+             or name.startswith(".ci/") and not name.endswith(".safetensors")]
     assert names
     assert [line for name in names for line in machine_paths(name, read(name))] == []
 
