@@ -331,7 +331,7 @@ def test_what_the_gpu_script_runs_is_understood(dry, monkeypatch, tmp_path):
 
 
 def test_train_hands_over_to_the_recipes(run, monkeypatch):
-    from sdlearn.training import command
+    from sdlearn.commands import train as command
 
     seen = []
     monkeypatch.setattr(command, "run", seen.append)

@@ -460,11 +460,12 @@ def test_the_ceiling_is_the_score_of_scenes_through_the_autoencoder(judge):
 
 def recipe(**options):
     torch.manual_seed(0)
-    return JudgeRecipe(Detector(SMALL), detection_loss, lambda model: ({"seen": 1.0}, Image.new("RGB", (4, 4))),
-                       batch_size=4, **options)
+    return JudgeRecipe(model=Detector(SMALL), batch_size=4, **options)
 
 
-def test_the_judge_learns_and_goes_on_where_it_was(tmp_path):
+def test_the_judge_learns_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdlearn.training.judge.measure_on_scenes",
+                        lambda model: ({"seen": 1.0}, Image.new("RGB", (4, 4))))
     for progress, _ in fit(recipe(), tmp_path, minutes=1, precision="no", compiled=False):
         if progress.step == 3:
             break
@@ -893,7 +894,7 @@ def test_training_the_judge_is_a_command(tmp_path, capsys, monkeypatch):
                  "--no-compile"]) == 0
     assert '"recall": 0.5' in capsys.readouterr().out
     assert load_state(tmp_path / "judge-state.pt")["progress"]["step"] > 0
-    assert main(["train", "ship-judge", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "judge")]) == 2
+    assert main(["train", "package-judge", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "judge")]) == 2
     assert "has not been trained" in capsys.readouterr().err
 
 

@@ -18,12 +18,13 @@ from recipes import scene_config
 from sdlearn.__main__ import main
 from sdlearn.checkpoint import load_folder
 from sdlearn.clip import CLIP, contrastive_loss
+from sdlearn.commands import train as command
 from sdlearn.config import PRESETS
 from sdlearn.data import CORE, WORLDS, World
 from sdlearn.data.captions import CAPTION_LABELS
 from sdlearn.data.world import world_name
 from sdlearn.images import psnr, to_images, to_tensor
-from sdlearn.training import command, stages
+from sdlearn.training import stages
 from sdlearn.training.card import package_weights
 from sdlearn.training.clip import (
     CLIPRecipe,
@@ -590,7 +591,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import nn
-from sdlearn.training.command import leave_processes
+from sdlearn.commands.train import leave_processes
 from sdlearn.training.loop import fit
 from sdlearn.training.stages import read_trained_seconds
 
@@ -736,7 +737,7 @@ def test_the_number_of_threads_follows_what_is_faster(together, alone, wanted):
                 taken = seconds[threads.now]
                 used.append(threads.now)
                 clock += taken
-                threads.after(clock, taken)
+                threads.record(clock, taken)
             assert torch.get_num_threads() == threads.now
             assert used.count(wanted) > 0.85 * len(used)
             wanted = 3 - wanted

@@ -112,5 +112,5 @@ def test_the_shuffled_caption_gap_of_a_run_is_of_unseen_scenes(parts, tmp_path):
     drawn = [draw_scene(seed, "test", CORE) for seed in range(3)]
     wanted = shuffled_caption_losses(parts.unet, recipe.schedule,
                                      *encode_scenes(drawn, parts.vae, parts.text_encoder, parts.tokenizer))
-    assert recipe.listening(parts.unet, count=3) == pytest.approx(wanted, rel=1e-5)
+    assert recipe.shuffled_caption_losses(parts.unet, count=3) == pytest.approx(wanted, rel=1e-5)
     assert wanted["right@700"] != wanted["wrong@700"]

@@ -32,13 +32,14 @@ from sdlearn.checkpoint.shipped import (
     save_shipped_inpaint,
 )
 from sdlearn.clip import CLIP
+from sdlearn.commands import train as command
 from sdlearn.config import PRESETS
 from sdlearn.controlnet import ControlNet
 from sdlearn.data import CORE, draw_scene
 from sdlearn.images import to_images, to_tensor
 from sdlearn.inpaint import latent_mask, masked_pixels
 from sdlearn.pipeline import StableDiffusion
-from sdlearn.training import adapters, card, command, control, from_scratch, inpaint, stages
+from sdlearn.training import adapters, card, control, from_scratch, inpaint, stages
 from sdlearn.training.control import HINTS, ControlRecipe, edge_f1, foreground_iou, hint_tensor, hint_widths
 from sdlearn.training.inpaint import MASKS, MaskCache, first_object_mask, random_mask, widen_unet
 from sdlearn.training.loop import fit, load_state, save_state
@@ -140,7 +141,7 @@ def test_every_row_gets_the_hint_of_its_own_scene(config, run, stage):
     recipe.cache.refresh(25)                            # rows 0 to 24 now hold scenes 50 to 74
     rows = np.array([0, 24, 25, 49])
     wanted = [draw_scene(seed, world=CORE) for seed in (50, 74, 25, 49)]
-    hints, = recipe.beside(rows)
+    hints, = recipe.extra_inputs(rows)
     assert hints.shape == (4, 3, 128, 128) and hints.min() == 0 and hints.max() == 1
     for hint, one in zip(hints, wanted, strict=True):
         torch.testing.assert_close(hint, torch.from_numpy(HINTS[stage](one) / 255).float().expand(3, -1, -1))
@@ -246,7 +247,7 @@ def test_shuffled_hint_losses_are_of_other_scenes_hints_alone(config, run):
         return target + (residuals != hints).any(dim=(1, 2, 3)).float()[:, None, None, None]
 
     recipe.unet = unet
-    found = recipe.listening(lambda x, t, context, hints: hints, count=4)
+    found = recipe.shuffled_hint_losses(lambda x, t, context, hints: hints, count=4)
     assert found == pytest.approx({"right@700": 0, "wrong@700": 1, "without@700": 4}, abs=1e-5)
 
 
@@ -264,7 +265,7 @@ def test_inpainting_losses_are_of_the_hole_with_one_input_exchanged_at_a_time(co
                            for a, b in ((context, contexts), (x[:, 5:], masked)))
         return target + caption + 2 * around + 100 * (1 - masks)
 
-    found = recipe.listening(unet, count=4)
+    found = recipe.shuffled_conditioning_losses(unet, count=4)
     assert found == pytest.approx({"right@700": 0, "wrong@700": 1, "unseen@700": 4}, rel=1e-4, abs=1e-5)
 
 
@@ -293,10 +294,10 @@ def test_a_report_tells_images_with_the_hint_from_those_without(config, run, mon
         assert prompts == [one.caption for one in drawn]
         return np.stack([np.full_like(one.image, 200) if network is recipe.unet else one.image for one in drawn])
 
-    recipe.sample, recipe.listening = sample, partial(recipe.listening, count=2)
+    recipe.sample, recipe.shuffled_hint_losses = sample, partial(recipe.shuffled_hint_losses, count=2)
     found = recipe.report(recipe.model, run, 7)
     assert found["edge_f1_with_hint"] > 0.95 and found["edge_f1_without"] == 0
-    losses = recipe.listening(recipe.model)
+    losses = recipe.shuffled_hint_losses(recipe.model)
     assert {name: found[name] for name in losses} == pytest.approx(losses)
 
 
@@ -369,11 +370,12 @@ def test_what_is_kept_is_measured_outside_of_the_hole_alone(config, run):
     drawn = [draw_scene(seed, "test", CORE) for seed in range(3)]
     images = np.stack([one.image for one in drawn])
     inside = np.stack([np.where(first_object_mask(one)[..., None], 255 - one.image, one.image) for one in drawn])
-    assert recipe.kept(drawn, inside)["known_psnr"] > 100 or recipe.kept(drawn, inside)["known_psnr"] == float("inf")
+    assert recipe.known_psnr(drawn, inside)["known_psnr"] > 100            # inf where nothing differs
     off = to_images(to_tensor(images) * 0 + 0.2)
     known = np.concatenate([(to_tensor([one.image]) - to_tensor([made])).square().mean(dim=1)[0].numpy()
                             [~first_object_mask(one)] for one, made in zip(drawn[:1], off[:1], strict=True)])
-    assert recipe.kept(drawn[:1], off[:1])["known_psnr"] == pytest.approx(10 * np.log10(4 / known.mean()), rel=1e-3)
+    wanted = pytest.approx(10 * np.log10(4 / known.mean()), rel=1e-3)
+    assert recipe.known_psnr(drawn[:1], off[:1])["known_psnr"] == wanted
 
 
 # --- differences ------------------------------------------------------------------------------------
@@ -656,9 +658,11 @@ def test_figures_of_an_adapter_are_measured_on_what_is_stored(config, run, folde
 
     def measured(network):
         if stage == "edges":
-            free = recipe.sample(base, [one.caption for one in drawn])
-            return recipe.agreement(drawn, recipe.led(network, drawn), free) | recipe.listening(network, 2)
-        return recipe.kept(drawn, recipe.filled(network, drawn)) | recipe.listening(network, 2)
+            baseline = recipe.sample(base, [one.caption for one in drawn])
+            controlled = recipe.sample_with_control(network, drawn)
+            return recipe.agreement(drawn, controlled, baseline) | recipe.shuffled_hint_losses(network, 2)
+        preserved = recipe.known_psnr(drawn, recipe.inpaint(network, drawn))
+        return preserved | recipe.shuffled_conditioning_losses(network, 2)
 
     wanted, before = measured(stored), measured(whole)
     different = {name for name in wanted if wanted[name] != before[name]}

@@ -151,7 +151,7 @@ def test_the_judge_is_trained_on_seeds_that_it_is_never_measured_on(monkeypatch)
             shown.extend(scenes)
             return ()
 
-    recipe = JudgeRecipe(Model(), None, None, batch_size=4)
+    recipe = JudgeRecipe(model=Model(), batch_size=4)
     shown.clear()
     monkeypatch.setattr(torch, "randint", lowest)
     recipe.batch(torch.Generator().manual_seed(0))

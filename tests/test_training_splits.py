@@ -62,7 +62,9 @@ def test_losses_of_reports_are_of_the_test_split(config, run, asked, stage):
     recipe = stages.STAGES[stage].make(config, run, world=HARD, batch_size=4, **SMALL[stage])
     asked.clear()
     network = stages.load_trained_unet(config, run) if stage == "unet" else recipe.model
-    recipe.listening(network, count=2)
+    losses = {"unet": "shuffled_caption_losses", "edges": "shuffled_hint_losses",
+              "inpaint": "shuffled_conditioning_losses"}[stage]
+    getattr(recipe, losses)(network, count=2)
     assert asked == [("test", HARD)] * 2
 
 
@@ -79,8 +81,7 @@ def test_figures_are_of_the_test_split(config, run, asked, tmp_path):
         lambda: card.autoencoder_psnr(vae, count=3, world=HARD),
         lambda: card.autoencoder_by_size(vae, count=1, world=HARD),
         lambda: card.image_to_text_accuracy(encoders, tokenizer, [np.zeros((128, 128, 3), np.uint8)], ["a cat"],
-                                            others=3,
-                                    world=HARD),
+                                            others=3, world=HARD),
     ):
         asked.clear()
         measure()
@@ -102,7 +103,7 @@ def test_a_card_tells_drawn_images_from_real_scenes(config, run, monkeypatch, tm
         monkeypatch.setattr(card, name, lambda *_: {}, raising=False)
     monkeypatch.setattr(card, "image_to_text_accuracy", lambda clip, tokenizer, images, prompts, world:
                         seen.append((np.stack(list(images)), list(prompts), world)) or float(len(seen)))
-    monkeypatch.setattr(UNetRecipe, "listening", lambda *_: {})
+    monkeypatch.setattr(UNetRecipe, "shuffled_caption_losses", lambda *_: {})
     parts, figures, images = card.measure(config, run, prompts, CORE)
     (drawn, asked_for, world), (through, captions, same) = seen
     assert np.array_equal(drawn, np.stack(images)) and asked_for == prompts and world == same == CORE

@@ -114,7 +114,7 @@ def check_base(file: Path, base_file: Path):
     with open_tensors(file) as opened:
         wanted = opened.metadata.get("base")
     if wanted is None:
-        raise CheckpointError(f"{file} does not say which base it belongs to; write it again with `train ship`.")
+        raise CheckpointError(f"{file} does not say which base it belongs to; write it again with `train package`.")
     if fingerprint_file(base_file) != wanted:
         raise CheckpointError(f"{file} belongs to another base than {base_file}, whose weights have changed since; "
                               "train and ship it again with this base, or take both from one model.")

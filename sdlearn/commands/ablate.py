@@ -17,7 +17,7 @@ from ..ablations import (
     write_results,
 )
 from ..pipeline import SettingsError, StableDiffusion
-from ..training.command import positive
+from .arguments import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from ..checkpoint import write_json
 from ..config import PRESETS
 from ..files import write_atomically
-from ..training.command import positive
+from .arguments import positive
 from .export import DTYPES
 from .files import check_json
 

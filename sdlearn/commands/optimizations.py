@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..training.command import positive
+from .arguments import positive
 from .bench import add_benchmark_arguments, parse_benchmark, write_result
 
 

@@ -128,7 +128,7 @@ def load_judge(folder: str | Path = WEIGHTS, *, device: str | torch.device = "cp
     folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"there is no judge in {folder}; train one with `train judge`, and write it with "
-                              "`train ship-judge`")
+                              "`train package-judge`")
     try:
         config = DetectorConfig.read(read_json(folder / CONFIG))
         with torch.device("meta"):

@@ -42,7 +42,7 @@ def save_evaluation(out: Path, model: str | Path, *, fewest: int = MIN_PROMPTS) 
 
 
 def format_page(figures: dict, trained: dict | None = None) -> str:
-    """The figures as Markdown. `trained`: what `train ship` measured of the same weights, if it is known."""
+    """The figures as Markdown. `trained`: what `train package` measured of the same weights, if it is known."""
     columns, settings = figures["columns"], figures["settings"]
     ceiling = columns["ceiling"]
     tasks = list(ceiling["tasks"])

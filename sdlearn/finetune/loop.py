@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import diffusion
 from ..attention import eager_attention
 from ..clip import TextEncoder
 from ..schedule import NoiseSchedule
@@ -64,24 +64,38 @@ def train(parameters: Iterable[Tensor], loss: Callable[[torch.Generator], Tensor
     return _train(parameters, loss, models, max_steps, learning_rate, warmup, weight_decay, clip, seed)
 
 
-def _train(parameters, loss, models, steps, learning_rate, warmup, weight_decay, clip, seed):
+def _train(parameters, loss, models, max_steps, learning_rate, warmup, weight_decay, clip, seed):
     generator = torch.Generator().manual_seed(seed)
     with train_only(parameters, models), _small_attention(parameters, models):
         optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-        for index in range(steps):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate * min(1.0, (index + 1) / max(warmup, 1))
-            with torch.enable_grad():       # entered anew at each step: whoever iterates may have it off
-                value = loss(generator)
-                value.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, clip)
-            step = TrainStep(index, value.item(), norm.item())
-            if not math.isfinite(step.loss) or not math.isfinite(step.gradient_norm):
-                raise Diverged(f"the loss became {step.loss} and its gradient {step.gradient_norm} at step {index}; "
-                               "what had been learnt before it is kept: train with a lower learning rate")
-            optimiser.step()
-            optimiser.zero_grad()
-            yield step
+        rates = (learning_rate * min(1.0, (index + 1) / max(warmup, 1)) for index in range(max_steps))
+        yield from optimise(optimiser, parameters, lambda: loss(generator), rates, clip=clip)
+
+
+def optimise(optimiser: torch.optim.Optimizer, parameters: list[Tensor], loss: Callable[[], Tensor],
+             rates: Iterable[float], *, clip: float = 1.0, accelerator=None) -> Iterator[TrainStep]:
+    """The optimisation steps of all training: one for each learning rate in `rates`, which are read as steps are made.
+
+    loss() makes a scalar. accelerator: accelerate's, where it scales the loss and shares gradients among processes; it
+    skips a step whose gradient is not finite, so that the loss alone is checked. Raises Diverged before such a step.
+    """
+    backward, clip_norm = Tensor.backward, nn.utils.clip_grad_norm_
+    if accelerator is not None:
+        backward, clip_norm = accelerator.backward, accelerator.clip_grad_norm_
+    for index, rate in enumerate(rates):
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        with torch.enable_grad():       # at each step: whoever iterates may have disabled it
+            value = loss()
+            backward(value)
+        norm = clip_norm(parameters, clip)
+        step = TrainStep(index, value.item(), norm.item())
+        if not math.isfinite(step.loss) or (accelerator is None and not math.isfinite(step.gradient_norm)):
+            raise Diverged(f"the loss became {step.loss} and its gradient {step.gradient_norm} at step {index}; "
+                           "the parameters are those of the step before: train with a lower learning rate")
+        optimiser.step()
+        optimiser.zero_grad()
+        yield step
 
 
 def _small_attention(parameters: list[Tensor], models: list[nn.Module]) -> AbstractContextManager:
@@ -131,9 +145,7 @@ def diffusion_losses(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedu
     """
     t = draw_timesteps(len(latents), schedule, generator).to(latents.device)                # (B,)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    output = network(schedule.add_noise(latents, noise, t), t, context)
-    error = F.mse_loss(output.float(), schedule.target(latents, noise, t).float(), reduction="none")
-    return error.mean(dim=(1, 2, 3))
+    return diffusion.diffusion_loss(network, schedule, latents, context, t, noise, reduction="none")
 
 
 def diffusion_loss(network: Callable[[Tensor, Tensor, Tensor], Tensor], schedule: NoiseSchedule, latents: Tensor,

@@ -94,18 +94,20 @@ def package_adapter(recipe: ControlRecipe | InpaintRecipe, weights: dict, folder
         place = save_shipped_controlnet(folder, recipe.name, whole, budget=BUDGETS[recipe.name],
                              moments=input_moments(recipe, whole, base))
         stored = load_shipped_controlnet(folder, recipe.name, device=recipe.empty.device)
-        images, unstored, free = recipe.led(stored, drawn), recipe.led(whole, drawn), recipe.sample(base, captions)
-        figures = {**recipe.agreement(drawn, images, free), **recipe.listening(stored, count)}
-        told = {**recipe.agreement(drawn, unstored, free), **recipe.listening(whole, count)}
+        images, unstored = (recipe.sample_with_control(net, drawn) for net in (stored, whole))
+        baseline = recipe.sample(base, captions)
+        figures = {**recipe.agreement(drawn, images, baseline), **recipe.shuffled_hint_losses(stored, count)}
+        told = {**recipe.agreement(drawn, unstored, baseline), **recipe.shuffled_hint_losses(whole, count)}
     else:
         whole = widen_unet(base)
         whole.load_state_dict(weights)
         place = save_shipped_inpaint(folder, whole, budget=BUDGETS[recipe.name],
                                      moments=input_moments(recipe, whole, base))
         stored = load_shipped_inpaint(folder, device=recipe.empty.device).unet
-        images = recipe.filled(stored, drawn)
-        figures = {**recipe.kept(drawn, images), **recipe.listening(stored, count)}
-        told = {**recipe.kept(drawn, recipe.filled(whole, drawn)), **recipe.listening(whole, count)}
+        images = recipe.inpaint(stored, drawn)
+        figures = {**recipe.known_psnr(drawn, images), **recipe.shuffled_conditioning_losses(stored, count)}
+        told = {**recipe.known_psnr(drawn, recipe.inpaint(whole, drawn)),
+                **recipe.shuffled_conditioning_losses(whole, count)}
     sheet = contact_sheet(recipe.strips(drawn[:12], images[:12]), captions[:12], columns=3)
     sheet.save(place / "samples.png", optimize=True)
     return {**figures, **{f"{name} before storing": value for name, value in told.items() if value != figures[name]},
@@ -153,9 +155,9 @@ def effect_error(recipe: ControlRecipe | InpaintRecipe, base: UNet, whole: nn.Mo
     """How far the output moves by storing, as a share of how far the adapter moves the base's output, at a timestep."""
     drawn = [draw_scene(2000 + seed, "test", recipe.world) for seed in range(count)]
     noisy, t, contexts, _ = recipe.probe(drawn, step)
-    beside = [part.to(noisy.device) for part in recipe.given(drawn)]
+    extra = [part.to(noisy.device) for part in recipe.given(drawn)]
     before, right, near = (network(noisy, t, contexts) for network in
-                           (base, recipe.network(whole, *beside), recipe.network(stored, *beside)))
+                           (base, recipe.network(whole, *extra), recipe.network(stored, *extra)))
     return float((near - right).norm() / (right - before).norm())
 
 

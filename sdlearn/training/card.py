@@ -101,7 +101,7 @@ def measure(config: ModelConfig, run: Path, prompts: list[str], world: World) ->
             image_to_text_accuracy(clip, tokenizer, images, prompts, world=world),
         "the same for the real scenes of these prompts through the autoencoder":
             image_to_text_accuracy(clip, tokenizer, list(through), [s.caption for s in real], world=world),
-        **{f"loss {name}": value for name, value in recipe.listening(unet).items()},
+        **{f"loss {name}": value for name, value in recipe.shuffled_caption_losses(unet).items()},
         "autoencoder by size": autoencoder_by_size(vae),
         "autoencoder under noise": {f"{noise:g}": row for noise, row in reconstruction_under_noise(vae).items()},
         "training": {stage: {key: states[stage][key] for key in KEPT if key in states[stage]} for stage in states},
@@ -171,7 +171,7 @@ def card(config: ModelConfig, parts: Parts, figures: dict) -> str:
         "| stage | steps | images or crops | minutes | scenes | computed in |", "|---|---|---|---|---|---|",
         *stages, "", "Scenes: `full` has all objects, `core` the 32, `hard` these too, with two tints, counts and "
         "places more often.", "",
-        "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train ship`.", "",
+        "## Figures", "", f"Measured {figures['date']} by `python -m sdlearn train package`.", "",
         "| what | value |", "|---|---|", *rows, "",
         "`loss right@999` is the U-Net's loss at timestep 999 with the right captions, `wrong` with the captions of "
         "other", "scenes: the gap is how much of the prompt it hears.", "",

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..clip import TextEncoder
@@ -21,6 +20,7 @@ from ..data import CORE, Scene, World, compose_scene, contact_sheet
 from ..data.captions import with_article
 from ..data.similarity import cut_out_foreground, pixel_similarity, reference_cutouts
 from ..data.world import BACKGROUNDS
+from ..diffusion import diffusion_loss
 from ..finetune import Embedding, LoRA, LowRank, add_embedding, attach_lora, init_embedding, new_lora
 from ..finetune.loop import draw_indices, draw_timesteps
 from ..finetune.textual_inversion import override_token_embedding
@@ -97,8 +97,8 @@ class ConceptRecipe:
 
     def loss(self, model, latents, ids, t, noise):
         with self.in_place(model):
-            output = self.unet(self.schedule.add_noise(latents, noise, t), t, self.text_encoder(ids).hidden)
-        return F.mse_loss(output.float(), self.schedule.target(latents, noise, t).float()), {}
+            context = self.text_encoder(ids).hidden
+            return diffusion_loss(self.unet, self.schedule, latents, context, t, noise), {}
 
     def in_place(self, model):
         """A context in which the frozen parts compute with what `model` has learnt."""

@@ -61,7 +61,7 @@ class ControlRecipe(LatentRecipe):
         self.name, self.hint_of = hint, HINTS[hint]
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def extra_inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Hints (B, 3, H, W) of the rows' scenes."""
         return self.given([draw_scene(seed, world=self.world) for seed in self.cache.seeds(rows).tolist()])
 
@@ -77,13 +77,13 @@ class ControlRecipe(LatentRecipe):
         """A sheet of hints, images with them and images without, the same noise for both; how far they agree."""
         drawn = [draw_scene(seed, "test", self.world) for seed in range(SHOWN)]
         captions = [one.caption for one in drawn]
-        led, free = self.led(averaged, drawn), self.sample(self.unet, captions)
-        sheet = contact_sheet(self.strips(drawn, led, free), captions, columns=3)
+        with_control, baseline = self.sample_with_control(averaged, drawn), self.sample(self.unet, captions)
+        sheet = contact_sheet(self.strips(drawn, with_control, baseline), captions, columns=3)
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
-        return {**self.agreement(drawn, led, free), **self.listening(averaged)}
+        return {**self.agreement(drawn, with_control, baseline), **self.shuffled_hint_losses(averaged)}
 
     @torch.no_grad()
-    def listening(self, net: ControlNet, count: int = 64, step: int = 700) -> dict[str, float]:
+    def shuffled_hint_losses(self, net: ControlNet, count: int = 64, step: int = 700) -> dict[str, float]:
         """The loss at one timestep with the right hints, with those of other scenes, and with no ControlNet."""
         drawn = [draw_scene(1000 + seed, "test", self.world) for seed in range(count)]
         noisy, t, contexts, target = self.probe(drawn, step)
@@ -98,20 +98,20 @@ class ControlRecipe(LatentRecipe):
         return [np.concatenate([np.stack([self.hint_of(one)] * 3, axis=2), *row], axis=1)
                 for one, *row in zip(drawn, *images, strict=True)]
 
-    def led(self, net: ControlNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
+    def sample_with_control(self, net: ControlNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Images of scenes' captions that follow their hints, uint8 (B, H, W, 3)."""
         control = Control(net, *(hints.to(self.empty.device) for hints in self.given(drawn)))
         return self.sample(add_control(self.unet, [control]), [one.caption for one in drawn], steps)
 
     @torch.no_grad()
-    def agreement(self, drawn: list[Scene], led, free) -> dict[str, float]:
+    def agreement(self, drawn: list[Scene], with_control, baseline) -> dict[str, float]:
         """How well images with the hint and without agree with it, and the scenes' own through the autoencoder."""
         agree = {"edges": edge_f1, "depth": foreground_iou}[self.name]
         pixels = to_tensor([one.image for one in drawn]).to(self.empty.device)
         through = to_images(self.vae.to_pixels(self.vae.to_latent(pixels), at_once=8))
         return {f"{agree.__name__}_{name}": float(np.mean([agree(image, self.hint_of(one))
                                                            for image, one in zip(images, drawn, strict=True)]))
-                for name, images in (("with_hint", led), ("without", free), ("ceiling", through))}
+                for name, images in (("with_hint", with_control), ("without", baseline), ("ceiling", through))}
 
 
 def edge_f1(image: np.ndarray, wanted: np.ndarray, tolerance: int = 1) -> float:

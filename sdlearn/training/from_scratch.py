@@ -21,7 +21,7 @@ from ..checkpoint import Parts
 from ..config import CLASSROOM as CONFIG
 from ..data import World, draw_scene
 from ..data.world import CLASSROOM as WORLD
-from ..finetune.loop import Diverged, diffusion_loss, draw_indices
+from ..finetune.loop import diffusion_loss, draw_indices, optimise
 from ..schedule import NoiseSchedule
 from ..unet import UNet
 from .loop import EMA
@@ -84,26 +84,26 @@ def _learn(parts, material, budget, steps, batch_size, learning_rate, dropout, s
         empty = parts.text_encoder(parts.tokenizer("").to(material.contexts.device)).hidden                     # 1 L D
     optimiser = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
-    step, seconds, mean = 0, 0.0, math.nan
-    while (step < steps) if steps else (seconds < budget):
-        start = time.perf_counter()
-        share = step / steps if steps else seconds / budget
-        for group in optimiser.param_groups:                    # a short rise, then the half of a cosine to zero
-            group["lr"] = learning_rate * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * share))
+    step, seconds, mean, start = 0, 0.0, math.nan, 0.0
+
+    def rates() -> Iterator[float]:
+        """A short warm-up, then half a cosine to zero."""
+        nonlocal start
+        while (step < steps) if steps else (seconds < budget):
+            start = time.perf_counter()
+            share = step / steps if steps else seconds / budget
+            yield learning_rate * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * share))
+
+    def loss() -> torch.Tensor:
         rows = draw_indices(len(material.latents), batch_size, generator)
         dropped = torch.rand(len(rows), generator=generator) < dropout
         contexts = torch.where(dropped[:, None, None].to(empty.device), empty, material.contexts[rows])
-        with torch.enable_grad():
-            loss = diffusion_loss(unet, schedule, material.latents[rows], contexts, generator)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        if not math.isfinite(value := float(loss.detach())):
-            raise Diverged(f"the loss became {value} at step {step}: train with a lower learning rate")
-        optimiser.step()
-        optimiser.zero_grad()
+        return diffusion_loss(unet, schedule, material.latents[rows], contexts, generator)
+
+    for done in optimise(optimiser, list(unet.parameters()), loss, rates()):
         step += 1
         average.update(unet, step)
-        mean = value if step == 1 else mean + (value - mean) * 0.02
+        mean = done.loss if step == 1 else mean + (done.loss - mean) * 0.02
         seconds += time.perf_counter() - start
         yield TrainState(step, step * batch_size, seconds, mean, whole)
 

@@ -179,7 +179,7 @@ class InpaintRecipe(LatentRecipe):
         rows = self.masked.rows()
         return rows[torch.randint(len(rows), (self.batch_size,), generator=generator).numpy()]
 
-    def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def extra_inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         return self.masked.take(rows)
 
     def network(self, model, masks: torch.Tensor, masked: torch.Tensor) -> Callable:
@@ -189,10 +189,10 @@ class InpaintRecipe(LatentRecipe):
     def report(self, averaged: UNet, folder: Path, step: int) -> dict[str, float]:
         """A sheet of unseen scenes, what of them is shown, and the results."""
         drawn = [draw_scene(seed, "test", self.world) for seed in range(SHOWN)]
-        results = self.filled(averaged, drawn)
+        results = self.inpaint(averaged, drawn)
         sheet = contact_sheet(self.strips(drawn, results), [one.caption for one in drawn], columns=3)
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
-        return {**self.kept(drawn, results), **self.listening(averaged)}
+        return {**self.known_psnr(drawn, results), **self.shuffled_conditioning_losses(averaged)}
 
     def strips(self, drawn: list[Scene], *images) -> list[np.ndarray]:
         """Each scene, what is shown of it and, at its right, the images made from that, uint8 (H, n W, 3)."""
@@ -200,7 +200,7 @@ class InpaintRecipe(LatentRecipe):
         shown = to_images(masked_pixels(pixels, mask))
         return [np.concatenate([one.image, *row], axis=1) for one, *row in zip(drawn, shown, *images, strict=True)]
 
-    def filled(self, unet: UNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
+    def inpaint(self, unet: UNet, drawn: list[Scene], steps: int = 20) -> np.ndarray:
         """Scenes whose `first_object_mask` was inpainted from the caption, uint8 (B, H, W, 3); nothing is pasted."""
         return self.sample(self.network(unet, *self.given(drawn)), [one.caption for one in drawn], steps)
 
@@ -214,7 +214,7 @@ class InpaintRecipe(LatentRecipe):
         return latent_mask(mask, self.vae.config.factor), masked
 
     @torch.no_grad()
-    def kept(self, drawn: list[Scene], results: np.ndarray) -> dict[str, float]:
+    def known_psnr(self, drawn: list[Scene], results: np.ndarray) -> dict[str, float]:
         """PSNR in dB of what was to stay as it is, in the results, and through the autoencoder alone."""
         pixels = to_tensor([one.image for one in drawn])
         known = 1 - mask_tensor([first_object_mask(one) for one in drawn])
@@ -224,7 +224,7 @@ class InpaintRecipe(LatentRecipe):
                 for name, made in (("", to_tensor(results)), ("_ceiling", through))}
 
     @torch.no_grad()
-    def listening(self, unet: UNet, count: int = 64, step: int = 700) -> dict[str, float]:
+    def shuffled_conditioning_losses(self, unet: UNet, count: int = 64, step: int = 700) -> dict[str, float]:
         """The loss in the hole at one timestep, with the right captions and what is around it, and with the
         captions, then the surroundings, of other scenes: what is heard, and what is seen."""
         drawn = [draw_scene(1000 + seed, "test", self.world) for seed in range(count)]

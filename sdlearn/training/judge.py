@@ -1,11 +1,6 @@
-"""Training the judge: which objects does a scene hold, and where?
-
-The network and what is asked of it are the caller's, since a judge belongs to evaluation, not to training: it sees
-scenes only, and nothing that was trained.
-"""
+"""Training the judge: an object detector that sees scenes alone, never an image that a model made."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageFilter
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import COLOURS, FULL, OBJECTS, Scene, World, compose_scene, draw_scene
+from ..evaluation.accuracy import measure_on_scenes
+from ..evaluation.detector import Detector, Targets, detection_loss
 from ..images import save_sheet, to_tensor
 
 SEEN_FROM = 2**20       # seeds of training scenes start here; those below are for measuring
@@ -93,13 +90,10 @@ class JudgeRecipe:
     warmup = 100
     decay_share = 0.4
 
-    def __init__(self, model: nn.Module, loss: Callable, measure: Callable, *, world: World = FULL,
-                 batch_size: int = 32, learning_rate: float = 2e-3):
-        """`model` has `targets(scenes)`, a named tuple of tensors; `loss(heads, targets)` gives the loss and its
-        parts; `measure(model)` gives figures and a sheet of what the model finds in unseen scenes."""
-        self.model, self.of, self.measure = model, loss, measure
+    def __init__(self, *, model: Detector | None = None, world: World = FULL, batch_size: int = 32,
+                 learning_rate: float = 2e-3):
+        self.model = model or Detector()
         self.world, self.batch_size, self.learning_rate = world, batch_size, learning_rate
-        self.kind = type(model.targets([draw_scene(0, world=world)]))
 
     def batch(self, generator: torch.Generator):
         seeds = torch.randint(SEEN_FROM, 2**40, (self.batch_size,), generator=generator).tolist()
@@ -113,9 +107,9 @@ class JudgeRecipe:
         return add_distractor_blobs(one.image, one.masks, one.seed) if one.seed % 10 < 3 else one.image
 
     def loss(self, model, pixels, *targets):
-        return self.of(model(pixels), self.kind(*targets))
+        return detection_loss(model(pixels), Targets(*targets))
 
     def report(self, averaged, folder: Path, step: int) -> dict[str, float]:
-        figures, sheet = self.measure(averaged)
+        figures, sheet = measure_on_scenes(averaged)
         save_sheet(sheet, folder / f"{self.name}-{step:07d}.png")
         return figures

@@ -1,10 +1,9 @@
-"""One training loop for every stage: resumable, averaged, mixed precision where it pays.
+"""Training of a stage: the loop of `finetune.loop` with resuming, EMA, mixed precision, a budget of time and reports.
 
-A stage is a `Recipe`: which parameters learn, how a batch is made, what the loss is. `fit` is a
-generator over steps, so that progress bars, sheets and budgets belong to whoever iterates.
+A stage is a `Recipe`: the parameters, the batches, the loss. `fit` is a generator over steps, so that progress bars and
+early stops belong to whoever iterates.
 """
 
-import os
 import pickle
 import re
 import time
@@ -25,10 +24,12 @@ from torch import nn
 
 from ..attention import eager_attention
 from ..data.world import world_name
+from ..files import write_atomically
+from ..finetune.loop import Diverged, optimise
 
 
 class Recipe(Protocol):
-    """What a stage of training has to say for itself."""
+    """What `fit` needs of a stage."""
 
     name: str                   # of the stage, and of its files
     model: nn.Module            # what learns
@@ -45,7 +46,7 @@ class Recipe(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands. `seconds` are of training, pauses and earlier sessions told apart."""
+    """A run's counters, over all its sessions. `seconds` are of training alone, without pauses and reports."""
 
     step: int = 0
     samples: int = 0
@@ -54,6 +55,13 @@ class Progress:
     precisions: list[str] = field(default_factory=list)     # that it has been trained in: "fp32", "bf16" ...
     worlds: list[str] = field(default_factory=list)         # whose scenes it has been trained on: "core", "hard" ...
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def count(self, loss: float, samples: int):
+        """Count one step."""
+        unknown = self.loss != self.loss                        # NaN: no step yet, or packaged weights to start from
+        self.loss = loss if unknown else self.loss + (loss - self.loss) * 0.01
+        self.step += 1
+        self.samples += samples
 
 
 class EMA:
@@ -69,11 +77,9 @@ class EMA:
 
 
 def save_state(file: Path, state: dict):
-    """Write beside and rename: a kill at any moment leaves the old file or the new one, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
-    torch.save(state, beside)
-    os.replace(beside, file)
+    """Write a run's state atomically."""
+    with write_atomically(file) as path:
+        torch.save(state, path)
 
 
 def load_state(file: Path) -> dict | None:
@@ -113,8 +119,8 @@ class Threads:
         self.taken = {self.most: [], 1: []}                     # seconds of the latest steps, by number of threads
         self.next_trial, self.on_trial = seconds, False
 
-    def after(self, clock: float, seconds: float):
-        """Tell of a step that has just taken so many seconds at `clock`, and set the number for the next one."""
+    def record(self, clock: float, seconds: float):
+        """Record that a step ended at `clock` and took so many seconds; choose the threads of the next."""
         mine, other = self.taken[self.now], self.taken[1 if self.now > 1 else self.most]
         mine.append(seconds)
         del mine[:-self.tries]
@@ -175,6 +181,52 @@ def broadcast_from_main(value: float, accelerator: Accelerator) -> float:
     return float(broadcast(torch.tensor(value, dtype=torch.float64, device=accelerator.device)))
 
 
+class Run:
+    """A stage's model, EMA, optimiser and progress, as its state file holds them."""
+
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device):
+        self.recipe, self.folder, self.file = recipe, folder, folder / f"{recipe.name}-state.pt"
+        self.model = recipe.model.to(device)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.learning_rate, weight_decay=getattr(recipe, "weight_decay", 0.01),
+            betas=(0.9, 0.99), fused=True)                      # one pass over the weights: a fifth of the time
+        self.average, self.progress = EMA(self.model), Progress()
+
+    def restore(self) -> bool:
+        """Load the newest state, if there is one; whether the optimiser's was in it. Packaged weights lack that."""
+        if (state := load_state(self.file)) is None:
+            return False
+        load_weights(self.model, state["model"])
+        load_weights(self.average.model, state["average"])
+        self.progress = Progress(**state["progress"])
+        if "optimiser" not in state:
+            return False
+        self.optimiser.load_state_dict(state["optimiser"])
+        for group in self.optimiser.param_groups:
+            group["fused"] = True                               # older state files lack it
+        return True
+
+    def note_conditions(self, precision: str):
+        """Add precision and worlds to the progress, where they are new."""
+        recipe, progress = self.recipe, self.progress
+        if precision not in progress.precisions:
+            progress.precisions.append(precision)
+        worlds = getattr(recipe, "worlds", None) or [world for world in [getattr(recipe, "world", None)] if world]
+        progress.worlds += [name for name in map(world_name, worlds) if name not in progress.worlds]
+
+    def save(self, accelerator: Accelerator):
+        if accelerator.is_main_process:
+            save_state(self.file, {"model": self.model.state_dict(), "average": self.average.model.state_dict(),
+                                   "optimiser": self.optimiser.state_dict(), "progress": vars(self.progress)})
+
+    def report(self):
+        """Append the recipe's figures to the history."""
+        progress = self.progress
+        progress.history.append({"step": progress.step, "samples": progress.samples, "hours": progress.seconds / 3600,
+                                 "loss": progress.loss,
+                                 **self.recipe.report(self.average.model, self.folder, progress.step)})
+
+
 def fit(recipe: Recipe, folder: Path, *, minutes: float | None = None, precision: str | None = None,
         compiled: bool | None = None, save_seconds: float = 45.0, report_minutes: float = 10.0, seed: int = 0,
         anneal: bool = False, span: tuple[float, float] | None = None) -> Iterator[tuple[Progress, dict]]:
@@ -205,87 +257,63 @@ def _fit(recipe, folder, minutes, precision, compiled, save_seconds, report_minu
         [precision] = broadcast_object_list([choose_precision(recipe, PartialState().device)])
     AcceleratorState._reset_state()                             # the stage before may have run in another precision
     accelerator = Accelerator(mixed_precision=precision)
-    device, main = accelerator.device, accelerator.is_main_process
-    raw = recipe.model.to(device)
-    decay = getattr(recipe, "weight_decay", 0.01)
-    optimiser = torch.optim.AdamW(raw.parameters(), lr=recipe.learning_rate, weight_decay=decay, betas=(0.9, 0.99),
-                                  fused=True)                  # one pass over the weights: a fifth of the time
-    average, progress = EMA(raw), Progress()
-    file = folder / f"{recipe.name}-state.pt"
-    if (state := load_state(file)) is not None:
-        load_weights(raw, state["model"])
-        load_weights(average.model, state["average"])
-        if "optimiser" in state:                                # none when a run starts from shipped weights
-            optimiser.load_state_dict(state["optimiser"])
-            for group in optimiser.param_groups:
-                group["fused"] = True                           # states of before do not say so
-        progress = Progress(**state["progress"])
-    if (name := "fp32" if precision == "no" else precision) not in progress.precisions:
-        progress.precisions.append(name)
-    worlds = getattr(recipe, "worlds", None) or [world for world in [getattr(recipe, "world", None)] if world]
-    progress.worlds += [name for name in map(world_name, worlds) if name not in progress.worlds]
-    warmed = state is not None and "optimiser" in state
-    first = 0 if warmed else progress.step                      # an optimiser that knows nothing yet is warmed up
+    device = accelerator.device
+    run = Run(recipe, folder, device)
+    warmed = run.restore()
+    progress, raw = run.progress, run.model
+    run.note_conditions("fp32" if precision == "no" else precision)
+    first = 0 if warmed else progress.step                      # an optimiser without a state is warmed up
     averaged, decay_share = (progress.step, 1.0) if anneal else (0, recipe.decay_share)
     if anneal:
-        average = EMA(raw)
+        run.average = EMA(raw)
     generator = torch.Generator().manual_seed(hash((seed, progress.step, accelerator.process_index)) % 2**63)
     if compiled if compiled is not None else device.type == "cuda":
         raw.compile()
-    model, optimiser = accelerator.prepare(LossModule(recipe, raw), optimiser)
-
-    def save():
-        if main:
-            save_state(file, {"model": raw.state_dict(), "average": average.model.state_dict(),
-                              "optimiser": optimiser.state_dict(), "progress": vars(progress)})
-
+    model, run.optimiser = accelerator.prepare(LossModule(recipe, raw), run.optimiser)
     threads = Threads() if device.type == "cpu" else None
     networks = [part for part in vars(recipe).values() if isinstance(part, nn.Module)]
     attention = partial(eager_attention, *networks) if device.type == "cpu" else nullcontext
     start = saved = reported = clock = time.perf_counter()
+    batch, parts = (), {}
 
-    def left() -> float:
-        if span:
-            return (span[1] - progress.seconds) / (span[1] - span[0])
-        return 1.0 - (clock - start) / (60 * minutes)
+    def rates() -> Iterator[float]:
+        """The learning rate of each step: warm-up, and decay over the end of the budget. Ends with the budget."""
+        while True:
+            left = ((span[1] - progress.seconds) / (span[1] - span[0]) if span
+                    else 1.0 - (clock - start) / (60 * minutes))
+            if (share := broadcast_from_main(left, accelerator)) <= 0:
+                return
+            rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
+            if decay_share:
+                rate *= min(1.0, share / decay_share)
+            yield recipe.learning_rate * rate
 
-    while (share := broadcast_from_main(left(), accelerator)) > 0:           # of the budget
-        rate = min(1.0, (progress.step - first + 1) / recipe.warmup)
-        if decay_share:
-            rate *= min(1.0, share / decay_share)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * rate
+    def loss() -> torch.Tensor:
+        nonlocal batch, parts
         batch = [part.to(device) if torch.is_tensor(part) else part for part in recipe.batch(generator)]
         with attention(), accelerator.autocast():
-            loss, parts = model(*batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        value = float(loss.detach())
-        if value != value:
-            raise FloatingPointError(f"the loss of '{recipe.name}' became NaN at step {progress.step}; the state of "
-                                     "up to a minute before is kept: go on with a lower learning rate")
-        progress.step += 1
-        progress.samples += len(batch[0]) * accelerator.num_processes
-        unknown = progress.loss != progress.loss                # NaN: nothing yet, or shipped weights to start from
-        progress.loss = value if unknown else progress.loss + (value - progress.loss) * 0.01
-        average.update(raw, progress.step - averaged)
-        now = time.perf_counter()
-        progress.seconds += now - clock
-        if threads:
-            threads.after(now - start, now - clock)
-        clock = now
-        yield progress, parts
-        if clock - saved > save_seconds:
-            save()
-            saved = clock
-        if clock - reported > 60 * report_minutes and main:
-            progress.history.append({"step": progress.step, "samples": progress.samples, "hours":
-                                     progress.seconds / 3600, "loss": progress.loss,
-                                     **recipe.report(average.model, folder, progress.step)})
-            clock = reported = time.perf_counter()              # a report does not count as training
-    if main:
-        progress.history.append({"step": progress.step, "samples": progress.samples, "hours": progress.seconds / 3600,
-                                 "loss": progress.loss, **recipe.report(average.model, folder, progress.step)})
-    save()
+            value, parts = model(*batch)
+        return value
+
+    try:
+        for done in optimise(run.optimiser, list(model.parameters()), loss, rates(), accelerator=accelerator):
+            progress.count(done.loss, len(batch[0]) * accelerator.num_processes)
+            run.average.update(raw, progress.step - averaged)
+            now = time.perf_counter()
+            progress.seconds += now - clock
+            if threads:
+                threads.record(now - start, now - clock)
+            clock = now
+            yield progress, parts
+            if clock - saved > save_seconds:
+                run.save(accelerator)
+                saved = clock
+            if clock - reported > 60 * report_minutes and accelerator.is_main_process:
+                run.report()
+                clock = reported = time.perf_counter()          # a report does not count as training
+    except Diverged as error:
+        raise Diverged(f"the loss of '{recipe.name}' became NaN at step {progress.step}; the state of up to a minute "
+                       "before is saved: resume with a lower learning rate") from error
+    if accelerator.is_main_process:
+        run.report()
+    run.save(accelerator)

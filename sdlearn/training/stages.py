@@ -29,6 +29,7 @@ from .clip import CLIPRecipe
 from .concept import ConceptRecipe, LoRARecipe, WordRecipe
 from .control import HINTS, ControlRecipe
 from .inpaint import InpaintRecipe
+from .judge import JudgeRecipe
 from .loop import load_state, load_weights, save_state
 from .unet import UNetRecipe
 from .vae import VAERecipe, measure_scaling_factor
@@ -109,7 +110,7 @@ def start_from(folder: Path, run: Path, config: ModelConfig | None = None) -> li
     """
     parts = load_folder(folder)
     if parts.clip is None:
-        raise CheckpointError(f"{folder} has no image encoder; give a model folder that `train ship` has written")
+        raise CheckpointError(f"{folder} has no image encoder; give a model folder that `train package` has written")
     figures = folder / "figures.json"
     told = json.loads(figures.read_text(encoding="utf-8"))["training"] if figures.exists() else {}
     if not (run / "tokenizer").exists():
@@ -152,6 +153,10 @@ def load_frozen_parts(config: ModelConfig, run: Path) -> tuple[VAE, TextEncoder,
     return load_trained_vae(config, run).to(device), text, train_tokenizer(config, run), run
 
 
+def make_judge(config: ModelConfig, run: Path, **options) -> JudgeRecipe:
+    return JudgeRecipe(**options)
+
+
 def load_trained_unet(config: ModelConfig, run: Path) -> UNet:
     return load_averaged(UNet(config.unet), run, "unet").to(PartialState().device)
 
@@ -187,3 +192,4 @@ STAGES = {
     "inpaint": Stage(make_inpaint, 120, 2, HARD),
     **{name: Stage(partial(make_concept, kind=kind), 6, 1) for name, kind in CONCEPTS.items()},
 }
+JUDGE = {JudgeRecipe.name: Stage(make_judge, 40)}      # of no model, so no part of `train all`

@@ -7,7 +7,6 @@ every step, so that the U-Net never waits and no scene is seen for ever.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from tqdm import tqdm
 from ..clip import TextEncoder
 from ..config import ModelConfig
 from ..data import CORE, Scene, World, contact_sheet, draw_scene
+from ..diffusion import diffusion_loss
+from ..files import write_atomically
 from ..guidance import predict_x0
 from ..images import save_sheet, to_images, to_tensor
 from ..samplers import SAMPLERS
@@ -143,9 +144,8 @@ class LatentCache:
         self.meta["made"] += count
         # At every call, so that a kill leaves no row counted under another scene than it holds: the few that
         # were written and not counted are the next to be made, again.
-        beside = self.meta_file.with_suffix(".part")
-        beside.write_text(json.dumps(self.meta))
-        os.replace(beside, self.meta_file)
+        with write_atomically(self.meta_file) as path:
+            path.write_text(json.dumps(self.meta))
 
     def draw(self, size: int, generator: torch.Generator) -> np.ndarray:
         """Rows at random, (size,)."""
@@ -179,8 +179,8 @@ def draw_shifted_timesteps(count: int, steps: int, shift: float, generator: torc
 class LatentRecipe:
     """What every stage on cached latents has in common: its batches, its loss, its samples.
 
-    A model that reads more than latent, timestep and text says in `beside` what, in `network` how, and
-    `loss` follows.
+    A model that reads more than latent, timestep and text gives these in `extra_inputs` and passes them on in
+    `network`; `loss` follows.
     """
 
     warmup = 300
@@ -208,23 +208,22 @@ class LatentRecipe:
         dropped = torch.rand(self.batch_size, generator=generator) < self.dropout
         contexts[dropped] = self.empty.cpu()
         t = draw_shifted_timesteps(self.batch_size, self.schedule.num_train_timesteps, self.shift, generator)
-        return latents, contexts, t, torch.randn(latents.shape, generator=generator), *self.beside(rows)
+        return latents, contexts, t, torch.randn(latents.shape, generator=generator), *self.extra_inputs(rows)
 
     def draw(self, generator: torch.Generator) -> np.ndarray:
         """Which rows of the cache make a batch, (B,)."""
         return self.cache.draw(self.batch_size, generator)
 
-    def beside(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """What the model reads beside latents and text of these rows: nothing, for the plain U-Net."""
+    def extra_inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Inputs of these rows beyond latents and text: none, for the plain U-Net."""
         return ()
 
-    def network(self, model, *beside) -> Callable:
+    def network(self, model, *extra) -> Callable:
         """The model as a function (x, t, context) -> output."""
         return model
 
-    def loss(self, model, latents, contexts, t, noise, *beside):
-        output = self.network(model, *beside)(self.schedule.add_noise(latents, noise, t), t, contexts)
-        return F.mse_loss(output.float(), self.schedule.target(latents, noise, t)), {}
+    def loss(self, model, latents, contexts, t, noise, *extra):
+        return diffusion_loss(self.network(model, *extra), self.schedule, latents, contexts, t, noise), {}
 
     @torch.no_grad()
     def sample(self, network, prompts: list[str], steps: int = 20) -> np.ndarray:
@@ -254,9 +253,9 @@ class UNetRecipe(LatentRecipe):
         prompts = validation_prompts(SHOWN, self.world)
         images = self.sample(averaged, prompts)
         save_sheet(contact_sheet(images, prompts), folder / f"{self.name}-{step:07d}.png")
-        return self.listening(averaged)
+        return self.shuffled_caption_losses(averaged)
 
-    def listening(self, unet, count: int = 128) -> dict[str, float]:
+    def shuffled_caption_losses(self, unet, count: int = 128) -> dict[str, float]:
         drawn = [draw_scene(seed, "test", self.world) for seed in range(count)]
         latents, contexts = encode_scenes(drawn, self.vae, self.text_encoder, self.tokenizer)
         return shuffled_caption_losses(unet, self.schedule, latents, contexts)
