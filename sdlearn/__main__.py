@@ -1,4 +1,4 @@
-"""The command line: `python -m sdlearn generate | scenes | train | evaluate | ablate | bench | optimizations | export`.
+"""The command line: `python -m sdlearn COMMAND`, the commands of `COMMANDS`.
 
 Bad input is one sentence on stderr and exit status 2; Ctrl-C is exit status 130. A command's modules are
 imported only when it is the one that runs, so that --help does not wait for PyTorch.
@@ -23,6 +23,7 @@ COMMANDS = {
     "ablate": ("ablations: train or sample with one thing left out, and write the measurements", "commands.ablate"),
     "bench": ("measure how long an image takes, side by side with diffusers", "commands.bench"),
     "optimizations": ("measure what makes sampling fast, one change after the other", "commands.optimizations"),
+    "quote": ("write the values that notebooks measured into the texts that quote them", "commands.quote"),
     "export": ("write a model as a folder for diffusers or as a single file", "commands.export"),
 }
 RENAMED = {"ladder": "optimizations"}           # commands of earlier versions, which still run
